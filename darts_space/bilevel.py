@@ -1,0 +1,304 @@
+"""The bilevel search: architecture parameters on one half of the data, weights on the other, step by step.
+
+In:  a supernet with `arch_parameters()` and `weight_parameters()`; per step two batches on its device, each
+     (images (N, 3, H, W) float, labels (N,) int64), one from the weight half and one from the architecture half.
+Out: the trained supernet, whose `genotype()` is the search's result; losses as tensors that stay on the device.
+
+A step first moves alpha and beta by Adam on the validation loss, then the weights by SGD on the training loss
+(DARTS algorithm 1; PC-DARTS section 4.2). First order takes the weights as they are; `unrolled` takes them one
+SGD step ahead (DARTS section 2.3). Alpha and beta rest in the first epochs (PC-DARTS section 4.2).
+
+Deviations from the published code: alpha and beta get no gradient in the weight step, and the weights none in
+the architecture step (nobody used them); in the second order no extra pass moves BatchNorm's running statistics,
+and the weights return to exactly their bits. In the first order the architecture pass does move the running
+statistics, as published. Data, epochs' batches, logs and files are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = tuple[Tensor, Tensor]
+
+_AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BilevelConfig:
+    """Hyper-parameters of the search. The defaults are PC-DARTS's on CIFAR-10 (section 4.2), batch 256."""
+
+    epochs: int = 50
+    """Epochs of the whole search; the length of the cosine schedule."""
+    lr: float = 0.1
+    """SGD's first learning rate, for batch 256 (see `scaled_lr`). PC-DARTS 4.2; ImageNet (4.3) 0.5 at 1024."""
+    lr_min: float = 0.0
+    """The rate that the cosine approaches. PC-DARTS 4.2."""
+    momentum: float = 0.9
+    """SGD's momentum. PC-DARTS 4.2."""
+    weight_decay: float = 3e-4
+    """SGD's weight decay. PC-DARTS 4.2."""
+    grad_clip: float = 5.0
+    """Largest norm of the weights' gradient, all weights together. Published code."""
+    arch_lr: float = 6e-4
+    """Adam's learning rate for alpha and beta, without schedule. PC-DARTS 4.2; ImageNet (4.3) 6e-3."""
+    arch_betas: tuple[float, float] = (0.5, 0.999)
+    """Adam's two decay rates (not the edge parameters beta). PC-DARTS 4.2."""
+    arch_weight_decay: float = 1e-3
+    """Adam's weight decay on alpha and beta. PC-DARTS 4.2."""
+    arch_grad_clip: float | None = None
+    """Largest norm of the gradient of alpha and beta; None does not clip. Published ImageNet code: 5."""
+    frozen_epochs: int | None = None
+    """First epochs without architecture steps. PC-DARTS 4.2: 15 of 50; ImageNet (4.3): 35 of 50. None means
+    min(15, epochs // 2)."""
+    warmup_epochs: int = 0
+    """Epochs of linear warm-up of SGD's rate. Published ImageNet code: 5."""
+    unrolled: bool = False
+    """Second-order architecture gradient. DARTS 2.3; PC-DARTS uses the first order."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Autocast of the forward passes; fp16 needs a GPU and scales its losses. Not in the papers."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"A search needs at least 1 epoch, not {self.epochs}.")
+        for name in ("frozen_epochs", "warmup_epochs"):
+            if not 0 <= (getattr(self, name) or 0) <= self.epochs:
+                raise ValueError(f"{name} is {getattr(self, name)}; choose a value from 0 to {self.epochs} epochs.")
+        for name in ("lr", "grad_clip", "arch_lr", "arch_grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; choose a positive number.")
+        if self.amp not in _AMP_DTYPES:
+            raise ValueError(f"amp is {self.amp!r}; use one of {', '.join(_AMP_DTYPES)}.")
+        if self.unrolled and self.amp != "off":
+            raise ValueError(
+                f"The unrolled step takes the difference of two nearly equal gradients, which {self.amp} cannot "
+                "resolve; use amp 'off' or the first order."
+            )
+
+    @property
+    def first_arch_epoch(self) -> int:
+        """The number of frozen epochs, which is the first epoch (from 0) with architecture steps."""
+        return min(15, self.epochs // 2) if self.frozen_epochs is None else self.frozen_epochs
+
+
+class StepResult(NamedTuple):
+    """One step's numbers: detached 0-dimensional tensors on the model's device, read when the caller likes."""
+
+    train_loss: Tensor
+    """Mean cross-entropy of the training batch, before the weight step."""
+    train_correct: Tensor
+    """Correct predictions in it, int64, 0..N."""
+    val_loss: Tensor | None
+    """Mean cross-entropy of the validation batch before the architecture step (in the second order: at the
+    weights one step ahead); None in frozen epochs."""
+
+
+def scaled_lr(batch_size: int, lr: float = 0.1) -> float:
+    """SGD's rate for a batch: `lr` from 256 images up, in proportion to the batch below.
+
+    Deviates from the paper, which only has 256: at batch 96 the unchanged rate collapsed to skip connections.
+    """
+    if batch_size < 1:
+        raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
+    return lr * min(batch_size, 256) / 256
+
+
+def cosine_lr(epoch: int, *, epochs: int = 50, lr: float = 0.1, lr_min: float = 0.0, warmup_epochs: int = 0) -> float:
+    """SGD's rate in `epoch` 0..epochs - 1: half a cosine from `lr` towards `lr_min`, which epoch `epochs` would have.
+
+    Below `warmup_epochs` it is lr * (epoch + 1) / warmup_epochs; the cosine then goes on where it would be.
+    """
+    if epoch < warmup_epochs:
+        return lr * (epoch + 1) / warmup_epochs
+    return lr_min + (lr - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+class Search:
+    """A supernet with its two optimisers. Call `start_epoch(epoch)` from 0, then `step` for each pair of batches.
+
+    The model is trained in place, on the device where its parameters are. Nothing here waits for a GPU.
+    """
+
+    def __init__(self, model: nn.Module, config: BilevelConfig):
+        self.model = model
+        self.config = config
+        self.weights: list[nn.Parameter] = list(model.weight_parameters())
+        self.arch: list[nn.Parameter] = list(model.arch_parameters())
+        self.device = self.arch[0].device
+        if config.amp == "fp16" and self.device.type != "cuda":
+            raise ValueError(f"amp 'fp16' needs a CUDA device, the model is on {self.device}; use 'bf16' or 'off'.")
+        # On a GPU the fused optimisers also spare fp16 a wait: they skip an overflown step on the device itself.
+        kernels = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
+        self.weight_optimizer = torch.optim.SGD(
+            self.weights, config.lr, config.momentum, weight_decay=config.weight_decay, **kernels
+        )
+        self.arch_optimizer = torch.optim.Adam(
+            self.arch, config.arch_lr, config.arch_betas, weight_decay=config.arch_weight_decay, **kernels
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the epoch (from 0): SGD's rate, and whether the architecture is frozen."""
+        config = self.config
+        self.epoch = epoch
+        self.lr = cosine_lr(
+            epoch, epochs=config.epochs, lr=config.lr, lr_min=config.lr_min, warmup_epochs=config.warmup_epochs
+        )
+        for group in self.weight_optimizer.param_groups:
+            group["lr"] = self.lr
+
+    @property
+    def frozen(self) -> bool:
+        """Whether alpha and beta rest in the present epoch."""
+        return self.epoch < self.config.first_arch_epoch
+
+    def step(self, train_batch: Batch, val_batch: Batch | None) -> StepResult:
+        """One architecture step on `val_batch` (none in frozen epochs, which do not read it), one weight step."""
+        self.model.train()
+        val_loss = None
+        if not self.frozen:
+            if val_batch is None:
+                raise ValueError(f"Epoch {self.epoch} moves the architecture and needs a validation batch.")
+            gradient = self._second_order if self.config.unrolled else self._first_order
+            val_loss, grads = gradient(train_batch, val_batch)
+            self._update(self.arch_optimizer, self.arch, grads, self.config.arch_grad_clip)
+        train_loss, logits = self._loss(train_batch)
+        grads = torch.autograd.grad(self.scaler.scale(train_loss), self.weights)
+        self._update(self.weight_optimizer, self.weights, grads, self.config.grad_clip)
+        self.scaler.update()
+        return StepResult(train_loss.detach(), (logits.argmax(1) == train_batch[1]).sum(), val_loss)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and logits."""
+        images, labels = batch
+        dtype = _AMP_DTYPES[self.config.amp]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits = self.model(images)
+        if dtype is not None:
+            logits = logits.float()
+        return F.cross_entropy(logits, labels), logits
+
+    def _update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        grads: Iterable[Tensor],
+        clip: float | None,
+    ) -> None:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        if clip is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, clip)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def _first_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
+        """Validation loss and its gradient by alpha and beta at the present weights; the training batch is unused."""
+        loss, _ = self._loss(val_batch)
+        return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
+
+    def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
+        """Validation loss and its gradient by alpha and beta through one SGD step of the weights w.
+
+        With w' = w - lr * (momentum * buffer + dL_train/dw + weight_decay * w), the chain rule adds a product of
+        the mixed second derivative of L_train with v = dL_val(w')/dw'. DARTS (equations 7 and 8) takes it as a
+        central difference: (dL_train/da at w + R v, minus the same at w - R v) / 2R, with R = 0.01 / ||v||.
+        """
+        config = self.config
+        with self._restored_after(), torch.no_grad():
+            start = [weight.clone() for weight in self.weights]
+
+            grads = self._grad(train_batch, self.weights)[1]
+            buffers = [self.weight_optimizer.state[weight].get("momentum_buffer") for weight in self.weights]
+            step = torch._foreach_add(grads, start, alpha=config.weight_decay)
+            if buffers[0] is not None:  # there is none before the first weight step
+                torch._foreach_add_(step, buffers, alpha=config.momentum)
+            torch._foreach_add_(self.weights, step, alpha=-self.lr)
+
+            val_loss, grads = self._grad(val_batch, self.arch + self.weights)
+            arch_grads, v = grads[: len(self.arch)], grads[len(self.arch) :]
+            radius = 1e-2 / nn.utils.get_total_norm(v).clamp_min(1e-12)  # v = 0 then adds 0, not NaN
+            shift = torch._foreach_mul(v, radius)
+
+            torch._foreach_copy_(self.weights, torch._foreach_add(start, shift))
+            plus = self._grad(train_batch, self.arch)[1]
+            torch._foreach_copy_(self.weights, torch._foreach_sub(start, shift))
+            minus = self._grad(train_batch, self.arch)[1]
+            mixed = torch._foreach_sub(plus, minus)
+            torch._foreach_mul_(mixed, self.lr / (2 * radius))
+        return val_loss, torch._foreach_sub(arch_grads, mixed)
+
+    @torch.enable_grad()
+    def _grad(self, batch: Batch, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        loss, _ = self._loss(batch)
+        return loss.detach(), list(torch.autograd.grad(loss, parameters))
+
+    @contextmanager
+    def _restored_after(self) -> Iterator[None]:
+        """Give weights and buffers (BatchNorm's running statistics and counters) their exact values back."""
+        tensors = [weight.data for weight in self.weights] + list(self.model.buffers())
+        saved = [tensor.clone() for tensor in tensors]
+        try:
+            yield
+        finally:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy (0..1) over all images of `batches`, in eval mode."""
+        was_training = self.model.training
+        self.model.eval()
+        loss_sum, correct, count = 0.0, 0.0, 0
+        for batch in batches:
+            loss, logits = self._loss(batch)
+            loss_sum = loss_sum + loss.double() * len(batch[1])
+            correct = correct + (logits.argmax(1) == batch[1]).sum()
+            count += len(batch[1])
+        self.model.train(was_training)
+        if count == 0:
+            raise ValueError("There are no images to evaluate; pass at least one batch.")
+        return float(loss_sum) / count, float(correct) / count
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs, as tensors and plain values (`torch.load(weights_only=True)` reads it).
+
+        As in PyTorch the tensors are the live ones: save or copy them before the next step.
+        """
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of the same model and config; another model's is a ValueError before anything moves."""
+        keys = ("epoch", "model", "weight_optimizer", "arch_optimizer", "scaler")
+        if missing := [key for key in keys if key not in state]:
+            raise ValueError(f"The search state lacks {', '.join(missing)}; it is not one of Search.state_dict.")
+        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state["model"].items()}
+        if different := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
+            name = different[0]
+            raise ValueError(
+                f"The search state is of another supernet: {len(different)} tensors differ, first {name} with "
+                f"{found.get(name, 'nothing')} for {shapes.get(name, 'nothing')}; build the model as it was saved."
+            )
+        self.model.load_state_dict(state["model"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.start_epoch(state["epoch"])

@@ -1,0 +1,117 @@
+"""From the architecture tables of a supernet to its genotype, and how sure that choice is.
+
+In:  alpha (14, 8) and beta (14,) of the normal and of the reduction cell, raw values before any softmax.
+Out: a `Genotype`; `Diagnostics` for the log.
+
+The score of operation o on edge e is softmax(alpha)[e, o] * softmax_in_node(beta)[e] (PC-DARTS section 3.3).
+Every node keeps the two edges with the largest scores, and on each its best operation. `none` counts in the
+softmax and is never chosen. Ties go to the lower edge and to the lower operation, as published; everything is
+computed in float64 on the CPU, so that a genotype does not depend on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from darts_space.genotype import CONCAT, EDGES, NODES, PRIMITIVES, Edge, Genotype, node_rows
+
+
+class Diagnostics(NamedTuple):
+    """What to watch while a search runs. Scores and margins are probabilities, 0..1."""
+
+    margin_normal: float
+    """How far the nearest decision is from falling the other way: the smallest difference between the weaker
+    chosen edge of a node and its best rejected edge, and between a chosen operation and the second best."""
+    margin_reduce: float
+    entropy_normal: float
+    """Mean entropy of the rows of softmax(alpha) in nats: log(8) = 2.079 before the search, 0 when decided."""
+    entropy_reduce: float
+    skips_normal: int
+    """Skip connections among the eight chosen operations."""
+    skips_reduce: int
+
+
+def normalised_betas(betas: Tensor) -> Tensor:
+    """Edge weights (14,): the softmax over the incoming edges of each node, so that every node's sum to one."""
+    return torch.cat([betas[rows.start : rows.stop].softmax(0) for rows in map(node_rows, range(NODES))])
+
+
+def derive(
+    alphas_normal: Tensor,
+    betas_normal: Tensor,
+    alphas_reduce: Tensor,
+    betas_reduce: Tensor,
+    *,
+    edge_normalisation: bool = True,
+) -> Genotype:
+    """The genotype of the tables; with `edge_normalisation=False` beta plays no part, which is DARTS's rule."""
+    normal = _scores("normal", alphas_normal, betas_normal, edge_normalisation)
+    reduce = _scores("reduce", alphas_reduce, betas_reduce, edge_normalisation)
+    return Genotype(_chosen_edges(normal), CONCAT, _chosen_edges(reduce), CONCAT)
+
+
+def diagnose(
+    alphas_normal: Tensor,
+    betas_normal: Tensor,
+    alphas_reduce: Tensor,
+    betas_reduce: Tensor,
+    *,
+    edge_normalisation: bool = True,
+) -> Diagnostics:
+    """Margins, entropies and skip connections of the tables; arguments as for `derive`."""
+    normal = _scores("normal", alphas_normal, betas_normal, edge_normalisation)
+    reduce = _scores("reduce", alphas_reduce, betas_reduce, edge_normalisation)
+    skips = Genotype(_chosen_edges(normal), CONCAT, _chosen_edges(reduce), CONCAT).skip_connections()
+    return Diagnostics(
+        _margin(normal), _margin(reduce), _mean_entropy(alphas_normal), _mean_entropy(alphas_reduce), *skips
+    )
+
+
+def _scores(cell: str, alphas: Tensor, betas: Tensor, edge_normalisation: bool) -> list[list[float]]:
+    """The (14, 7) scores without the column of `none`, so that column c is PRIMITIVES[c + 1]."""
+    for name, table, shape in (
+        (f"alphas_{cell}", alphas, (EDGES, len(PRIMITIVES))),
+        (f"betas_{cell}", betas, (EDGES,)),
+    ):
+        if tuple(table.shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(table.shape)}, but a cell's table has {shape}.")
+        if not table.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite: the search has diverged; lower its rates.")
+    scores = alphas.detach().to("cpu", torch.float64).softmax(1)
+    if edge_normalisation:
+        scores = scores * normalised_betas(betas.detach().to("cpu", torch.float64))[:, None]
+    return scores[:, 1:].tolist()
+
+
+def _ranked_rows(scores: list[list[float]], node: int) -> list[int]:
+    """The node's rows by their best operation, strongest first; `sorted` keeps the lower row first in a tie."""
+    return sorted(node_rows(node), key=lambda row: -max(scores[row]))
+
+
+def _chosen_edges(scores: list[list[float]]) -> list[Edge]:
+    edges = []
+    for node in range(NODES):
+        for row in _ranked_rows(scores, node)[:2]:
+            operation = PRIMITIVES[1 + scores[row].index(max(scores[row]))]
+            edges.append((operation, row - node_rows(node).start))
+    return edges
+
+
+def _margin(scores: list[list[float]]) -> float:
+    margins = []
+    for node in range(NODES):
+        ranked = _ranked_rows(scores, node)
+        if len(ranked) > 2:  # the first node keeps both of its edges
+            margins.append(max(scores[ranked[1]]) - max(scores[ranked[2]]))
+        for row in ranked[:2]:
+            best, second = sorted(scores[row], reverse=True)[:2]
+            margins.append(best - second)
+    return min(margins)
+
+
+def _mean_entropy(alphas: Tensor) -> float:
+    log_weights = alphas.detach().to("cpu", torch.float64).log_softmax(1)
+    return float(-(log_weights.exp() * log_weights).sum(1).mean())

@@ -1,0 +1,313 @@
+"""What a cell search decides: two cells of eight (operation, input) edges, and their files.
+
+In:  JSON files and objects, legacy `Genotype(...)` text, names of published genotypes.
+Out: `Genotype`, an immutable value that is valid by construction.
+
+A cell (PC-DARTS section 3.1, DARTS section 2.1) has two input states, 0 and 1 (the outputs of the cells two
+and one before it), and four nodes, states 2..5. Node i adds two edges, each an operation on one of the 2 + i
+states before it; `normal[2 * i]` and `normal[2 * i + 1]` are its edges, strongest first where a search chose
+them. The cell's output is the concatenation of all four nodes, so the concat fields are always (2, 3, 4, 5):
+they are kept because every published genotype carries them.
+
+In a supernet a cell has 14 candidate edges; `node_rows(node)` gives their rows in the alpha and beta tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from darts_space.legacy_text import TEXT_FORM, parse_call
+
+PRIMITIVES = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+"""The eight candidate operations; the position is the column of the alpha table."""
+
+NODES = 4
+EDGES = 14
+CONCAT = (2, 3, 4, 5)
+
+FORMAT = "darts_space/genotype"
+VERSION = 1
+
+# Far more than a genotype with its provenance needs; a larger file is a mistaken path.
+_MAX_FILE_BYTES = 1 << 20
+
+Edge = tuple[str, int]
+
+
+def node_rows(node: int) -> range:
+    """Rows of node 0..3 in the (14, 8) alpha and (14,) beta tables: 0:2, 2:5, 5:9, 9:14, by input state."""
+    start = node * (node + 3) // 2
+    return range(start, start + 2 + node)
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """A normal and a reduction cell. Sequences become tuples; anything invalid raises a ValueError."""
+
+    normal: tuple[Edge, ...]
+    """Eight (operation, input state) pairs, two per node, of the cells that keep the resolution."""
+    normal_concat: tuple[int, ...]
+    """(2, 3, 4, 5): the states whose concatenation leaves the cell."""
+    reduce: tuple[Edge, ...]
+    """The same for the cells that halve the resolution."""
+    reduce_concat: tuple[int, ...]
+    """(2, 3, 4, 5)."""
+
+    def __post_init__(self) -> None:
+        for cell in ("normal", "reduce"):
+            object.__setattr__(self, cell, _checked_edges(cell, getattr(self, cell)))
+            object.__setattr__(self, f"{cell}_concat", _checked_concat(cell, getattr(self, f"{cell}_concat")))
+
+    def skip_connections(self) -> tuple[int, int]:
+        """Number of skip connections in the normal and in the reduction cell, each 0..8.
+
+        Many in the normal cell are the known collapse of differentiable search (a network without depth).
+        """
+        normal, reduce = ([operation for operation, _ in cell] for cell in (self.normal, self.reduce))
+        return normal.count("skip_connect"), reduce.count("skip_connect")
+
+    def shared_edges(self, other: Genotype) -> int:
+        """Number of (cell, node, operation, input) entries that both genotypes have, 0..16."""
+        return len(self._entries() & other._entries())
+
+    def _entries(self) -> set[tuple[str, int, str, int]]:
+        cells = (("normal", self.normal), ("reduce", self.reduce))
+        return {(cell, i // 2, *edge) for cell, edges in cells for i, edge in enumerate(edges)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The genotype as a JSON object with its format and version."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "normal": [list(edge) for edge in self.normal],
+            "normal_concat": list(self.normal_concat),
+            "reduce": [list(edge) for edge in self.reduce],
+            "reduce_concat": list(self.reduce_concat),
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> Genotype:
+        """The inverse of `to_json`; a "provenance" object is allowed and ignored, any other key is an error."""
+        if not isinstance(document, dict):
+            raise ValueError("The genotype JSON is not an object; write one with Genotype.save.")
+        if document.get("format") != FORMAT or document.get("version") != VERSION:
+            found = reprlib.repr((document.get("format"), document.get("version")))
+            raise ValueError(
+                f"The genotype JSON must have format {FORMAT!r} and version {VERSION}, but has {found}; "
+                "write it with Genotype.save of this version."
+            )
+        fields = ("normal", "normal_concat", "reduce", "reduce_concat")
+        if missing := [field for field in fields if field not in document]:
+            raise ValueError(f"The genotype JSON lacks {', '.join(missing)}; write it with Genotype.save.")
+        if unknown := sorted(set(document) - {"format", "version", "provenance", *fields}):
+            raise ValueError(f"The genotype JSON has unknown keys {reprlib.repr(unknown)}; remove them.")
+        if not isinstance(document.get("provenance", {}), dict):
+            raise ValueError('"provenance" in the genotype JSON must be an object; correct or remove it.')
+        return cls(*(document[field] for field in fields))
+
+    def to_text(self) -> str:
+        """One line of legacy text, readable by `from_text` and by the published DARTS code."""
+        return (
+            f"Genotype(normal={list(self.normal)}, normal_concat=range(2, 6), "
+            f"reduce={list(self.reduce)}, reduce_concat=range(2, 6))"
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Genotype:
+        """Read legacy `Genotype(...)` or `NAME = Genotype(...)` text without ever executing it.
+
+        Arguments by name or by position, lists or tuples, `range(stop)` or `range(start, stop)`. Any other
+        call, name or expression, and text above 8,192 characters, is a ValueError.
+        """
+        return cls(**parse_call(text))
+
+    def save(self, path: str | os.PathLike[str], provenance: dict[str, Any] | None = None) -> None:
+        """Write the genotype as JSON, one node per line; the same content gives the same bytes.
+
+        `provenance` is any JSON object, such as the search's config and the hashes of its inputs. The file
+        appears whole or not at all: it is written beside its place and then renamed. OSError if it cannot be.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        content = self._file_content(provenance)
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _file_content(self, provenance: dict[str, Any] | None) -> str:
+        entries = []
+        for key, value in self.to_json().items():
+            if key in ("normal", "reduce"):
+                pairs = [json.dumps(edge) for edge in value]
+                nodes = [f"    {first}, {second}" for first, second in zip(pairs[::2], pairs[1::2], strict=True)]
+                entries.append(f'  "{key}": [\n' + ",\n".join(nodes) + "\n  ]")
+            else:
+                entries.append(f'  "{key}": {json.dumps(value)}')
+        if provenance is not None:
+            if not isinstance(provenance, dict):
+                raise ValueError(f"The provenance must be a dict, not {type(provenance).__name__}.")
+            try:
+                text = json.dumps(provenance, indent=2, sort_keys=True, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"The provenance is not a JSON object ({error}); pass plain values.") from error
+            entries.append('  "provenance": ' + text.replace("\n", "\n  "))
+        return "{\n" + ",\n".join(entries) + "\n}\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Genotype:
+        """Read a JSON file of `save` or a file of legacy text. ValueErrors name the file."""
+        try:
+            with open(path, "rb") as file:
+                content = file.read(_MAX_FILE_BYTES + 1)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"Cannot read the genotype file {path}: {reason}. Check its path.") from error
+        if len(content) > _MAX_FILE_BYTES:
+            raise ValueError(f"The file {path} is larger than 1 MiB, so it is no genotype; check its path.")
+        try:
+            return _parse(content.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The file {path} is not UTF-8 text, so it is no genotype; check its path.") from error
+        except ValueError as error:
+            raise ValueError(f"Cannot use the genotype file {path}: {error}") from error
+
+
+def read_genotype(source: str) -> Genotype:
+    """A genotype from what a user typed: a published name, the path of a file, or JSON or legacy text."""
+    if source in GENOTYPES:
+        return GENOTYPES[source]
+    if os.path.isfile(source):
+        return Genotype.load(source)
+    if source.lstrip().startswith("{") or "Genotype(" in source:
+        return _parse(source)
+    raise ValueError(
+        f"{reprlib.repr(source)} is neither a genotype file nor one of {', '.join(GENOTYPES)} nor text of the form "
+        f"{TEXT_FORM}."
+    )
+
+
+def random_genotype(rng: Any) -> Genotype:
+    """A uniformly random genotype: operations without `none`, unordered pairs of distinct inputs per node.
+
+    `rng` is a `numpy.random.Generator` or any object with the same `integers(low, high)`. Each node lists the
+    lower input first, so that equal networks are equal genotypes.
+    """
+
+    def cell() -> list[Edge]:
+        edges: list[Edge] = []
+        for node in range(NODES):
+            first = int(rng.integers(0, 2 + node))
+            second = int(rng.integers(0, 1 + node))
+            second += second >= first  # skips the input already taken
+            operations = [PRIMITIVES[int(rng.integers(1, len(PRIMITIVES)))] for _ in range(2)]
+            edges += zip(operations, sorted((first, second)), strict=True)
+        return edges
+
+    return Genotype(cell(), CONCAT, cell(), CONCAT)
+
+
+def _parse(text: str) -> Genotype:
+    if not text.lstrip().startswith("{"):
+        return Genotype.from_text(text)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"It is not valid JSON ({error}); write it with Genotype.save.") from error
+    return Genotype.from_json(document)
+
+
+def _checked_edges(cell: str, edges: Sequence[Sequence[Any]]) -> tuple[Edge, ...]:
+    if not isinstance(edges, list | tuple) or len(edges) != 2 * NODES:
+        found = len(edges) if isinstance(edges, list | tuple) else reprlib.repr(edges)
+        raise ValueError(
+            f"The {cell} cell of a genotype needs {2 * NODES} (operation, input) pairs, two for each of its "
+            f"{NODES} nodes, but has {found}."
+        )
+    for position, edge in enumerate(edges):
+        where = f"Edge {position} of the {cell} cell (node {position // 2})"
+        if not isinstance(edge, list | tuple) or len(edge) != 2:
+            raise ValueError(f"{where} is {reprlib.repr(edge)}; write it as ('sep_conv_3x3', 0).")
+        operation, source = edge
+        if operation not in PRIMITIVES[1:]:
+            reason = "is never part of a genotype" if operation == "none" else "is unknown"
+            raise ValueError(
+                f"{where} has the operation {reprlib.repr(operation)}, which {reason}; use one of "
+                f"{', '.join(PRIMITIVES[1:])}."
+            )
+        if type(source) is not int or not 0 <= source < 2 + position // 2:
+            raise ValueError(
+                f"{where} has the input {reprlib.repr(source)}; use an integer from 0 to {1 + position // 2}, a "
+                "state before the node."
+            )
+        if position % 2 == 1 and source == edges[position - 1][1]:
+            raise ValueError(f"{where} has the input {source} like the edge before it; use two distinct inputs.")
+    return tuple((operation, source) for operation, source in edges)
+
+
+def _checked_concat(cell: str, concat: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(concat, list | tuple | range) or tuple(concat[:5]) != CONCAT:
+        raise ValueError(
+            f"{cell}_concat is {reprlib.repr(concat)}; it must be (2, 3, 4, 5), since a cell's output is the "
+            "concatenation of its four nodes."
+        )
+    return CONCAT
+
+
+def _published(normal: str, reduce: str) -> Genotype:
+    """Cells as text, e.g. "sep_conv_3x3 1, skip_connect 0, ...", two edges per node."""
+    cells = ([edge.split() for edge in cell.split(", ")] for cell in (normal, reduce))
+    edges = [[(operation, int(source)) for operation, source in cell] for cell in cells]
+    return Genotype(edges[0], CONCAT, edges[1], CONCAT)
+
+
+GENOTYPES = {
+    # PC-DARTS, searched on CIFAR-10.
+    "PC_DARTS_cifar": _published(
+        normal="sep_conv_3x3 1, skip_connect 0, sep_conv_3x3 0, dil_conv_3x3 1, "
+        "sep_conv_5x5 0, sep_conv_3x3 1, avg_pool_3x3 0, dil_conv_3x3 1",
+        reduce="sep_conv_5x5 1, max_pool_3x3 0, sep_conv_5x5 1, sep_conv_5x5 2, "
+        "sep_conv_3x3 0, sep_conv_3x3 3, sep_conv_3x3 1, sep_conv_3x3 2",
+    ),
+    # PC-DARTS, searched on ImageNet.
+    "PC_DARTS_image": _published(
+        normal="skip_connect 1, sep_conv_3x3 0, sep_conv_3x3 0, skip_connect 1, "
+        "sep_conv_3x3 1, sep_conv_3x3 3, sep_conv_3x3 1, dil_conv_5x5 4",
+        reduce="sep_conv_3x3 0, skip_connect 1, dil_conv_5x5 2, max_pool_3x3 1, "
+        "sep_conv_3x3 2, sep_conv_3x3 1, sep_conv_5x5 0, sep_conv_3x3 3",
+    ),
+    # DARTS, first order, searched on CIFAR-10.
+    "DARTS_V1": _published(
+        normal="sep_conv_3x3 1, sep_conv_3x3 0, skip_connect 0, sep_conv_3x3 1, "
+        "skip_connect 0, sep_conv_3x3 1, sep_conv_3x3 0, skip_connect 2",
+        reduce="max_pool_3x3 0, max_pool_3x3 1, skip_connect 2, max_pool_3x3 0, "
+        "max_pool_3x3 0, skip_connect 2, skip_connect 2, avg_pool_3x3 0",
+    ),
+    # DARTS, second order, searched on CIFAR-10.
+    "DARTS_V2": _published(
+        normal="sep_conv_3x3 0, sep_conv_3x3 1, sep_conv_3x3 0, sep_conv_3x3 1, "
+        "sep_conv_3x3 1, skip_connect 0, skip_connect 0, dil_conv_3x3 2",
+        reduce="max_pool_3x3 0, max_pool_3x3 1, skip_connect 2, max_pool_3x3 1, "
+        "max_pool_3x3 0, skip_connect 2, skip_connect 2, max_pool_3x3 1",
+    ),
+}
+"""The published genotypes that this project compares with."""

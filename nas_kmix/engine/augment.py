@@ -1,0 +1,62 @@
+"""Batched augmentation of resident images: uint8 (N, 3, H, W) in, the same shape out, one set of draws per image.
+
+No workers and no Python per image: a batch is cropped by one gather, or resampled by one grid. All draws come from
+the NumPy generator that the caller seeds with (seed, epoch, step), so a resumed run sees the very same pictures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (N, 3, H, W) to float32 with `(x / 255 - mean) / std` per channel."""
+    mean_, std_ = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in (mean, std))
+    return torch.addcmul(-mean_ / std_, images.float(), 1.0 / (255.0 * std_))
+
+
+def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Tensor:
+    """Pad with black by `padding` pixels on each side and cut a window of the old size at a uniform offset."""
+    n, _, h, w = images.shape
+    offsets = torch.as_tensor(rng.integers(0, 2 * padding + 1, size=(2, n, 1)), device=images.device)
+    rows = offsets[0] + torch.arange(h, device=images.device)  # (N, H)
+    columns = offsets[1] + torch.arange(w, device=images.device)  # (N, W)
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)  # (N, H + 2p, W + 2p, 3)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor, *, rng: np.random.Generator) -> Tensor:
+    """Mirror each image left to right with probability one half."""
+    flip = torch.as_tensor(rng.random(len(images)) < 0.5, device=images.device)
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
+def random_resized_crop(
+    images: Tensor,
+    *,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Cut a window of `scale` times the area and of a log-uniform aspect `ratio`, resize it to the old size.
+
+    The window is real-valued and sampled bilinearly (it is never larger than the image, so nothing aliases). Like
+    torchvision's it is drawn up to ten times until it fits, after which the whole image is taken.
+    """
+    n = len(images)
+    area = rng.uniform(*scale, size=(n, 10))
+    aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), size=(n, 10)))
+    sides = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=2)  # (N, 10, 2), shares of H and W
+    fits = (sides <= 1.0).all(axis=2)
+    side = np.where(fits.any(axis=1)[:, None], sides[np.arange(n), fits.argmax(axis=1)], 1.0)  # (N, 2)
+    centre = (1.0 - side) * rng.uniform(-1.0, 1.0, size=(n, 2))  # in grid coordinates, where the image is [-1, 1]
+    theta = np.zeros((n, 2, 3), dtype=np.float32)
+    theta[:, 0, 0], theta[:, 0, 2] = side[:, 1], centre[:, 1]
+    theta[:, 1, 1], theta[:, 1, 2] = side[:, 0], centre[:, 0]
+    grid = F.affine_grid(torch.as_tensor(theta, device=images.device), list(images.shape), align_corners=False)
+    sampled = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return sampled.round_().to(torch.uint8)

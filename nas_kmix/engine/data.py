@@ -1,0 +1,273 @@
+"""Images and labels for every stage: `load_data` turns `--data` into one split, an `ImageData`.
+
+An `ImageData` holds labels and class names and hands out batches of uint8 images (N, 3, S, S) on the device. A set that
+fits is one resident tensor; a larger image folder streams through a DataLoader. Where each kind of source comes from
+is in `sources.py`; augmentation is in `augment.py`. A file that cannot be read is never replaced: its index goes to
+`bad` with a sentence, and batches simply lack it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from nas_kmix.engine import augment, sources
+from nas_kmix.engine.sources import BadImageError, Source
+
+CIFAR_STEM_LIMIT = 64  # pixels: up to here images keep their native size and networks start at full resolution
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read and how it is augmented."""
+
+    data: str = "digits"
+    """digits | cifar10 | cifar100 | FOLDER with train/CLASS/* | FILE.npz in MedMNIST's layout."""
+    data_root: Path = Path("data")
+    """Where CIFAR is looked for and downloaded to."""
+    image_size: int | None = None
+    """Side in pixels: the shorter side is resized, the centre cropped. Native up to 64, required above."""
+    flip: bool = True
+    """Mirror training images at random. Digits and letters should not be."""
+    crop_padding: int = 4
+    """Random crop of images padded by so many pixels (up to 64 px; above, RandomResizedCrop is used)."""
+    max_resident_gb: float = 4.0
+    """A folder that decodes to more than this streams from its files; its scoring then uses a pool of partners."""
+
+
+class Batch(NamedTuple):
+    """images: uint8 (N, 3, S, S); labels: int64 (N,), both on the device; indices: int64 (N,), which rows they are."""
+
+    images: Tensor
+    labels: Tensor
+    indices: np.ndarray
+
+
+@dataclass
+class ImageData:
+    """One split of labelled images. `images` is the resident tensor (N, 3, S, S), None where the set streams."""
+
+    source: Source
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    images: Tensor | None
+    workers: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+    """Indices of files that could not be read, each with a sentence; grows while a streamed set is read."""
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), class indices."""
+        return self.source.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.source.class_names)
+
+    @property
+    def resident(self) -> bool:
+        return self.images is not None
+
+    @property
+    def stem(self) -> str:
+        """How a network should start on images of this size: `cifar` up to 64 px, `imagenet` above."""
+        return "cifar" if self.image_size <= CIFAR_STEM_LIMIT else "imagenet"
+
+    @cached_property
+    def _device_labels(self) -> Tensor:
+        return torch.as_tensor(self.labels, device=self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what later stages depend on: labels, class names and pixels (of files: names and sizes)."""
+        digest = hashlib.sha256(f"{self.image_size} {self.class_names}".encode())
+        digest.update(self.labels.tobytes())
+        digest.update(self.source.identity())
+        return digest.hexdigest()
+
+    def good(self) -> np.ndarray:
+        """Indices of all images not known to be bad, ascending."""
+        return np.setdiff1d(np.arange(len(self)), np.fromiter(self.bad, dtype=np.int64, count=len(self.bad)))
+
+    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """Read the given batches of indices in order. Bad files are left out; an empty batch is not skipped."""
+        if self.images is not None:
+            for indices in index_batches:
+                keep = indices if not self.bad else indices[~np.isin(indices, list(self.bad))]
+                at = torch.as_tensor(keep, device=self.device)
+                yield Batch(self.images[at], self._device_labels[at], keep)
+            return
+        loader = torch.utils.data.DataLoader(
+            _Decoder(self.source, self.image_size),
+            batch_sampler=[indices.tolist() for indices in index_batches],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, indices, failures in loader:
+            self.bad.update(failures)
+            at = torch.as_tensor(indices, device=self.device)
+            yield Batch(images.to(self.device, non_blocking=True), self._device_labels[at], indices)
+
+    def fetch(self, indices: np.ndarray) -> Batch:
+        """Read one batch."""
+        return next(self.batches([np.asarray(indices, dtype=np.int64)]))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 to float32 with this set's published or measured constants."""
+        return augment.normalise(images, self.mean, self.std)
+
+    def content(self, index: int) -> str:
+        """A short hash that recognises this image in another copy of the set (see `Source.content`)."""
+        return self.source.content(index)
+
+
+def load_data(
+    config: DataConfig, *, split: str = "train", device: torch.device | str = "cpu", workers: int = 0
+) -> ImageData:
+    """Load one split; nothing of any other split is read.
+
+    Raises ValueError (with the path and what to do) for missing or malformed data, an empty class, a single class, or
+    sizes that need `--image-size`.
+    """
+    source = sources.open_source(config.data, config.data_root, split)
+    if source.num_classes < 2:
+        raise ValueError(
+            f"{source.name} has the single class {source.class_names[0]!r}; a classifier needs two or more."
+        )
+    counts = np.bincount(source.labels, minlength=source.num_classes)
+    if (counts == 0).any():
+        empty = source.class_names[int(counts.argmin())]
+        raise ValueError(f"{source.name}: class {empty!r} has no {split} images; add some or remove the class.")
+    size = _image_size(source, config.image_size)
+    data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
+    if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
+        data.images = _decode_all(data).to(device)
+    mean, std = source.constants or _measure_constants(data)
+    return replace(data, mean=mean, std=std)
+
+
+def augment_batch(images: Tensor, data: ImageData, config: DataConfig, *, rng: np.random.Generator) -> Tensor:
+    """The training transform: crop (up to 64 px) or RandomResizedCrop, flip, normalise. uint8 in, float32 out.
+
+    RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph.
+    """
+    if data.stem == "cifar":
+        images = augment.random_crop(images, config.crop_padding, rng=rng)
+    else:
+        images = augment.random_resized_crop(images, rng=rng)
+    if config.flip:
+        images = augment.random_flip(images, rng=rng)
+    return data.normalise(images)
+
+
+def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tuple[int, ...]) -> list[np.ndarray]:
+    """`steps` batches of a shuffled pass over `indices`, followed by further shuffled passes where it is short.
+
+    A function of `seed` alone, e.g. (seed, stream, epoch). The last batch of a single pass may be smaller.
+    """
+    passes = math.ceil(((steps - 1) * batch_size + 1) / len(indices))
+    rng = np.random.default_rng(list(seed))
+    order = np.concatenate([rng.permutation(indices) for _ in range(passes)])
+    return [order[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
+
+
+def _image_size(source: Source, wanted: int | None) -> int:
+    if wanted is not None:
+        if wanted < 4:
+            raise ValueError(f"--image-size {wanted} is too small; 32 or more is sensible.")
+        return wanted
+    shapes = source.native_sizes()
+    (height, width), first = shapes.most_common(1)[0][0], source.describe(0)
+    if len(shapes) > 1:
+        raise ValueError(f"{source.name}: images differ in size (first: {first}); choose one with --image-size.")
+    if height != width:
+        raise ValueError(f"{source.name}: images are {height}x{width}, not square; choose a side with --image-size.")
+    if height > CIFAR_STEM_LIMIT:
+        raise ValueError(
+            f"{source.name}: images of {height} px are above {CIFAR_STEM_LIMIT}; choose a side with --image-size."
+        )
+    return height
+
+
+def _to_square(pixels: np.ndarray, size: int) -> Tensor:
+    """RGB pixels (H, W, 3) to uint8 (3, size, size): resize the shorter side (antialiased), crop the centre."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    if image.shape[1:] != (size, size):
+        image = TF.center_crop(TF.resize(image, size, antialias=True), size)
+    return image.contiguous()
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """Reads single files for a DataLoader; a failure travels to the main process as a sentence."""
+
+    def __init__(self, source: Source, size: int):
+        self.source, self.size = source, size
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, _to_square(self.source.read(index), self.size)
+        except BadImageError as error:
+            return index, str(error)
+
+
+def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
+    good = [(index, image) for index, image in rows if not isinstance(image, str)]
+    failures = {index: message for index, message in rows if isinstance(message, str)}
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return images, np.array([index for index, _ in good], dtype=np.int64), failures
+
+
+def _decode_all(data: ImageData) -> Tensor:
+    """All images as one tensor (N, 3, S, S); rows of bad files stay black and are named in `data.bad`."""
+    if data.source.arrays is not None and data.source.arrays.shape[1:3] == (data.image_size,) * 2:
+        return torch.from_numpy(data.source.arrays).permute(0, 3, 1, 2).contiguous()
+    images = torch.zeros(len(data), 3, data.image_size, data.image_size, dtype=torch.uint8)
+    decode: Callable[[int], tuple[int, Tensor | str]] = _Decoder(data.source, data.image_size).__getitem__
+    with ThreadPoolExecutor(max_workers=max(1, data.workers)) as pool:  # Pillow decodes outside Python's lock
+        for index, image in pool.map(decode, range(len(data))):
+            if isinstance(image, str):
+                data.bad[index] = image
+            else:
+                images[index] = image
+    if len(data.bad) == len(data):
+        raise ValueError(f"{data.source.name}: not one image can be read; the first: {data.bad[0]}")
+    return images
+
+
+def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel in [0, 1] over the images, at most `sample` evenly spaced ones."""
+    indices = data.good()
+    indices = indices[:: math.ceil(len(indices) / sample)]
+    total, squares, count = np.zeros(3), np.zeros(3), 0
+    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
+        pixels = batch.images.to(torch.float64) / 255.0
+        total += pixels.sum(dim=(0, 2, 3)).cpu().numpy()
+        squares += pixels.square().sum(dim=(0, 2, 3)).cpu().numpy()
+        count += pixels.numel() // 3
+    if count == 0:
+        raise ValueError(f"{data.source.name}: not one image can be read; the first: {next(iter(data.bad.values()))}")
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    # A constant channel carries nothing; dividing by its zero deviation would make it carry NaN.
+    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())

@@ -1,0 +1,85 @@
+"""The device as data: where tensors live, in which precision and layout networks run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+Amp = Literal["off", "bf16", "fp16"]
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where and how to compute. None of it is part of what a stage is, so a run may be resumed on another device."""
+
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:1 | mps; auto takes CUDA where there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = min(8, os.cpu_count() or 1)
+    """Processes or threads that decode image files (-j)."""
+    amp: Amp = "off"
+    """Automatic mixed precision in training and scoring."""
+    channels_last: bool = False
+    """Run networks in channels_last memory format."""
+
+
+def pick_device(config: DeviceConfig) -> torch.device:
+    """Resolve `--device` and apply `--threads`. Raises ValueError for a device that is not there."""
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device} is not available here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def autocast(device: torch.device, amp: Amp) -> AbstractContextManager:
+    """The autocast region of `--amp`, a null context when it is off."""
+    return nullcontext() if amp == "off" else torch.autocast(device.type, dtype=AMP_DTYPES[amp])
+
+
+def to_layout(tensor_or_model: Any, channels_last: bool) -> Any:
+    """A tensor or module in channels_last if asked for."""
+    if not channels_last:
+        return tensor_or_model
+    if isinstance(tensor_or_model, Tensor):
+        return tensor_or_model.contiguous(memory_format=torch.channels_last)
+    return tensor_or_model.to(memory_format=torch.channels_last)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and command line, for `env.json`."""
+    packages = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "commit": commit.stdout.strip() or None,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }

@@ -1,0 +1,119 @@
+"""Reading and writing files so that nothing half-written ever stands under a final name, and nothing read runs code.
+
+Every write goes to a temporary neighbour, is flushed to the disk and then renamed. JSON, NPZ and tensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+TEMPORARY_SUFFIX = ".part"
+
+
+def write_bytes(path: Path, payload: bytes) -> None:
+    """Write atomically. Raises OSError naming `path`; the temporary file is gone then and the old file untouched."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the rights.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Like numpy.savez, with the same bytes for the same arrays (a fixed date in the archive)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), member.getvalue())
+    write_bytes(path, buffer.getvalue())
+
+
+def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
+    """torch.save by way of memory, so that a full disk is an OSError and not a broken archive."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError naming the file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}).") from error
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an archive, without pickles. Raises ValueError naming the file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file.") from None
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a complete .npz file ({error}); remove it or make it anew.") from error
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Load what `save_tensors` wrote: plain containers and tensors only. Raises ValueError naming the file."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file.") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is cut short or not a checkpoint of ours ({type(error).__name__}); remove it, or use --fresh."
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of ours; remove it, or use --fresh.")
+    return state
+
+
+def hash_tensors(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and values, whatever file they lie in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_arrays(*arrays: np.ndarray) -> str:
+    """SHA-256 over shapes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype.str}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

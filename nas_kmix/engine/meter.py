@@ -1,0 +1,60 @@
+"""Running means of a training epoch that stay on the device until somebody asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLossError(Exception):
+    """The loss became infinite or not a number; the message names the stage, the epoch and the step."""
+
+
+class Meter:
+    """Means of named per-batch sums over an epoch, with the first step whose loss was not finite.
+
+    Nothing here waits for the device except `check`, `means` and `state_dict`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, step: int, n: int, **sums: Tensor) -> None:
+        """Add sums over `n` images of step `step`."""
+        for name, value in sums.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64, device=self._device)) + value
+            self._counts[name] = self._counts.get(name, 0) + n
+            newly_bad = (self._first_bad < 0) & ~torch.isfinite(value)
+            self._first_bad = torch.where(newly_bad, step, self._first_bad)
+
+    def check(self, stage: str, epoch: int) -> None:
+        """Raise NonFiniteLossError if any loss so far was not finite (a sync point)."""
+        step = int(self._first_bad)
+        if step >= 0:
+            raise NonFiniteLossError(
+                f"{stage}: the loss was not finite at step {step} of epoch {epoch}. "
+                f"Lower the learning rate, or use --amp off; the same command then resumes before that step."
+            )
+
+    def means(self) -> dict[str, float]:
+        """Mean per image of every sum."""
+        return {name: float(total) / max(1, self._counts[name]) for name, total in self._sums.items()}
+
+    def last(self, name: str) -> float:
+        """The mean of one sum so far, NaN before its first value."""
+        return float(self._sums[name]) / self._counts[name] if name in self._sums else math.nan
+
+    def state_dict(self) -> dict[str, Mapping]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts), "first_bad": self._first_bad}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+        self._first_bad = state["first_bad"].to(self._device)

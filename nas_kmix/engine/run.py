@@ -1,0 +1,284 @@
+"""One run: its folder, its lock, its ledger of cost, and the wish to stop.
+
+A run goes through stages. Each ends in one self-describing file whose *key* (the stage's own config fields and the
+hashes of its inputs) tells whether it can be used again; see `reusable`. The folder is the only place written to.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from nas_kmix.engine import files
+from nas_kmix.engine.device import autocast, to_layout
+from nas_kmix.engine.progress import Progress
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: a second run in one folder is not refused there, and peak memory not known
+    fcntl = resource = None
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StageMismatchError(ValueError):
+    """A file of an earlier run stands where stage `stage` would write, made with other settings."""
+
+    def __init__(self, message: str, stage: str):
+        super().__init__(message)
+        self.stage = stage
+
+
+@dataclass
+class StageCost:
+    """What one stage has cost over all invocations. `skipped`: this invocation found its result and did not run it."""
+
+    wall_s: float = 0.0
+    images_forward: int = 0
+    images_backward: int = 0
+    peak_rss_bytes: int = 0
+    skipped: bool = True
+
+
+class Run:
+    """An open run folder. Use as a context manager: it holds the lock and the signal handlers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stages: tuple[str, ...],
+        device: torch.device | str = "cpu",
+        amp: str = "off",
+        channels_last: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.device, self.amp, self.channels_last = torch.device(device), amp, channels_last
+        self.costs = {stage: StageCost() for stage in stages}
+        self._signum: int | None = None
+        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._writer = None
+        self._checkpoint_time = time.monotonic()
+
+    def __enter__(self) -> Run:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise OSError(f"--out {self.folder} cannot be written to: {error.strerror}.") from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._lock.close()
+                raise ValueError(
+                    f"--out {self.folder} is in use by another run; wait for it or choose another."
+                ) from None
+        for leftover in self.folder.rglob(f"*{files.TEMPORARY_SUFFIX}"):  # of a run that was killed while writing
+            leftover.unlink()
+        self._read_back()
+        self._old_handlers = {}
+        with suppress(ValueError):  # not the main thread: a notebook's or a test's own; signals are not ours then
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        if self._writer is not None:
+            self._writer.close()
+        self._lock.close()
+
+    # -- stopping ------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step to end
+        self._signum = signum
+        with suppress(OSError, RuntimeError):  # the terminal may be gone, or be in the middle of a write
+            os.write(sys.stderr.fileno(), b"\nfinishing the step and saving; Ctrl-C again to stop at once\n")
+
+    @property
+    def stopping(self) -> bool:
+        return self._signum is not None
+
+    def raise_if_stopping(self) -> None:
+        """Raise StoppedError if a signal came in; call it once the state is saved."""
+        if self._signum is not None:
+            raise StoppedError(self._signum)
+
+    # -- results and checkpoints ---------------------------------------------------------------------------------
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def checkpoint_due(self) -> bool:
+        """Whether to save in the middle of an epoch: a signal came in, or a minute has passed."""
+        return self.stopping or time.monotonic() - self._checkpoint_time > SECONDS_BETWEEN_CHECKPOINTS
+
+    def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        files.save_tensors(self.path(f"checkpoints/{name}.pt"), {"key": dict(key), **state})
+        self._checkpoint_time = time.monotonic()
+        self.write_cost()
+
+    def load_checkpoint(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The state to go on from, None where there is none. Raises StageMismatchError for one of another command."""
+        path = self.path(f"checkpoints/{name}.pt")
+        if not path.exists():
+            return None
+        state = files.load_tensors(path, self.device)
+        check_key(path, state.get("key"), key)
+        return state
+
+    def remove_checkpoint(self, name: str) -> None:
+        self.path(f"checkpoints/{name}.pt").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path("checkpoints").rmdir()
+
+    def clear(self, names: tuple[str, ...]) -> None:
+        """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
+        for pattern in (*names, "checkpoints/*.pt", "metrics.csv", "cost.json", "events.out.tfevents.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        self.costs = {stage: StageCost() for stage in self.costs}
+        self._rows.clear()
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def _read_back(self) -> None:
+        """Take up the records of earlier invocations, so that a resumed run ends with complete ones."""
+        if self.path("cost.json").exists():
+            self.adopt_costs(self.path("cost.json"), tuple(self.costs))
+        if self.path("metrics.csv").exists():
+            with open(self.path("metrics.csv"), newline="") as file:
+                for row in csv.DictReader(file):
+                    with suppress(KeyError, TypeError, ValueError):  # a row that is not ours is dropped
+                        self._rows[row["stage"], int(row["epoch"])] = {k: v for k, v in row.items() if v}
+
+    def log(self, stage: str, epoch: int, **values: float) -> None:
+        """Add a row to `metrics.csv` and to TensorBoard. A repeated epoch replaces its row."""
+        self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
+        columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows.values())
+        files.write_text(self.path("metrics.csv"), table.getvalue())
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._writer = SummaryWriter(str(self.folder))
+        for name, value in values.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, epoch)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageCost]:
+        """Bill the time of the block to stage `name`; image passes are added to what it yields."""
+        cost = self.costs[name]
+        cost.skipped = False
+        self._billing = (cost, time.monotonic())
+        try:
+            yield cost
+        finally:
+            self.write_cost()
+            self._billing = None
+
+    _billing: tuple[StageCost, float] | None = None
+
+    def write_cost(self) -> None:
+        """Bring `cost.json` up to date, in the middle of a stage too, so that a killed run is still billed."""
+        if self._billing is not None:
+            cost, since = self._billing
+            now = time.monotonic()
+            cost.wall_s += now - since
+            cost.peak_rss_bytes = max(cost.peak_rss_bytes, peak_rss_bytes())
+            self._billing = (cost, now)
+        rows = {name: asdict(cost) for name, cost in self.costs.items()}
+        total = {
+            "wall_s": sum(cost.wall_s for cost in self.costs.values()),
+            "images_forward": sum(cost.images_forward for cost in self.costs.values()),
+            "images_backward": sum(cost.images_backward for cost in self.costs.values()),
+            "peak_rss_bytes": max(cost.peak_rss_bytes for cost in self.costs.values()),
+        }
+        files.write_json(self.path("cost.json"), {"stages": rows, "total": total})
+
+    def adopt_costs(self, cost_json: Path, stages: tuple[str, ...]) -> bool:
+        """Bill what `stages` cost in the run that their result was taken from; False where that is not recorded."""
+        try:
+            recorded = files.read_json(cost_json)["stages"]
+            for stage in stages:
+                self.costs[stage] = StageCost(**{**recorded[stage], "skipped": True})
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    # -- networks ------------------------------------------------------------------------------------------------
+
+    def autocast(self):
+        return autocast(self.device, self.amp)
+
+    def layout(self, tensor_or_model):
+        return to_layout(tensor_or_model, self.channels_last)
+
+    @staticmethod
+    def say(line: str) -> None:
+        """Print a line without breaking a progress bar."""
+        Progress.say(line)
+
+    def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
+        return Progress(label, total, done=done, unit=unit)
+
+
+def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage's result depends on, in JSON's own types, as it is stored in the result."""
+    return json.loads(json.dumps({"stage": stage, "config": dict(config), "inputs": dict(inputs)}, default=str))
+
+
+def check_key(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+    """Raise StageMismatchError naming every differing field if `path` was made by another command."""
+    if not isinstance(found, Mapping) or found.get("stage") != wanted["stage"]:
+        raise StageMismatchError(f"{path} was not made by the stage {wanted['stage']!r}.", wanted["stage"])
+    differing = []
+    for part in ("config", "inputs"):
+        old, new = found.get(part) or {}, wanted[part]
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                differing.append(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}")
+    if differing:
+        raise StageMismatchError(f"{path} was made with other settings: {'; '.join(differing)}.", wanted["stage"])
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

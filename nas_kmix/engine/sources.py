@@ -1,0 +1,202 @@
+"""Where images come from: digits, CIFAR through torchvision, `.npz` files and image folders.
+
+`open_source` returns a `Source`: labels and class names in memory, pixels as one array (N, H, W, 3) or behind file
+paths that `read` decodes one at a time. Only the named split is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff"})
+# A lossy file may decode to other pixels under another library version: it is recognised by its bytes instead.
+LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})
+# The constants that the published training scripts use.
+CIFAR_CONSTANTS = {
+    "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
+    "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+}
+Constants = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class BadImageError(Exception):
+    """A file that cannot be decoded; the message names it and the cause."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split before it is resized. Either `arrays` (N, H, W, 3) uint8 or `paths` below `folder` is set."""
+
+    name: str
+    split: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    arrays: np.ndarray | None = None
+    folder: Path | None = None
+    paths: tuple[str, ...] | None = None
+    constants: Constants | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def describe(self, index: int) -> str:
+        return f"image {index}" if self.paths is None else str(self.folder / self.paths[index])
+
+    def read(self, index: int) -> np.ndarray:
+        """Native RGB pixels (H, W, 3). Raises BadImageError."""
+        if self.arrays is not None:
+            return self.arrays[index]
+        path = self.folder / self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BadImageError(f"{path}: {error or type(error).__name__}") from error
+
+    def content(self, index: int) -> str:
+        """16 hex digits of the image's RGB pixels, or of the file's bytes where its format is lossy."""
+        if self.paths is not None and Path(self.paths[index]).suffix.lower() in LOSSY_SUFFIXES:
+            payload = (self.folder / self.paths[index]).read_bytes()
+        else:
+            pixels = np.ascontiguousarray(self.read(index))
+            payload = f"{pixels.shape[0]}x{pixels.shape[1]} ".encode() + pixels.tobytes()
+        return hashlib.blake2b(payload, digest_size=8).hexdigest()
+
+    def native_sizes(self) -> Counter[tuple[int, int]]:
+        """How many images have which (H, W). Reads file headers only; unreadable files are not counted."""
+        if self.arrays is not None:
+            return Counter({self.arrays.shape[1:3]: len(self.arrays)})
+        sizes: Counter[tuple[int, int]] = Counter()
+        for path in self.paths:
+            try:
+                with Image.open(self.folder / path) as image:
+                    sizes[image.height, image.width] += 1
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+                continue
+        if not sizes:
+            raise ValueError(f"{self.name}: not one image can be read; the first is {self.describe(0)}.")
+        return sizes
+
+    def identity(self) -> bytes:
+        """What tells this set of pixels from another: the pixels, or the files' names and sizes."""
+        if self.arrays is not None:
+            return hashlib.sha256(np.ascontiguousarray(self.arrays)).digest()
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path} {(self.folder / path).stat().st_size}\n".encode())
+        return digest.digest()
+
+
+def open_source(data: str, root: Path, split: str) -> Source:
+    """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy."""
+    if data == "digits":
+        return _digits(split)
+    if data in CIFAR_CONSTANTS:
+        return _cifar(data, root, split)
+    path = Path(data)
+    if path.suffix == ".npz":
+        return _npz(path, split)
+    if path.is_dir():
+        return _folder(path, split)
+    raise ValueError(
+        f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a "
+        f".npz file."
+    )
+
+
+def _digits(split: str) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8 to 32x32; every fifth of each class, as it comes, is for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    rank_in_class = np.empty(len(digits.target), dtype=np.int64)
+    for label in range(10):
+        members = np.flatnonzero(digits.target == label)
+        rank_in_class[members] = np.arange(len(members))
+    rows = np.flatnonzero((rank_in_class % 5 == 4) == (split == "test"))
+    grey = np.rint(digits.images[rows] * (255.0 / 16.0)).astype(np.uint8)
+    large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in grey]
+    labels = digits.target[rows].astype(np.int64)
+    return Source("digits", split, labels, tuple("0123456789"), arrays=_to_rgb(np.stack(large)))
+
+
+def _cifar(name: str, root: Path, split: str) -> Source:
+    from torchvision import datasets
+
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        cifar = reader(root, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"--data {name} is not under --data-root {root} and could not be downloaded ({error}). "
+            f"Unpack the archive there, or give a .npz file."
+        ) from error
+    labels = np.asarray(cifar.targets, dtype=np.int64)
+    return Source(name, split, labels, tuple(cifar.classes), arrays=cifar.data, constants=CIFAR_CONSTANTS[name])
+
+
+def _npz(path: Path, split: str) -> Source:
+    """MedMNIST's layout: `{split}_images` (N, H, W) or (N, H, W, 3) uint8, `{split}_labels` (N,) or (N, 1)."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in (f"{split}_images", f"{split}_labels") if key not in archive.files]
+            if missing:
+                raise ValueError(f"--data {path} lacks the array {missing[0]}; it has {', '.join(archive.files)}.")
+            images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
+            names = archive["class_names"].tolist() if "class_names" in archive.files else None
+    except FileNotFoundError:
+        raise ValueError(f"--data {path}: there is no such file.") from None
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"--data {path} cannot be read as .npz ({error}); write it anew with numpy.savez.") from error
+    except ValueError as error:
+        if "pickle" in str(error).lower():
+            raise ValueError(f"--data {path} holds Python objects; save plain arrays with numpy.savez.") from error
+        raise
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise ValueError(
+            f"--data {path}: {split}_images must be uint8 (N, H, W) or (N, H, W, 3), not {images.dtype} {images.shape}."
+        )
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or len(images) == 0:
+        raise ValueError(
+            f"--data {path}: {split}_labels must be {len(images)} integers, not {labels.dtype} {labels.shape}."
+        )
+    labels = labels.astype(np.int64)
+    classes = int(labels.max()) + 1 if names is None else len(names)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"--data {path}: {split}_labels must lie in [0, {classes}), the number of class_names.")
+    names = tuple(str(name) for name in (names or range(classes)))
+    return Source(path.name, split, labels, names, arrays=_to_rgb(images))
+
+
+def _folder(folder: Path, split: str) -> Source:
+    """`folder/split/CLASS/*`, classes and files in sorted order; class names are those of `train`."""
+    if not (folder / "train").is_dir():
+        raise ValueError(f"--data {folder} has no subfolder train; images belong in {folder / 'train'}/CLASS/.")
+    names = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not names:
+        raise ValueError(f"{folder / 'train'} has no class folders; images belong in {folder / 'train'}/CLASS/.")
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        files = sorted(p for p in (folder / split / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths += [p.relative_to(folder).as_posix() for p in files]
+        labels += [label] * len(files)
+    if not paths:
+        raise ValueError(f"{folder / split} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return Source(folder.name, split, np.array(labels, dtype=np.int64), names, folder=folder, paths=tuple(paths))
+
+
+def _to_rgb(images: np.ndarray) -> np.ndarray:
+    """Greyscale (N, H, W) or (N, H, W, 1) is repeated to three channels."""
+    if images.ndim == 3:
+        images = images[..., None]
+    return np.ascontiguousarray(images if images.shape[3] == 3 else images.repeat(3, axis=3))

@@ -1,0 +1,306 @@
+"""Stage three: the proxy dataset as a small manifest, `proxy.json`, that any trainer can use.
+
+Scores and labels in, a `ProxyManifest` out: which images, and which of them train weights and which the architecture.
+It recognises its images by content, so that it applies to any copy of the data set, in whatever order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from nas_kmix.engine import files
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.run import stage_key
+from nas_kmix.engine.sources import BadImageError
+from nas_kmix.sampling import Method, select
+from nas_kmix.scoring import ScoreTable
+
+FORMAT, VERSION = "nas_kmix/proxy", 1
+SELECTION, HALVES = 11, 12  # random streams
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """Which images make the proxy. The default is the paper's high-CV sampling at an interval (SM Fig. 3)."""
+
+    ratio: float = 0.1
+    """t, the share of each class that is kept, in (0, 1]."""
+    measure: Literal["cv", "mean", "std"] = "cv"
+    """What images are ranked by: coefficient of variation, mean or standard deviation of their losses."""
+    method: Method = "interval"
+    """interval | top | bottom | random; a random proxy needs no scorer and no scores."""
+    interval: int = 4
+    """s: take every s-th image of the descending order; 1 is `top`, 1 / ratio nearly random."""
+    balanced: bool = True
+    """Select class by class."""
+    arch_share: float = 0.5
+    """Share of the proxy that trains the architecture; the rest trains the weights (.5 on CIFAR, .2 on ImageNet)."""
+    seed: Annotated[int, tyro.conf.Suppress] = 0
+    """Of the division into halves, and of a random selection."""
+
+    def __post_init__(self):
+        if not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"--ratio is the share of images to keep and must lie in (0, 1], not {self.ratio}.")
+        if self.interval < 1:
+            raise ValueError(f"--interval must be at least 1, not {self.interval}.")
+        if not 0.0 < self.arch_share < 1.0:
+            raise ValueError(f"--arch-share must lie strictly between 0 and 1, not {self.arch_share}.")
+
+
+@dataclass(frozen=True)
+class ProxyManifest:
+    """A proxy dataset. Indices count the images of `split` in the data set's own order.
+
+    indices: int64 (P,), sorted; weights, arch: the two halves, disjoint, together `indices`; content: a short hash of
+    each selected image; paths: of folders, relative; fingerprint: of the whole set; scores: hash of the scores used.
+    """
+
+    data: str
+    split: str
+    n: int
+    fingerprint: str
+    class_names: tuple[str, ...]
+    ratio: float
+    method: str
+    measure: str
+    interval: int
+    balanced: bool
+    arch_share: float
+    seed: int
+    scores: str | None
+    indices: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    arch: np.ndarray
+    content: tuple[str, ...]
+    paths: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "data": self.data,
+            "split": self.split,
+            "n": self.n,
+            "fingerprint": self.fingerprint,
+            "class_names": list(self.class_names),
+            "ratio": self.ratio,
+            "method": self.method,
+            "measure": self.measure,
+            "interval": self.interval,
+            "balanced": self.balanced,
+            "arch_share": self.arch_share,
+            "seed": self.seed,
+            "scores": self.scores,
+            "class_counts": counts.tolist(),
+            "indices": self.indices.tolist(),
+            "labels": self.labels.tolist(),
+            "halves": {"weights": self.weights.tolist(), "arch": self.arch.tolist()},
+            "content": list(self.content),
+            "paths": None if self.paths is None else list(self.paths),
+        }
+
+    def key(self) -> dict[str, Any]:
+        """What the selection depended on."""
+        settings = {field.name: getattr(self, field.name) for field in fields(ProxyConfig)}
+        return stage_key("selection", settings, {"data": self.fingerprint, "scores": self.scores})
+
+    def hash(self) -> str:
+        """SHA-256 of which images are in which half."""
+        halves = [self.indices.tolist(), self.weights.tolist(), self.arch.tolist()]
+        return hashlib.sha256(json.dumps([self.fingerprint, *halves]).encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write `proxy.json`, atomically; one key per line, so that two manifests compare well."""
+        lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
+        files.write_text(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> ProxyManifest:
+        """Read and check `proxy.json`. Raises ValueError naming the file and what is wrong with it."""
+        raw = files.read_json(Path(path))
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a proxy manifest; make one with search.py --stop-after proxy.")
+        if raw.get("version") != VERSION:
+            raise ValueError(f"{path} has version {raw.get('version')}; this program reads version {VERSION}.")
+        try:
+            return _from_json(raw)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            cause = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is damaged: {cause}; make the proxy anew.") from error
+
+    def apply(self, data: ImageData) -> ProxyManifest:
+        """The same proxy in the indices of `data`, another copy of its set, maybe in another order.
+
+        Images are matched by content and class, repeated ones in order of occurrence; classes by name where the names
+        are the same, otherwise by number. Raises ValueError naming the first image that is missing.
+        """
+        if data.fingerprint == self.fingerprint:
+            return self
+        if len(data.class_names) != len(self.class_names):
+            raise ValueError(
+                f"The proxy of {self.data} has {len(self.class_names)} classes, but --data has {data.num_classes}; "
+                f"give the data set it was made from."
+            )
+        same_names = set(data.class_names) == set(self.class_names)
+        relabel = [data.class_names.index(n) if same_names else i for i, n in enumerate(self.class_names)]
+        rows = defaultdict(list)
+        for index in data.good()[::-1]:  # reversed, so that pop() gives the first occurrence
+            rows[data.content(int(index)), int(data.labels[index])].append(int(index))
+        new = {}
+        for position, (old, label, content) in enumerate(zip(self.indices, self.labels, self.content, strict=True)):
+            matches = rows[content, relabel[label]]
+            if not matches:
+                name = self.paths[position] if self.paths else f"image {old}"
+                raise ValueError(
+                    f"The proxy of {self.data} does not belong to --data: {name} (class "
+                    f"{self.class_names[label]}, content {content}) is not in it."
+                )
+            new[int(old)] = matches.pop()
+        indices = np.array(sorted(new.values()), dtype=np.int64)
+        contents = {new[int(old)]: content for old, content in zip(self.indices, self.content, strict=True)}
+        return replace(
+            self,
+            n=len(data),
+            fingerprint=data.fingerprint,
+            class_names=data.class_names,
+            indices=indices,
+            labels=data.labels[indices],
+            weights=np.array(sorted(new[i] for i in self.weights.tolist()), dtype=np.int64),
+            arch=np.array(sorted(new[i] for i in self.arch.tolist()), dtype=np.int64),
+            content=tuple(contents[i] for i in indices.tolist()),
+            paths=_paths(data, indices),
+        )
+
+    def export_list(self, path: Path | str) -> None:
+        """Write one line `path-or-index<TAB>label<TAB>class name` per image, for other trainers."""
+        names = self.paths or self.indices.tolist()
+        rows = [f"{n}\t{c}\t{self.class_names[c]}\n" for n, c in zip(names, self.labels.tolist(), strict=True)]
+        files.write_text(Path(path), "".join(rows))
+
+
+def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -> ProxyManifest:
+    """Select images by their scores (`table` may be None for a random proxy) and divide them into halves."""
+    rng = np.random.default_rng([config.seed, SELECTION])
+    if config.method == "random":
+        candidates = data.good() if table is None else table.index
+        scores = np.zeros(len(candidates))
+    elif table is None:
+        raise ValueError(f"--method {config.method} needs scores; give --scores, or use --method random.")
+    else:
+        candidates, scores = table.index, table.measure(config.measure)
+    while True:
+        chosen = candidates[
+            select(
+                scores,
+                data.labels[candidates],
+                config.ratio,
+                method=config.method,
+                interval=config.interval,
+                balanced=config.balanced,
+                rng=rng,
+            )
+        ]
+        content, unreadable = [], []
+        for index in chosen.tolist():
+            try:
+                content.append(data.content(index))
+            except BadImageError as error:
+                data.bad[index] = str(error)
+                unreadable.append(index)
+        if not unreadable:
+            break
+        # Without scores nobody has read these files before: choose again among the others.
+        keep = ~np.isin(candidates, unreadable)
+        candidates, scores = candidates[keep], scores[keep]
+    weights, arch = split_halves(chosen, data.labels[chosen], config.arch_share, seed=config.seed)
+    return ProxyManifest(
+        data=data.source.name,
+        split=data.source.split,
+        n=len(data),
+        fingerprint=data.fingerprint,
+        class_names=data.class_names,
+        **asdict(config),
+        scores=None if table is None else table.hash(),
+        indices=chosen,
+        labels=data.labels[chosen],
+        weights=weights,
+        arch=arch,
+        content=tuple(content),
+        paths=_paths(data, chosen),
+    )
+
+
+def split_halves(
+    indices: np.ndarray, labels: np.ndarray, arch_share: float, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide images by class into those that train weights and those that train the architecture, both sorted.
+
+    Each class gives `arch_share` of its images to the architecture. Where that is no whole number, the remainders add
+    up from class to class, so that the totals are off by less than one image; but every class keeps an image on each
+    side, and the only image of a class goes to the weights.
+    """
+    rng = np.random.default_rng([seed, HALVES])
+    weights, arch, owed = [], [], 0.0
+    for label in np.unique(labels):
+        members = rng.permutation(indices[labels == label])
+        count = 0
+        if len(members) > 1:
+            owed += arch_share * len(members)
+            count = min(max(round(owed), 1), len(members) - 1)
+            owed -= count
+        arch.append(members[:count])
+        weights.append(members[count:])
+    return np.sort(np.concatenate(weights)), np.sort(np.concatenate(arch))
+
+
+def _paths(data: ImageData, indices: np.ndarray) -> tuple[str, ...] | None:
+    return None if data.source.paths is None else tuple(data.source.paths[i] for i in indices)
+
+
+def _from_json(raw: dict[str, Any]) -> ProxyManifest:
+    names = tuple(str(name) for name in raw["class_names"])
+    indices, labels = _int_array(raw, "indices"), _int_array(raw, "labels")
+    weights, arch = (_int_array(raw["halves"], half) for half in ("weights", "arch"))
+    n = int(raw["n"])
+    if len(indices) == 0 or (np.diff(indices) <= 0).any() or indices[0] < 0 or indices[-1] >= n:
+        raise ValueError(f"indices must ascend within [0, {n})")
+    if not np.array_equal(np.sort(np.concatenate([weights, arch])), indices):
+        raise ValueError("the two halves together are not the indices")
+    if labels.shape != indices.shape or labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(f"labels must be one class number in [0, {len(names)}) per index")
+    content = tuple(str(item) for item in raw["content"])
+    paths = None if raw["paths"] is None else tuple(str(item) for item in raw["paths"])
+    if len(content) != len(indices) or (paths is not None and len(paths) != len(indices)):
+        raise ValueError("content and paths must have one entry per index")
+    plain = ("data", "split", "fingerprint", "ratio", "method", "measure", "interval", "balanced", "arch_share")
+    return ProxyManifest(
+        n=n,
+        class_names=names,
+        indices=indices,
+        labels=labels,
+        weights=weights,
+        arch=arch,
+        content=content,
+        paths=paths,
+        seed=raw["seed"],
+        scores=raw["scores"],
+        **{name: raw[name] for name in plain},
+    )
+
+
+def _int_array(raw: dict[str, Any], name: str) -> np.ndarray:
+    values = raw[name]
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{name} must be a list of whole numbers")
+    return np.array(values, dtype=np.int64)

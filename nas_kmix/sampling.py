@@ -1,0 +1,77 @@
+"""From one score per image to the indices of a proxy dataset, class by class (SM eq. 1).
+
+In: scores (N,), a higher one is selected first, and labels (N,). Out: sorted indices. A class of N_c images
+gives `floor(ratio * N_c + 1/2)` of them, at least one. *Interval* sampling (SM Fig. 3b) walks through the class
+in order of score and takes every s-th image, so that the proxy reaches from the highest scores further down;
+s = 1 is *top*, and s = 1 / ratio spreads evenly over the class, which is nearly a random choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import numpy as np
+
+Method = Literal["interval", "top", "bottom", "random"]
+
+
+def select(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    ratio: float,
+    *,
+    method: Method = "interval",
+    interval: int = 4,
+    balanced: bool = True,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Choose a share `ratio` in (0, 1] of the images: int64 indices into `scores`, sorted.
+
+    method: `top` takes the highest scores, `bottom` the lowest, `interval` ranks 0, s, 2s, … of the descending
+        order with s = `interval`, and where the class ends goes on at rank 1, then 2; `random` (needs `rng`)
+        ignores the scores. Ties go to the lower index.
+    balanced: class by class; otherwise the whole set counts as one class.
+
+    Raises ValueError for scores that are not finite, unequal lengths, and values out of range.
+    """
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    _check(scores, labels, ratio, method, interval, rng)
+    groups = [np.arange(len(scores))]
+    if balanced:
+        by_class = np.argsort(labels, kind="stable")
+        groups = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
+    chosen = []
+    for members in groups:  # indices of one class, ascending
+        count = max(1, math.floor(ratio * len(members) + 0.5))
+        if method == "random":
+            chosen.append(rng.permutation(members)[:count])
+            continue
+        # A stable sort of members in ascending order leaves the lower index first among equal scores.
+        ranked = members[np.argsort(scores[members] if method == "bottom" else -scores[members], kind="stable")]
+        step = interval if method == "interval" else 1
+        chosen.append(ranked[_interval_ranks(len(ranked), step)[:count]])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def _interval_ranks(n: int, step: int) -> np.ndarray:
+    """All ranks below `n` in the order 0, s, 2s, …, then 1, 1+s, …, then 2, …"""
+    ranks = np.arange(n)
+    return np.lexsort((ranks, ranks % step))
+
+
+def _check(scores, labels, ratio, method, interval, rng) -> None:
+    if scores.ndim != 1 or labels.shape != scores.shape or len(scores) == 0:
+        raise ValueError(
+            f"scores and labels must be two lists of one length, at least 1, not {scores.shape} and {labels.shape}."
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores[{int(np.flatnonzero(~np.isfinite(scores))[0])}] is not a finite number.")
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"ratio is the share of images to keep and must lie in (0, 1], not {ratio}.")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}.")
+    if interval < 1:
+        raise ValueError(f"interval must be at least 1, not {interval}.")
+    if method == "random" and rng is None:
+        raise ValueError("method 'random' needs rng, a numpy.random.Generator.")

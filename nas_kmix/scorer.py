@@ -1,0 +1,112 @@
+"""Stage one: train the classifier whose losses will score the images. Images in, `scorer.pt` out.
+
+The paper trains PyramidNet-110 with DCutMix (Table 1); a small network for few epochs gives a scorer that a laptop
+can afford. What it costs is billed like every other stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nas_kmix.backbones import build_backbone
+from nas_kmix.engine import files
+from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.run import Run
+from nas_kmix.engine.training import Mix, TrainConfig, train
+from nas_kmix.mixing import DCutMix, DMixup
+
+FORMAT = "nas_kmix/classifier"
+MIXERS = {"dmixup": DMixup, "dcutmix": DCutMix}
+
+
+@dataclass(frozen=True)
+class ScorerConfig(TrainConfig):
+    """The classifier that scores, and how it is trained (the paper's Table 1: PyramidNet-110 with DCutMix)."""
+
+    backbone: str = "pyramidnet110"
+    """A name of `nas_kmix.backbones.BACKBONES`."""
+    mix: Literal["none", "dmixup", "dcutmix"] = "dcutmix"
+    mix_k: int = 5
+    """Images in a mix, at least 2."""
+    mix_alpha: float = 0.2
+    """Concentration of the Dirichlet distribution that phi is drawn from."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+
+
+def make_mix(config: ScorerConfig, num_classes: int) -> Mix:
+    """The mixing function of the training loop."""
+    if config.mix == "none":
+        return partial(_one_hot, num_classes)
+    mixer = MIXERS[config.mix](k=config.mix_k, alpha=config.mix_alpha, num_classes=num_classes, p=config.mix_prob)
+    return partial(_mix, mixer)
+
+
+def _one_hot(num_classes: int, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    return images, F.one_hot(labels, num_classes).float()
+
+
+def _mix(mixer: DCutMix | DMixup, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    return mixer(images, labels, rng=rng)
+
+
+def train_scorer(
+    data: ImageData, config: ScorerConfig, data_config: DataConfig, *, run: Run, key: Mapping[str, Any], path: Path
+) -> nn.Module:
+    """Train on all of `data` and write `path`; resumes from the run's checkpoint."""
+    model = run.layout(_build(config.backbone, data.num_classes, data.stem, config.seed).to(run.device))
+    mix = make_mix(config, data.num_classes)
+    train(model, data, config, data_config, mix=mix, run=run, stage="scorer", key=key)
+    network = {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
+    state = {
+        "format": FORMAT,
+        "network": network,
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+        "model": model.state_dict(),
+    }
+    files.save_tensors(path, {"key": dict(key), **state})
+    run.remove_checkpoint("scorer")
+    return model
+
+
+def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, dict[str, Any]]:
+    """Load `scorer.pt` for scoring `data`: the model and the key that it was made with.
+
+    Raises ValueError if the file is damaged or its network does not fit the data.
+    """
+    state = files.load_tensors(path, run.device)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
+    network = state["network"]
+    for name, wanted in (("num_classes", data.num_classes), ("stem", data.stem)):
+        if network[name] != wanted:
+            raise ValueError(
+                f"{path} was trained with {name}={network[name]}, but --data needs {wanted}; "
+                f"leave out --scorer to train a new one."
+            )
+    if state["class_names"] != list(data.class_names):
+        raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
+    model = _build(network["backbone"], network["num_classes"], network["stem"], seed=0).to(run.device)
+    model.load_state_dict(state["model"])
+    return run.layout(model), state["key"]
+
+
+def _build(backbone: str, num_classes: int, stem: str, seed: int) -> nn.Module:
+    return build_backbone(backbone, num_classes=num_classes, stem=stem, seed=seed)
+
+
+def scorer_hash(model: nn.Module) -> str:
+    """What scores depend on, of the scorer: its weights and statistics."""
+    return files.hash_tensors({k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)})

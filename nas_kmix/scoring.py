@@ -1,0 +1,361 @@
+"""Stage two: how much an image's loss varies under mixing. A trained classifier and images in, a `ScoreTable` out.
+
+Each image in turn is the *anchor*: with its share fixed at phi_anchor it is the outer ring of a DCutMix, and the rest
+of phi, drawn from the conditional Dirichlet distribution, goes to K - 1 partners pasted on it. M draws of phi, boxes
+and partners give M losses against the mixed label (eq. 8); their coefficient of variation std / mean is the score (SM,
+"Data Subsampling"). Images are not augmented and the network is in eval mode, so nothing else varies.
+
+Every draw is a function of (seed, image index, draw) alone, through Philox with the index as its counter. Scores
+therefore do not depend on batch size, order, workers or shards, and more draws extend fewer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from scipy import special, stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nas_kmix.engine import files
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.run import Run
+from nas_kmix.mixing import box_plan, boxes_from_uniforms, mix_labels, paste
+
+FORMAT = "nas_kmix/scores"
+PHI, BOXES, PARTNERS, POOL = 1, 2, 3, 4  # one random stream per quantity
+DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
+IMAGES_PER_SHARD = 512
+RELIABILITY_SPLITS = 20
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """The anchor-mix. Defaults are the paper's (SM, "Data Subsampling") and, where it is silent, neutral choices."""
+
+    draws: int = 10
+    """M, mixes per image; at least 2, and 4 or more for a reliability."""
+    k: int = 3
+    """Images in a mix, the anchor included: the paper has two partners."""
+    alpha: float = 2 / 9
+    """Concentration of each partner's share of the rest."""
+    phi_anchor: float = 0.5
+    """The anchor's share, in (0, 1); 0.5 was the paper's best."""
+    loss: Literal["mixed", "minus_entropy", "anchor"] = "mixed"
+    """Cross-entropy against the mixed label (eq. 8), the same less the label's entropy, or against the anchor's label.
+    The label's own entropy is noise in the ranking; without it ten draws agree better between seeds."""
+    partners: Literal["fresh", "fixed", "common"] = "fresh"
+    """New partners at every draw, the same for all draws of an image, or, with the same phi and boxes too, the same
+    for all images at one draw."""
+    batch_size: int = 512
+    """Mixed images in a forward pass."""
+    pool_size: int = 4096
+    """Possible partners of a streamed set; a resident set draws from all its images."""
+    seed: Annotated[int, tyro.conf.Suppress] = 0
+    """Of every draw."""
+
+    def __post_init__(self):
+        if self.draws < 2:
+            raise ValueError(f"--scoring.draws is {self.draws}; a variation needs two or more.")
+        if self.k < 2:
+            raise ValueError(f"--scoring.k is {self.k}; a mix needs two images or more.")
+        if not 0.0 < self.phi_anchor < 1.0:
+            raise ValueError(f"--scoring.phi-anchor must lie strictly between 0 and 1, not {self.phi_anchor}.")
+        if not self.alpha > 0.0:
+            raise ValueError(f"--scoring.alpha must be positive, not {self.alpha}.")
+        if self.batch_size < 1:
+            raise ValueError(f"--scoring.batch-size must be at least 1, not {self.batch_size}.")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that scores depend on."""
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One row per scored image, ascending in `index`; images that could not be read have none.
+
+    index, label: int64 (N,); losses: float32 (N, M), the loss at every draw.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 (N,), m(L_i)."""
+        return self.losses.mean(axis=1, dtype=np.float64)
+
+    @property
+    def std(self) -> np.ndarray:
+        """float64 (N,), sigma(L_i), with M - 1 in the denominator."""
+        return self.losses.astype(np.float64).std(axis=1, ddof=1)
+
+    @property
+    def cv(self) -> np.ndarray:
+        """float64 (N,), the coefficient of variation std / mean; 0 where every loss is 0."""
+        return _cv(self.losses)
+
+    def measure(self, name: Literal["cv", "mean", "std"]) -> np.ndarray:
+        return {"cv": self.cv, "mean": self.mean, "std": self.std}[name]
+
+    def hash(self) -> str:
+        return files.hash_arrays(self.index, self.label, self.losses)
+
+    def reliability(self) -> float:
+        """How well the ranking by CV would repeat itself with new draws: 1 exactly, 0 not at all.
+
+        Spearman's correlation between the CVs of two random halves of the draws, averaged over 20 splits and stepped
+        up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws. With
+        `partners="fixed"` the halves share their partners, and this is too high.
+        """
+        draws = self.losses.shape[1]
+        if draws < 4 or len(self.losses) < 3:
+            return float("nan")
+        rng = np.random.default_rng(0)
+        correlations = []
+        for _ in range(RELIABILITY_SPLITS):
+            order = rng.permutation(draws)
+            first, second = order[: draws // 2], order[draws // 2 : draws // 2 * 2]
+            correlations.append(stats.spearmanr(_cv(self.losses[:, first]), _cv(self.losses[:, second])).statistic)
+        r = float(np.mean(correlations))
+        return 2 * r / (1 + r)
+
+    @staticmethod
+    def merge(tables: list[ScoreTable]) -> ScoreTable:
+        """Put shards together, in whatever order they come. Raises ValueError for an image scored twice."""
+        index = np.concatenate([table.index for table in tables])
+        order = np.argsort(index, kind="stable")
+        if (np.diff(index[order]) == 0).any():
+            raise ValueError("The shards overlap: an image was scored twice.")
+        label = np.concatenate([table.label for table in tables])
+        return ScoreTable(index[order], label[order], np.concatenate([table.losses for table in tables])[order])
+
+    def save(self, path: Path, meta: dict[str, Any]) -> None:
+        """Write `index, label, mean, std, cv, losses` and `meta` (JSON) as .npz, atomically."""
+        measures = {"mean": self.mean, "std": self.std, "cv": self.cv}
+        arrays = {"index": self.index, "label": self.label, **measures, "losses": self.losses}
+        files.write_npz(path, {**arrays, "meta": np.array(json.dumps({"format": FORMAT, **meta}))})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[ScoreTable, dict[str, Any]]:
+        """Read what `save` wrote: the table and its meta. Raises ValueError naming the file."""
+        arrays = files.read_npz(path)
+        missing = {"index", "label", "losses", "meta"} - arrays.keys()
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not a scores.npz of nas_kmix.")
+        try:
+            meta = json.loads(str(arrays["meta"]))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: its meta is not JSON ({error}); score the images anew.") from error
+        table = cls(arrays["index"], arrays["label"], arrays["losses"])
+        n = len(table.index)
+        if (
+            meta.get("format") != FORMAT
+            or table.index.shape != (n,)
+            or table.label.shape != (n,)
+            or table.losses.ndim != 2
+            or table.losses.shape[0] != n
+            or (np.diff(table.index) <= 0).any()
+        ):
+            raise ValueError(f"{path} is not a scores.npz of nas_kmix; score the images anew.")
+        return table, meta
+
+
+def _cv(losses: np.ndarray) -> np.ndarray:
+    losses = losses.astype(np.float64)
+    mean, std = losses.mean(axis=1), losses.std(axis=1, ddof=1)
+    return np.divide(std, mean, out=np.zeros_like(std), where=mean != 0)
+
+
+@torch.inference_mode()
+def score_dataset(
+    model: nn.Module,
+    data: ImageData,
+    config: ScoringConfig,
+    *,
+    indices: np.ndarray | None = None,
+    run: Run | None = None,
+    on_shard: Callable[[ScoreTable], None] = lambda shard: None,
+) -> ScoreTable:
+    """Score the images `indices` of `data` (default: all) with a classifier (N, 3, S, S) to logits (N, classes).
+
+    Shards of 512 images are handed to `on_shard` as they are done; `ScoreTable.merge` puts shards together. The model
+    is in eval mode meanwhile and as before afterwards. `run` gives precision and memory layout (default: float32).
+    Files that cannot be read are noted in `data.bad` and have no row.
+    """
+    pool_rows, pool = _partner_pool(data, config)
+    if len(pool_rows) <= config.k:
+        raise ValueError(f"Scoring mixes {config.k} different images, but only {len(pool_rows)} can be read.")
+    pool_labels = torch.as_tensor(data.labels[pool_rows], device=data.device)
+    wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
+    shards = [wanted[i : i + IMAGES_PER_SHARD] for i in range(0, len(wanted), IMAGES_PER_SHARD)]
+    was_training = model.training
+    model.eval()
+    try:
+        tables = []
+        for batch in data.batches(shards):
+            draws = _draw(batch.indices, pool_rows, (data.image_size,) * 2, config)
+            losses = [
+                _anchor_losses(model, data, batch, part, pool, pool_labels, config, run)
+                for part in draws.batches(config.batch_size)
+            ]
+            losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
+            tables.append(ScoreTable(batch.indices, data.labels[batch.indices], losses))
+            on_shard(tables[-1])
+    finally:
+        model.train(was_training)
+    return ScoreTable.merge(tables)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Everything random about the mixes of some anchors; row i * M + m is draw m of anchor i.
+
+    anchor: (R,) rows into the batch of anchors; partners: (R, K-1) rows into the pool; boxes: (R, K-1, 4).
+    """
+
+    anchor: np.ndarray
+    partners: np.ndarray
+    boxes: np.ndarray
+
+    def batches(self, size: int) -> Iterator[_Draws]:
+        for i in range(0, len(self.anchor), size):
+            rows = slice(i, i + size)
+            yield _Draws(self.anchor[rows], self.partners[rows], self.boxes[rows])
+
+
+def _anchor_losses(model, data, batch, draws, pool, pool_labels, config, run) -> Tensor:
+    """Losses float32 (R,) of the given mixes."""
+    # Anchors come first and the pool behind them, as one stack of sources without copying the pool.
+    anchors = torch.as_tensor(draws.anchor, device=data.device)
+    chosen, where = np.unique(draws.partners, return_inverse=True)
+    chosen = torch.as_tensor(chosen, device=data.device)
+    sources = torch.cat([batch.images[anchors], pool[chosen]])
+    labels = torch.cat([batch.labels[anchors], pool_labels[chosen]])
+    own = np.arange(len(anchors))
+    partners = np.column_stack([own, len(own) + where.reshape(draws.partners.shape)])
+    plan = box_plan(partners, draws.boxes, tuple(sources.shape[-2:]), device=data.device)
+
+    images = data.normalise(paste(sources, plan))
+    if run is None:
+        logits = model(images)
+    else:
+        with run.autocast():
+            logits = model(run.layout(images))
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    if config.loss == "anchor":
+        return F.nll_loss(log_probabilities, batch.labels[anchors], reduction="none")
+    soft = mix_labels(labels, plan.partners, plan.weights, data.num_classes)
+    losses = -(soft * log_probabilities).sum(dim=1)
+    if config.loss == "minus_entropy":
+        losses = losses + torch.special.xlogy(soft, soft).sum(dim=1)
+    return losses
+
+
+def _draw(indices: np.ndarray, pool_rows: np.ndarray, size: tuple[int, int], config: ScoringConfig) -> _Draws:
+    """All M draws for the images `indices`; `pool_rows` are the dataset indices of the possible partners."""
+    n, free = len(indices), config.k - 1
+    sticks = np.empty((n, config.draws, free))
+    boxes = np.empty((n, config.draws, free, 2))
+    partners = np.empty((n, config.draws, free), dtype=np.int64)
+    for m in range(config.draws):
+        sticks[:, m, 1:] = _uniforms(PHI, m, indices, free - 1, config)
+        boxes[:, m] = _uniforms(BOXES, m, indices, 2 * free, config).reshape(n, free, 2)
+        draw = 0 if config.partners == "fixed" else m
+        partners[:, m] = _draw_partners(_uniforms(PARTNERS, draw, indices, free + 1, config), indices, pool_rows)
+    # The anchor takes its share off the stick. Of the rest, a Dirichlet over K - 1 partners breaks off pieces of
+    # Beta(a, (K-1-k) a), here by their inverse distribution functions: a number of uniforms known beforehand.
+    sticks[:, :, 0] = config.phi_anchor
+    for k in range(1, free):
+        sticks[:, :, k] = special.betaincinv(config.alpha, (free - k) * config.alpha, sticks[:, :, k])
+    sticks = sticks.reshape(-1, free)
+    return _Draws(
+        np.repeat(np.arange(n), config.draws),
+        partners.reshape(-1, free),
+        boxes_from_uniforms(sticks, size, boxes.reshape(-1, free, 2)),
+    )
+
+
+def _uniforms(stream: int, draw: int, indices: np.ndarray, count: int, config: ScoringConfig) -> np.ndarray:
+    """Uniform numbers (N, count) in [0, 1) that depend on (seed, stream, draw, index) alone; `indices` ascend."""
+    if config.partners == "common":
+        indices = np.zeros_like(indices)
+    counters = -(-count // DOUBLES_PER_COUNTER)
+    first, last = (int(indices[0]), int(indices[-1])) if len(indices) else (0, 0)
+    philox = np.random.Philox(key=[config.seed, stream], counter=[first * counters, draw, 0, 0])
+    block = np.random.Generator(philox).random((last - first + 1, counters * DOUBLES_PER_COUNTER))
+    return block[indices - first, :count]
+
+
+def _draw_partners(uniforms: np.ndarray, indices: np.ndarray, pool_rows: np.ndarray) -> np.ndarray:
+    """K - 1 different rows of the pool per anchor, never the anchor's own: uniforms (N, K) to int64 (N, K-1).
+
+    K different rows are drawn, the last as a spare for where the anchor comes up. So, with common uniforms, all other
+    anchors meet the same partners.
+    """
+    rows = np.empty(uniforms.shape, dtype=np.int64)
+    for k in range(uniforms.shape[1]):
+        free = len(pool_rows) - k
+        rows[:, k] = np.minimum((uniforms[:, k] * free).astype(np.int64), free - 1)
+        for taken in np.sort(rows[:, :k], axis=1).T:  # step over the rows already taken, in ascending order
+            rows[:, k] += rows[:, k] >= taken
+    return np.where(pool_rows[rows[:, :-1]] == indices[:, None], rows[:, -1:], rows[:, :-1])
+
+
+def _partner_pool(data: ImageData, config: ScoringConfig) -> tuple[np.ndarray, Tensor]:
+    """Who may be pasted: dataset indices (P,), ascending, and their images uint8 (P, 3, S, S)."""
+    if data.images is not None:
+        rows = data.good()
+        return rows, data.images if len(rows) == len(data) else data.images[torch.as_tensor(rows, device=data.device)]
+    rng = np.random.default_rng([config.seed, POOL])
+    rows = np.sort(rng.choice(len(data), size=min(config.pool_size, len(data)), replace=False))
+    batches = list(data.batches(np.array_split(rows, -(-len(rows) // IMAGES_PER_SHARD))))
+    return np.concatenate([b.indices for b in batches]), torch.cat([b.images for b in batches])
+
+
+def score_stage(
+    model: nn.Module, data: ImageData, config: ScoringConfig, *, run: Run, key: dict[str, Any], path: Path
+) -> ScoreTable:
+    """Score all of `data`, resuming after the shards already done, and write `path`."""
+    tables = []
+    done = np.empty(0, dtype=np.int64)
+    if (state := run.load_checkpoint("scoring", key)) is not None:
+        tables = [ScoreTable(*(state[name].numpy() for name in ("index", "label", "losses")))]
+        done = tables[0].index
+        data.bad.update(state["bad"])
+    wanted = np.setdiff1d(data.good(), done)
+    progress = run.progress("scoring", len(done) + len(wanted), done=len(done), unit="image")
+
+    with run.stage("scoring") as cost:
+
+        def on_shard(shard: ScoreTable) -> None:
+            tables.append(shard)
+            cost.images_forward += shard.losses.size
+            progress.update(len(shard.index))
+            if not np.isfinite(shard.losses).all():
+                bad = shard.index[~np.isfinite(shard.losses).all(axis=1)][0]
+                raise ValueError(
+                    f"scoring: the loss of image {bad} is not finite; the scorer has diverged, train it anew."
+                )
+            if run.checkpoint_due():
+                table = ScoreTable.merge(tables)
+                rows = {name: torch.from_numpy(getattr(table, name)) for name in ("index", "label", "losses")}
+                run.save_checkpoint("scoring", key, {**rows, "bad": dict(data.bad)})
+                run.raise_if_stopping()
+
+        if len(wanted):
+            score_dataset(model, data, config, indices=wanted, run=run, on_shard=on_shard)
+        progress.close()
+        table = ScoreTable.merge(tables)
+        table.save(path, {"key": key, "bad": {str(index): message for index, message in data.bad.items()}})
+        run.remove_checkpoint("scoring")
+    return table

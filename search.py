@@ -1,0 +1,581 @@
+"""Search an architecture on a proxy dataset: images in, `genotype.json` out.
+
+    python search.py --out runs/digits                                # handwritten digits, two minutes on a laptop
+    python search.py --preset cpu --data cifar100 --out runs/c100     # a small scorer and supernet
+    python search.py --preset paper --data cifar100 --out runs/paper  # the paper's settings, for a GPU
+    python search.py --preset paper --data cifar100 --stop-after proxy --export-list proxy.tsv
+
+Four stages, each ending in one file that the next one reads: scorer.pt, scores.npz, proxy.json, genotype.json. The
+same command again resumes or skips, stage by stage; --scorer, --scores and --proxy start later in the chain.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from darts_space import ARCHITECTURE_NAMES, BilevelConfig, Genotype, Search, SuperNet, scaled_lr
+from nas_kmix.engine import files
+from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches, load_data
+from nas_kmix.engine.device import DeviceConfig, environment, pick_device
+from nas_kmix.engine.meter import Meter, NonFiniteLossError
+from nas_kmix.engine.progress import duration
+from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, check_key, stage_key
+from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy, split_halves
+from nas_kmix.scorer import ScorerConfig, load_scorer, scorer_hash, train_scorer
+from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage
+
+STAGES = ("scorer", "scoring", "selection", "search")
+RESULTS = ("scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt")
+WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
+SKIP_COLLAPSE = 4  # skip connections among the eight operations of a normal cell that deserve a warning
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The supernet and its bilevel search. Defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2)."""
+
+    epochs: int = 50
+    batch_size: int = 256
+    """Images per step and half; a smaller half is one batch."""
+    lr: float | None = None
+    """SGD's first learning rate. Default: 0.1 from batch 256 up, in proportion below."""
+    channels: int = 16
+    """Width of the first cell's nodes."""
+    layers: int = 8
+    """Cells."""
+    partial: int = 4
+    """K, one channel in K goes through the operations (4 on CIFAR, 2 on ImageNet; 1 with plain sums is DARTS)."""
+    edge_normalisation: bool = True
+    """Weight a node's edges by the softmax of beta."""
+    frozen_epochs: int | None = None
+    """First epochs that leave the architecture alone. Default: min(15, epochs // 2)."""
+    warmup_epochs: int = 0
+    """Linear warm-up of the learning rate."""
+    arch_lr: float = 6e-4
+    arch_grad_clip: float | None = None
+    unrolled: bool = False
+    """Second-order architecture gradient (DARTS); costs about three times as much."""
+    step_matched: bool = False
+    """Give a proxy as many steps as the whole set would have had: the epochs grow by the ratio of their steps."""
+    seeds: int = 1
+    """Searches on the same proxy; genotype.json is then the one that shares most edges with the others."""
+
+    def bilevel(self, amp: str) -> BilevelConfig:
+        """The part that `darts_space` reads."""
+        return BilevelConfig(
+            epochs=self.epochs,
+            lr=scaled_lr(self.batch_size) if self.lr is None else self.lr,
+            arch_lr=self.arch_lr,
+            arch_grad_clip=self.arch_grad_clip,
+            frozen_epochs=self.frozen_epochs,
+            warmup_epochs=self.warmup_epochs,
+            unrolled=self.unrolled,
+            amp=amp,
+        )
+
+
+Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
+
+    preset: Literal["quick", "cpu", "paper", "imagenet"] = "quick"
+    """quick: digits in two minutes | cpu: a small scorer and supernet | paper: the paper's | imagenet: 224 px."""
+    out: Path = Path("runs/search")
+    """The run folder."""
+    seed: int = 0
+    """Of every stage. Data, proxy and genotype are functions of it."""
+    stop_after: Literal["scorer", "scores", "proxy"] | None = None
+    """End with that file."""
+    scorer: Path | None = None
+    """Use this scorer.pt of another run."""
+    scores: Path | None = None
+    """Use this scores.npz of another run on the same data."""
+    proxy: Path | None = None
+    """Use this proxy.json, made from any copy of the data; `none` searches on all images."""
+    export_list: Path | None = None
+    """Also write the proxy as lines `path-or-index, label, class name`, for other trainers."""
+    fresh: bool = False
+    """Remove what an earlier run left in --out and start over."""
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    training: Annotated[ScorerConfig, tyro.conf.arg(name="scorer")] = field(default_factory=ScorerConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    selection: Annotated[ProxyConfig, Flat] = field(default_factory=ProxyConfig)
+    search: Annotated[SearchConfig, Flat] = field(default_factory=SearchConfig)
+    device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
+
+
+PRESETS: dict[str, Config] = {
+    # The embedded digits, which must not be mirrored.
+    "quick": Config(
+        input=DataConfig(data="digits", flip=False, crop_padding=2),
+        training=ScorerConfig(backbone="tiny", epochs=10, batch_size=64, lr=0.1, schedule="cosine", weight_decay=5e-4),
+        selection=ProxyConfig(ratio=0.2),
+        search=SearchConfig(epochs=6, batch_size=64, channels=8, layers=5),
+    ),
+    "cpu": Config(
+        preset="cpu",
+        input=DataConfig(data="cifar100"),
+        training=ScorerConfig(
+            backbone="small", epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4
+        ),
+        search=SearchConfig(epochs=20, batch_size=64, channels=8, layers=5),
+    ),
+    # PyramidNet-110 for 300 epochs and PC-DARTS for 50, as in the paper's Tables 1 and 5.
+    "paper": Config(preset="paper", input=DataConfig(data="cifar100")),
+    # PC-DARTS's ImageNet search (section 4.3): 10 % of each class for the weights, 2.5 % for the architecture. The
+    # scorer is the paper's ResNet-50 (Table 3).
+    "imagenet": Config(
+        preset="imagenet",
+        input=DataConfig(data="imagenet", image_size=224),
+        training=ScorerConfig(
+            backbone="resnet50", epochs=300, batch_size=256, lr=0.1, weight_decay=1e-4, milestones=(0.25, 0.5, 0.75),
+            mix_k=3, mix_alpha=1 / 3,
+        ),
+        selection=ProxyConfig(ratio=0.125, arch_share=0.2),
+        search=SearchConfig(
+            batch_size=1024, lr=0.5, partial=2, frozen_epochs=35, warmup_epochs=5, arch_lr=6e-3, arch_grad_clip=5.0
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with; later stages are None where `--stop-after` cut it short."""
+
+    folder: Path
+    table: ScoreTable | None = None
+    proxy: ProxyManifest | None = None
+    genotype: Genotype | None = None
+
+
+def run(config: Config) -> Result:
+    """Go through the stages in `config.out`, skipping those whose file is there and fits.
+
+    Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
+    """
+    config = replace(
+        config,
+        training=replace(config.training, seed=config.seed),
+        scoring=replace(config.scoring, seed=config.seed),
+        selection=replace(config.selection, seed=config.seed),
+    )
+    device = pick_device(config.device)
+    options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
+    with Run(config.out, stages=STAGES, device=device, **options) as folder:
+        if config.fresh:
+            folder.clear((*RESULTS, *(f"seed-*/{name}" for name in RESULTS)))
+        data = load_data(config.input, device=device, workers=config.device.workers)
+        _check_early(config, data)
+        files.write_json(folder.path("config.json"), asdict(config))
+        files.write_json(folder.path("env.json"), environment(device))
+        folder.say(
+            f"{data.source.name}: {len(data)} training images of {data.num_classes} classes, "
+            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {device}"
+        )
+        try:
+            return _stages(config, data, folder)
+        finally:
+            _list_bad_images(data, folder)
+            folder.write_cost()
+
+
+def _stages(config: Config, data: ImageData, folder: Run) -> Result:
+    result = Result(folder.folder)
+    if config.proxy == Path("none"):
+        everything = data.good()
+        share = config.selection.arch_share
+        weights, arch = split_halves(everything, data.labels[everything], share, seed=config.seed)
+        halves = Halves(weights, arch, identity=f"none, arch_share {share}")
+    else:
+        if config.proxy is not None:
+            proxy = _given_proxy(config.proxy, data, folder)
+        else:
+            model = None
+            needs_scores = config.selection.method != "random" or config.stop_after in ("scorer", "scores")
+            if needs_scores and config.scores is None:
+                model = _scorer(config, data, folder)
+                if config.stop_after == "scorer":
+                    return result
+            if needs_scores:
+                result = replace(result, table=_scores(config, data, model, folder))
+                if config.stop_after == "scores":
+                    return result
+            proxy = _selection(config, data, result.table, folder)
+        if config.export_list is not None:
+            proxy.export_list(config.export_list)
+        result = replace(result, proxy=proxy)
+        halves = Halves(proxy.weights, proxy.arch, identity=proxy.hash())
+    if config.stop_after == "proxy":
+        return result
+    return replace(result, genotype=_searches(config, data, halves, folder))
+
+
+# -- images to proxy ---------------------------------------------------------------------------------------------------
+
+
+def _scorer(config: Config, data: ImageData, folder: Run) -> torch.nn.Module:
+    """The trained scorer: given, found, or trained now."""
+    if config.scorer is not None:
+        model, _ = load_scorer(config.scorer, data, run=folder)
+        _adopt(config.scorer, ("scorer",), folder)
+        return model
+    path = folder.path("scorer.pt")
+    settings = {**asdict(config.training), **_augmentation(config)}
+    key = stage_key("scorer", settings, {"data": data.fingerprint})
+    if path.exists():
+        model, found = load_scorer(path, data, run=folder)
+        check_key(path, found, key)
+        folder.say(f"scorer: {path} fits, skipped")
+        return model
+    return train_scorer(data, config.training, config.input, run=folder, key=key, path=path)
+
+
+def _scores(config: Config, data: ImageData, model: torch.nn.Module | None, folder: Run) -> ScoreTable:
+    """The table of scores: given, found, or computed now by `model`."""
+    if config.scores is not None:
+        table, meta = ScoreTable.load(config.scores)
+        if meta["key"]["inputs"]["data"] != data.fingerprint:
+            raise ValueError(f"--scores {config.scores} was made from other data than --data; score these images anew.")
+        _adopt(config.scores, ("scorer", "scoring"), folder)
+        return table
+    path = folder.path("scores.npz")
+    inputs = {"data": data.fingerprint, "scorer": scorer_hash(model)}
+    key = stage_key("scoring", config.scoring.identity(), inputs)
+    if path.exists():
+        table, meta = ScoreTable.load(path)
+        check_key(path, meta.get("key"), key)
+        data.bad.update({int(index): message for index, message in meta["bad"].items()})
+        folder.say(f"scoring: {path} fits, skipped")
+        return table
+    return score_stage(model, data, config.scoring, run=folder, key=key, path=path)
+
+
+def _selection(config: Config, data: ImageData, table: ScoreTable | None, folder: Run) -> ProxyManifest:
+    """The proxy of these scores: found, or selected now."""
+    path = folder.path("proxy.json")
+    inputs = {"data": data.fingerprint, "scores": None if table is None else table.hash()}
+    key = stage_key("selection", asdict(config.selection), inputs)
+    if path.exists():
+        proxy = ProxyManifest.load(path)
+        check_key(path, proxy.key(), key)
+        folder.say(f"selection: {path} fits, skipped")
+        return proxy
+    with folder.stage("selection"):
+        proxy = make_proxy(data, table, config.selection)
+        proxy.save(path)
+    folder.say(f"selection: {len(proxy.indices)} images, {len(proxy.weights)} for weights, {len(proxy.arch)} for alpha")
+    single = np.flatnonzero(np.bincount(proxy.labels, minlength=data.num_classes) == 1)
+    if len(single):
+        folder.say(
+            f"warning: {len(single)} classes have a single image in the proxy, which goes to the weights "
+            f"(first: {data.class_names[single[0]]}); a larger --ratio gives the architecture some too"
+        )
+    return proxy
+
+
+def _given_proxy(path: Path, data: ImageData, folder: Run) -> ProxyManifest:
+    proxy = ProxyManifest.load(path).apply(data)
+    _adopt(path, ("scorer", "scoring", "selection"), folder)
+    return proxy
+
+
+def _adopt(given: Path, stages: tuple[str, ...], folder: Run) -> None:
+    """Bill a result of another run with what it cost there."""
+    if given.parent.resolve() == folder.folder.resolve():
+        return
+    if not folder.adopt_costs(given.parent / "cost.json", stages):
+        folder.say(f"warning: {given.parent} has no readable cost.json, so what {given.name} cost is not billed here")
+
+
+def _augmentation(config: Config) -> dict[str, Any]:
+    return {"flip": config.input.flip, "crop_padding": config.input.crop_padding}
+
+
+# -- proxy to genotype -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Which images train the weights and which the architecture: int64, sorted; `identity` tells proxies apart."""
+
+    weights: np.ndarray
+    arch: np.ndarray
+    identity: str
+
+    def __post_init__(self):
+        if len(self.weights) == 0 or len(self.arch) == 0:
+            raise ValueError("The proxy leaves no image for the architecture; raise --ratio or --arch-share.")
+
+
+def _searches(config: Config, data: ImageData, halves: Halves, folder: Run) -> Genotype:
+    """One search, or `--seeds` of them and the genotype that is most like the others."""
+    settings = config.search
+    if settings.step_matched:
+        steps_of_all = math.ceil(len(data.good()) * (1 - config.selection.arch_share) / settings.batch_size)
+        factor = steps_of_all / math.ceil(len(halves.weights) / settings.batch_size)
+        settings = replace(settings, epochs=round(settings.epochs * factor))
+    if settings.seeds == 1:
+        return _search(config, settings, data, halves, folder, seed=config.seed, subfolder="")
+    genotypes = [
+        _search(config, settings, data, halves, folder, seed=config.seed + i, subfolder=f"seed-{i}/")
+        for i in range(settings.seeds)
+    ]
+    shared = [sum(one.shared_edges(other) for other in genotypes) - 16 for one in genotypes]
+    chosen = int(np.argmax(shared))
+    mean = shared[chosen] / (settings.seeds - 1)
+    folder.say(f"seeds: seed-{chosen} shares {mean:.1f} of its 16 edges with each of the others, the most of all")
+    genotypes[chosen].save(folder.path("genotype.json"), provenance={"chosen": f"seed-{chosen}", "shared": shared})
+    return genotypes[chosen]
+
+
+def _search(
+    config: Config,
+    settings: SearchConfig,
+    data: ImageData,
+    halves: Halves,
+    folder: Run,
+    *,
+    seed: int,
+    subfolder: str,
+) -> Genotype:
+    """Search with one seed: found, resumed or started now. The genotype is the one after the last epoch."""
+    path = folder.path(f"{subfolder}genotype.json")
+    bilevel = settings.bilevel(config.device.amp)
+    shape = {name: getattr(settings, name) for name in ("channels", "layers", "partial", "edge_normalisation")}
+    identity = {**asdict(bilevel), **shape, **_augmentation(config), "batch_size": settings.batch_size, "seed": seed}
+    del identity["amp"]
+    key = stage_key("search", identity, {"data": data.fingerprint, "proxy": halves.identity})
+    if path.exists():
+        genotype = Genotype.load(path)
+        check_key(path, files.read_json(path).get("provenance"), key)
+        folder.say(f"search: {path} fits, skipped")
+        return genotype
+
+    search = Search(folder.layout(_supernet(settings, data, seed).to(folder.device)), bilevel)
+    stage = f"search{'/' + subfolder[:-1] if subfolder else ''}"
+    history: list[dict[str, Any]] = []
+    meter = Meter(folder.device)
+    first_epoch = first_step = 0
+    checkpoint = stage.replace("/", "-")
+    if (state := folder.load_checkpoint(checkpoint, key)) is not None:
+        search.load_state_dict(state["search"])
+        meter.load_state_dict(state["meter"])
+        history, first_epoch, first_step = state["history"], state["epoch"], state["step"]
+
+    def save(epoch: int, step: int) -> None:
+        meter.check(stage, epoch)
+        state = {"search": search.state_dict(), "meter": meter.state_dict(), "history": history}
+        folder.save_checkpoint(checkpoint, key, {**state, "epoch": epoch, "step": step})
+
+    steps = math.ceil(len(halves.weights) / settings.batch_size)
+    arch_batch = min(settings.batch_size, len(halves.arch))
+    progress = folder.progress(stage, steps * settings.epochs, done=first_epoch * steps + first_step)
+    with folder.stage("search") as cost:
+        for epoch in range(first_epoch, settings.epochs):
+            search.start_epoch(epoch)
+            weight_plan = epoch_batches(halves.weights, settings.batch_size, steps, seed=(seed, WEIGHT_ORDER, epoch))
+            arch_plan = epoch_batches(halves.arch, arch_batch, steps, seed=(seed, ARCH_ORDER, epoch))
+            if search.frozen:
+                arch_plan = [indices[:0] for indices in arch_plan]  # not looked at, so not read either
+            batches = zip(data.batches(weight_plan[first_step:]), data.batches(arch_plan[first_step:]), strict=True)
+            for step, (train, val) in enumerate(batches, start=first_step):
+                result = search.step(
+                    _prepare(train, data, config, folder, [seed, WEIGHT_AUGMENT, epoch, step]),
+                    None if search.frozen else _prepare(val, data, config, folder, [seed, ARCH_AUGMENT, epoch, step]),
+                )
+                n = len(train.labels)
+                meter.add(step, n, loss=result.train_loss * n, accuracy=result.train_correct)
+                if result.val_loss is not None:
+                    meter.add(step, len(val.labels), val_loss=result.val_loss * len(val.labels))
+                passes = n * (4 if bilevel.unrolled and not search.frozen else 1) + len(val.labels)
+                cost.images_forward += passes
+                cost.images_backward += passes
+                progress.update(note=f"epoch {epoch + 1}/{settings.epochs}")
+                if folder.checkpoint_due() and step + 1 < steps:
+                    save(epoch, step + 1)
+                    folder.raise_if_stopping()
+            meter.check(stage, epoch)
+            history.append(_record(search, epoch))
+            _write_history(history, folder, subfolder)
+            folder.log(stage, epoch, lr=search.lr, **meter.means(), **history[-1]["diagnostics"])
+            meter, first_step = Meter(folder.device), 0
+            save(epoch + 1, 0)
+            folder.raise_if_stopping()
+        genotype = search.model.genotype()
+        _warn_of_collapse(genotype, folder)
+        genotype.save(path, provenance=key)
+        folder.remove_checkpoint(checkpoint)
+    progress.close()
+    return genotype
+
+
+def _supernet(settings: SearchConfig, data: ImageData, seed: int) -> SuperNet:
+    return SuperNet(
+        settings.channels,
+        data.num_classes,
+        settings.layers,
+        settings.partial,
+        data.stem,
+        settings.edge_normalisation,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _prepare(
+    batch: Batch, data: ImageData, config: Config, folder: Run, seed: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augmented float images and labels."""
+    if len(batch.labels) == 0:
+        raise ValueError(f"{data.source.name}: not one file of a batch can be read any more; {_first_bad(data)}")
+    images = augment_batch(batch.images, data, config.input, rng=np.random.default_rng(seed))
+    return folder.layout(images), batch.labels
+
+
+def _record(search: Search, epoch: int) -> dict[str, Any]:
+    """What the log keeps of an epoch: the genotype after it, how sure that is, and the tables it came from."""
+    tables = {name: getattr(search.model, name).detach().cpu().clone() for name in ARCHITECTURE_NAMES}
+    diagnostics = search.model.diagnostics()._asdict()
+    genotype = json.dumps(search.model.genotype().to_json())
+    return {"epoch": epoch, "genotype": genotype, "diagnostics": diagnostics, "tables": tables}
+
+
+def _write_history(history: list[dict[str, Any]], folder: Run, subfolder: str) -> None:
+    """Write `genotypes.jsonl`, a line per epoch, and `alphas.npz`, the four tables stacked over the epochs."""
+    lines = [
+        json.dumps({"epoch": row["epoch"], **row["diagnostics"], "genotype": json.loads(row["genotype"])})
+        for row in history
+    ]
+    files.write_text(folder.path(f"{subfolder}genotypes.jsonl"), "\n".join(lines) + "\n")
+    stacked = {name: np.stack([row["tables"][name].numpy() for row in history]) for name in ARCHITECTURE_NAMES}
+    files.write_npz(folder.path(f"{subfolder}alphas.npz"), stacked)
+
+
+def _warn_of_collapse(genotype: Genotype, folder: Run) -> None:
+    skips, _ = genotype.skip_connections()
+    if skips >= SKIP_COLLAPSE:
+        folder.say(
+            f"warning: {skips} of the 8 operations of the normal cell are skip connections; the search may have "
+            f"collapsed. Fewer epochs, a lower --lr or more data (--ratio) help."
+        )
+
+
+# -- around the stages -------------------------------------------------------------------------------------------------
+
+
+def _check_early(config: Config, data: ImageData) -> None:
+    """Refuse what the last stage would refuse before the first one has spent hours."""
+    if config.search.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {config.search.seeds}.")
+    if config.stop_after is not None:
+        return
+    multiple = _supernet(config.search, data, seed=0).input_multiple
+    if data.image_size % multiple:
+        nearest = max(multiple, round(data.image_size / multiple) * multiple)
+        raise ValueError(
+            f"The supernet halves its images several times, so {data.image_size} px must be a multiple of {multiple}; "
+            f"use --image-size {nearest}."
+        )
+    config.search.bilevel(config.device.amp)
+
+
+def _first_bad(data: ImageData) -> str:
+    return f"first: {next(iter(data.bad.values()))}" if data.bad else "none is known to be bad"
+
+
+def _list_bad_images(data: ImageData, folder: Run) -> None:
+    if data.bad:
+        path = folder.path("bad_images.txt")
+        files.write_text(path, "".join(f"{data.bad[index]}\n" for index in sorted(data.bad)))
+        folder.say(f"warning: {len(data.bad)} files cannot be read and are left out; they are listed in {path}")
+
+
+def _summary(config: Config, result: Result) -> str:
+    """The last lines of a run."""
+    lines = []
+    folder = result.folder
+    if result.genotype is not None:
+        lines += [result.genotype.to_text(), f"genotype     {folder / 'genotype.json'}"]
+    if result.proxy is not None and config.proxy is None:
+        lines.append(f"proxy        {folder / 'proxy.json'}, {len(result.proxy.indices)} of {result.proxy.n} images")
+    if result.table is not None:
+        reliability = result.table.reliability()
+        meaning = "mostly noise" if reliability < 0.5 else "fair" if reliability < 0.8 else "good"
+        lines.append(
+            f"reliability  {reliability:.2f} of the CV ranking over {result.table.losses.shape[1]} draws ({meaning}; "
+            f"new draws would repeat a ranking of 1.00)"
+        )
+    costs = files.read_json(folder / "cost.json")
+    parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
+    lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
+    if result.proxy is not None and config.proxy is None:
+        again = f"python search.py --preset {config.preset} --data {config.input.data} --proxy {folder / 'proxy.json'}"
+        lines.append(f"next         {again} --seeds 3 --out {folder}-seeds")
+    return "\n".join(lines)
+
+
+REUSE = {"scoring": ("scorer", "scorer.pt"), "selection": ("scores", "scores.npz"), "search": ("proxy", "proxy.json")}
+
+
+def _remedy(config: Config, error: StageMismatchError) -> str:
+    """How to go on where a file of other settings is in the way, keeping the stages before it."""
+    flag, name = REUSE.get(error.stage, ("", ""))
+    given = getattr(config, flag, None) if flag else None
+    earlier = given or config.out / name
+    reuse = f" --{flag} {earlier}" if flag and earlier.exists() else ""
+    return (
+        f"Start over with --fresh, or keep it: the same command with --out {config.out}-2{reuse}"
+        f"{' reuses the stages before it' if reuse else ''}."
+    )
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Flags to a Config; `--preset` is read first and gives the other flags their defaults."""
+    preset = "quick"
+    for i, argument in enumerate(argv):
+        if argument == "--preset" and i + 1 < len(argv):
+            preset = argv[i + 1]
+        elif argument.startswith("--preset="):
+            preset = argument.split("=", 1)[1]
+    default = PRESETS.get(preset, PRESETS["quick"])  # tyro itself complains of a preset that does not exist
+    return tyro.cli(Config, args=argv, default=default, description=__doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and turn every expected failure into one sentence. Exit codes: 0, 1, 2 (bad usage), 130 and 143 (signals)."""
+    config = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        print(_summary(config, run(config)))
+    except StoppedError as stopped:
+        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except StageMismatchError as error:
+        print(f"error: {error} {_remedy(config, error)}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteLossError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
