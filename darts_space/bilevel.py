@@ -17,14 +17,15 @@ statistics, as published. Data, epochs' batches, logs and files are the caller's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from darts_space.unrolled import unrolled_gradient
 
 Batch = tuple[Tensor, Tensor]
 
@@ -181,10 +182,11 @@ class Search:
         """Mean cross-entropy and logits."""
         images, labels = batch
         dtype = _AMP_DTYPES[self.config.amp]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        if dtype is None:
             logits = self.model(images)
-        if dtype is not None:
-            logits = logits.float()
+        else:
+            with torch.autocast(self.device.type, dtype):
+                logits = self.model(images).float()
         return F.cross_entropy(logits, labels), logits
 
     def _update(
@@ -208,51 +210,19 @@ class Search:
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
 
     def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
-        """Validation loss and its gradient by alpha and beta through one SGD step of the weights w.
-
-        With w' = w - lr * (momentum * buffer + dL_train/dw + weight_decay * w), the chain rule adds a product of
-        the mixed second derivative of L_train with v = dL_val(w')/dw'. DARTS (equations 7 and 8) takes it as a
-        central difference: (dL_train/da at w + R v, minus the same at w - R v) / 2R, with R = 0.01 / ||v||.
-        """
-        config = self.config
-        with self._restored_after(), torch.no_grad():
-            start = [weight.clone() for weight in self.weights]
-
-            grads = self._grad(train_batch, self.weights)[1]
-            buffers = [self.weight_optimizer.state[weight].get("momentum_buffer") for weight in self.weights]
-            step = torch._foreach_add(grads, start, alpha=config.weight_decay)
-            if buffers[0] is not None:  # there is none before the first weight step
-                torch._foreach_add_(step, buffers, alpha=config.momentum)
-            torch._foreach_add_(self.weights, step, alpha=-self.lr)
-
-            val_loss, grads = self._grad(val_batch, self.arch + self.weights)
-            arch_grads, v = grads[: len(self.arch)], grads[len(self.arch) :]
-            radius = 1e-2 / nn.utils.get_total_norm(v).clamp_min(1e-12)  # v = 0 then adds 0, not NaN
-            shift = torch._foreach_mul(v, radius)
-
-            torch._foreach_copy_(self.weights, torch._foreach_add(start, shift))
-            plus = self._grad(train_batch, self.arch)[1]
-            torch._foreach_copy_(self.weights, torch._foreach_sub(start, shift))
-            minus = self._grad(train_batch, self.arch)[1]
-            mixed = torch._foreach_sub(plus, minus)
-            torch._foreach_mul_(mixed, self.lr / (2 * radius))
-        return val_loss, torch._foreach_sub(arch_grads, mixed)
-
-    @torch.enable_grad()
-    def _grad(self, batch: Batch, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-        loss, _ = self._loss(batch)
-        return loss.detach(), list(torch.autograd.grad(loss, parameters))
-
-    @contextmanager
-    def _restored_after(self) -> Iterator[None]:
-        """Give weights and buffers (BatchNorm's running statistics and counters) their exact values back."""
-        tensors = [weight.data for weight in self.weights] + list(self.model.buffers())
-        saved = [tensor.clone() for tensor in tensors]
-        try:
-            yield
-        finally:
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+        """The same through one SGD step on the training batch."""
+        buffers = [self.weight_optimizer.state[weight].get("momentum_buffer") for weight in self.weights]
+        return unrolled_gradient(
+            lambda: self._loss(train_batch)[0],
+            lambda: self._loss(val_batch)[0],
+            self.weights,
+            self.arch,
+            list(self.model.buffers()),
+            momentum_buffers=None if buffers[0] is None else buffers,  # there are none before the first weight step
+            lr=self.lr,
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, float]:

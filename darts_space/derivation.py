@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from darts_space.genotype import CONCAT, EDGES, NODES, PRIMITIVES, Edge, Genotype, node_rows
+from darts_space.cell import CONCAT, EDGES, NODES, PRIMITIVES, Edge, node_rows
+from darts_space.genotype import Genotype
 
 
 class Diagnostics(NamedTuple):

@@ -3,13 +3,8 @@
 In:  JSON files and objects, legacy `Genotype(...)` text, names of published genotypes.
 Out: `Genotype`, an immutable value that is valid by construction.
 
-A cell (PC-DARTS section 3.1, DARTS section 2.1) has two input states, 0 and 1 (the outputs of the cells two
-and one before it), and four nodes, states 2..5. Node i adds two edges, each an operation on one of the 2 + i
-states before it; `normal[2 * i]` and `normal[2 * i + 1]` are its edges, strongest first where a search chose
-them. The cell's output is the concatenation of all four nodes, so the concat fields are always (2, 3, 4, 5):
-they are kept because every published genotype carries them.
-
-In a supernet a cell has 14 candidate edges; `node_rows(node)` gives their rows in the alpha and beta tables.
+`normal[2 * i]` and `normal[2 * i + 1]` are the edges of node i (see `cell.py`), strongest first where a search
+chose them. The concat fields are always (2, 3, 4, 5): they are kept because every published genotype has them.
 """
 
 from __future__ import annotations
@@ -17,42 +12,18 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darts_space.cell import CONCAT, NODES, PRIMITIVES, Edge, checked_concat, checked_edges
 from darts_space.legacy_text import TEXT_FORM, parse_call
-
-PRIMITIVES = (
-    "none",
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-)
-"""The eight candidate operations; the position is the column of the alpha table."""
-
-NODES = 4
-EDGES = 14
-CONCAT = (2, 3, 4, 5)
 
 FORMAT = "darts_space/genotype"
 VERSION = 1
 
 # Far more than a genotype with its provenance needs; a larger file is a mistaken path.
 _MAX_FILE_BYTES = 1 << 20
-
-Edge = tuple[str, int]
-
-
-def node_rows(node: int) -> range:
-    """Rows of node 0..3 in the (14, 8) alpha and (14,) beta tables: 0:2, 2:5, 5:9, 9:14, by input state."""
-    start = node * (node + 3) // 2
-    return range(start, start + 2 + node)
 
 
 @dataclass(frozen=True)
@@ -70,8 +41,8 @@ class Genotype:
 
     def __post_init__(self) -> None:
         for cell in ("normal", "reduce"):
-            object.__setattr__(self, cell, _checked_edges(cell, getattr(self, cell)))
-            object.__setattr__(self, f"{cell}_concat", _checked_concat(cell, getattr(self, f"{cell}_concat")))
+            object.__setattr__(self, cell, checked_edges(cell, getattr(self, cell)))
+            object.__setattr__(self, f"{cell}_concat", checked_concat(cell, getattr(self, f"{cell}_concat")))
 
     def skip_connections(self) -> tuple[int, int]:
         """Number of skip connections in the normal and in the reduction cell, each 0..8.
@@ -234,43 +205,6 @@ def _parse(text: str) -> Genotype:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"It is not valid JSON ({error}); write it with Genotype.save.") from error
     return Genotype.from_json(document)
-
-
-def _checked_edges(cell: str, edges: Sequence[Sequence[Any]]) -> tuple[Edge, ...]:
-    if not isinstance(edges, list | tuple) or len(edges) != 2 * NODES:
-        found = len(edges) if isinstance(edges, list | tuple) else reprlib.repr(edges)
-        raise ValueError(
-            f"The {cell} cell of a genotype needs {2 * NODES} (operation, input) pairs, two for each of its "
-            f"{NODES} nodes, but has {found}."
-        )
-    for position, edge in enumerate(edges):
-        where = f"Edge {position} of the {cell} cell (node {position // 2})"
-        if not isinstance(edge, list | tuple) or len(edge) != 2:
-            raise ValueError(f"{where} is {reprlib.repr(edge)}; write it as ('sep_conv_3x3', 0).")
-        operation, source = edge
-        if operation not in PRIMITIVES[1:]:
-            reason = "is never part of a genotype" if operation == "none" else "is unknown"
-            raise ValueError(
-                f"{where} has the operation {reprlib.repr(operation)}, which {reason}; use one of "
-                f"{', '.join(PRIMITIVES[1:])}."
-            )
-        if type(source) is not int or not 0 <= source < 2 + position // 2:
-            raise ValueError(
-                f"{where} has the input {reprlib.repr(source)}; use an integer from 0 to {1 + position // 2}, a "
-                "state before the node."
-            )
-        if position % 2 == 1 and source == edges[position - 1][1]:
-            raise ValueError(f"{where} has the input {source} like the edge before it; use two distinct inputs.")
-    return tuple((operation, source) for operation, source in edges)
-
-
-def _checked_concat(cell: str, concat: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(concat, list | tuple | range) or tuple(concat[:5]) != CONCAT:
-        raise ValueError(
-            f"{cell}_concat is {reprlib.repr(concat)}; it must be (2, 3, 4, 5), since a cell's output is the "
-            "concatenation of its four nodes."
-        )
-    return CONCAT
 
 
 def _published(normal: str, reduce: str) -> Genotype:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from darts_space.genotype import PRIMITIVES
+from darts_space.cell import PRIMITIVES
 
 
 class Zero(nn.Module):

@@ -22,8 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from darts_space.cell import EDGES, NODES, PRIMITIVES, node_rows
 from darts_space.derivation import Diagnostics, derive, diagnose, normalised_betas
-from darts_space.genotype import EDGES, NODES, PRIMITIVES, Genotype, node_rows
+from darts_space.genotype import Genotype
 from darts_space.primitives import FactorizedReduce, ReLUConvBN, build_operation
 
 STEM_MULTIPLIER = 3  # the stem is this many times wider than the first cell's nodes

@@ -239,7 +239,7 @@ def _anchor_losses(model, data, batch, draws, pool, pool_labels, config, run) ->
     anchors = torch.as_tensor(draws.anchor, device=data.device)
     chosen, where = np.unique(draws.partners, return_inverse=True)
     chosen = torch.as_tensor(chosen, device=data.device)
-    sources = torch.cat([batch.images[anchors], pool[chosen]])
+    sources = torch.cat([batch.images.index_select(0, anchors), pool.index_select(0, chosen)])
     labels = torch.cat([batch.labels[anchors], pool_labels[chosen]])
     own = np.arange(len(anchors))
     partners = np.column_stack([own, len(own) + where.reshape(draws.partners.shape)])

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darts_space.genotype import GENOTYPES, PRIMITIVES, Genotype, node_rows, random_genotype, read_genotype
+from darts_space.cell import PRIMITIVES, node_rows
+from darts_space.genotype import GENOTYPES, Genotype, random_genotype, read_genotype
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "genotypes.json").read_text())
 PUBLISHED = GENOTYPES["PC_DARTS_cifar"]

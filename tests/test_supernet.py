@@ -12,8 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from darts_space.cell import PRIMITIVES
 from darts_space.derivation import derive, diagnose
-from darts_space.genotype import PRIMITIVES, Genotype
+from darts_space.genotype import Genotype
 from darts_space.primitives import build_operation
 from darts_space.supernet import SuperNet, channel_shuffle
 

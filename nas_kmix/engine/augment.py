@@ -15,7 +15,7 @@ from torch.nn import functional as F
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (N, 3, H, W) to float32 with `(x / 255 - mean) / std` per channel."""
     mean_, std_ = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in (mean, std))
-    return torch.addcmul(-mean_ / std_, images.float(), 1.0 / (255.0 * std_))
+    return images.to(torch.float32, copy=True).mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
 
 
 def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Tensor:

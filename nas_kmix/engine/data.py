@@ -115,7 +115,7 @@ class ImageData:
             for indices in index_batches:
                 keep = indices if not self.bad else indices[~np.isin(indices, list(self.bad))]
                 at = torch.as_tensor(keep, device=self.device)
-                yield Batch(self.images[at], self._device_labels[at], keep)
+                yield Batch(self.images.index_select(0, at), self._device_labels[at], keep)
             return
         loader = torch.utils.data.DataLoader(
             _Decoder(self.source, self.image_size),

@@ -1,0 +1,97 @@
+"""How much of a scoring run is the network: images scored per second against bare forward passes of the same batches.
+
+    python -m benchmarks.scoring --backbone small --json scoring.json
+
+Both run in turn in one process, on generated images with the paper's anchor-mix (K=3, M=10); the figure is the median
+over the pairs of (bare forward time / scoring time). 1.00 would mean that mixing and losses cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from nas_kmix.backbones import build_backbone
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.sources import Source
+from nas_kmix.scoring import ScoringConfig, score_dataset
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    backbone: str = "small"
+    images: int = 512
+    """Anchors per repeat, from a pool of ten times as many images."""
+    draws: int = 10
+    batch_size: int = 512
+    image_size: int = 32
+    classes: int = 100
+    pairs: int = 9
+    device: str = "cpu"
+    threads: int = 0
+    json: Path | None = None
+    """Also write the figures there."""
+
+
+def main(config: Config) -> dict[str, float]:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    rng = np.random.default_rng(0)
+    size, pool = config.image_size, 10 * config.images
+    pixels = rng.integers(0, 256, size=(pool, size, size, 3), dtype=np.uint8)
+    names = tuple(map(str, range(config.classes)))
+    source = Source("generated", "train", rng.integers(0, config.classes, size=pool), names, arrays=pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
+    data = ImageData(source, size, (0.5,) * 3, (0.25,) * 3, device, images)
+    model = build_backbone(config.backbone, num_classes=config.classes, stem=data.stem).to(device).eval()
+    scoring = ScoringConfig(draws=config.draws, batch_size=config.batch_size)
+    anchors = np.sort(rng.choice(pool, size=config.images, replace=False))
+    mixes = config.images * config.draws
+    batch = torch.randn(config.batch_size, 3, size, size, device=device)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for start in range(0, mixes, config.batch_size):
+                model(batch[: min(config.batch_size, mixes - start)])
+
+    def scored() -> None:
+        score_dataset(model, data, scoring, indices=anchors)
+
+    for warm_up in (bare, scored):
+        warm_up()
+    rows = [(_time(bare, device), _time(scored, device)) for _ in range(config.pairs)]
+    figures = {
+        "scoring_ratio": statistics.median(plain / full for plain, full in rows),
+        "overhead_us_per_mix": statistics.median(1e6 * (full - plain) / mixes for plain, full in rows),
+        "forward_us_per_mix": statistics.median(1e6 * plain / mixes for plain, _ in rows),
+        "images_per_s": statistics.median(config.images / full for _, full in rows),
+    }
+    for name, value in figures.items():
+        print(f"{name:22} {value:.4g}")
+    print(f"{config.backbone}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
+    if config.json is not None:
+        config.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def _time(work, device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
