@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import tyro
 
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.run import stage_key
-from nas_kmix.engine.sources import BadImageError
+from nas_kmix.engine.sources import BadImageError, source_of
 from nas_kmix.sampling import Method, select
 from nas_kmix.scoring import ScoreTable
 
@@ -181,6 +182,16 @@ class ProxyManifest:
             content=tuple(contents[i] for i in indices.tolist()),
             paths=_paths(data, indices),
         )
+
+    def subset(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.Subset:
+        """The proxy as a view on somebody's own data set of (image, label) pairs, for their own trainer.
+
+        Works on torchvision's CIFAR and ImageFolder data sets, whatever their transforms, and on any that gives PIL
+        images or uint8 (H, W, 3) arrays. Raises ValueError if an image of the proxy is not in it.
+        """
+        source = source_of(dataset)
+        data = ImageData(source, 0, (), (), torch.device("cpu"), None)
+        return torch.utils.data.Subset(dataset, self.apply(data).indices.tolist())
 
     def export_list(self, path: Path | str) -> None:
         """Write one line `path-or-index<TAB>label<TAB>class name` per image, for other trainers."""

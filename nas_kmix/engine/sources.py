@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -57,7 +58,7 @@ class Source:
         path = self.folder / self.paths[index]
         try:
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
+                return np.array(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
 
@@ -110,6 +111,32 @@ def open_source(data: str, root: Path, split: str) -> Source:
         f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a "
         f".npz file."
     )
+
+
+def source_of(dataset: Any) -> Source:
+    """Somebody else's data set of (image, label) pairs as a Source, its transforms left aside.
+
+    Knows torchvision's CIFAR classes and ImageFolder; of others, the items are read: PIL images or uint8 (H, W, 3) or
+    (H, W) arrays with integer labels.
+    """
+    if hasattr(dataset, "samples"):
+        paths, labels = zip(*dataset.samples, strict=True)
+        pixels: dict[str, Any] = {"folder": Path(), "paths": tuple(map(str, paths))}
+    else:
+        if hasattr(dataset, "data") and hasattr(dataset, "targets"):
+            images, labels = dataset.data, dataset.targets
+        else:
+            images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+        arrays = np.stack([np.asarray(image) for image in images])
+        if arrays.dtype != np.uint8 or arrays.ndim not in (3, 4):
+            raise ValueError(
+                f"The images of {type(dataset).__name__} come as {arrays.dtype} {arrays.shape[1:]}; give the data set "
+                f"without its transform, as PIL images or uint8 (H, W, 3)."
+            )
+        pixels = {"arrays": _to_rgb(arrays)}
+    labels = np.asarray(labels, dtype=np.int64)
+    names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
+    return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
 
 
 def _digits(split: str) -> Source:
