@@ -129,7 +129,7 @@ PRESETS: dict[str, Config] = {
         preset="cpu",
         input=DataConfig(data="cifar100"),
         training=ScorerConfig(
-            backbone="small", epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4
+            backbone="small", epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4
         ),
         search=SearchConfig(epochs=20, batch_size=64, channels=8, layers=5),
     ),

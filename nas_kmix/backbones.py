@@ -4,8 +4,8 @@ Every network takes float images (N, 3, H, W) and returns logits (N, num_classes
 average pooling and one linear layer, so that H and W are free, and normalise with BatchNorm only, so that in
 eval mode an image's logits do not depend on its batch: scores must not depend on batch size or order.
 
-``BACKBONES[name](num_classes=..., stem=...)`` draws its weights from torch's global generator;
-``build_backbone`` is the same with a seed, and leaves that generator as it found it.
+`BACKBONES[name](num_classes=..., stem=...)` draws its weights from torch's global generator;
+`build_backbone` is the same with a seed, and leaves that generator as it found it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEMS = ("cifar", "imagenet")  # up to 64 px, and above
 class PyramidNet(nn.Module):
     """The additive PyramidNet with bottleneck blocks for small images (Han, Kim & Kim, CVPR 2017).
 
-    Three stages of ``(depth - 2) / 9`` blocks; the width grows by ``alpha / blocks`` with every block instead
+    Three stages of `(depth - 2) / 9` blocks; the width grows by `alpha / blocks` with every block instead
     of doubling at every stage. (N, 3, H, W) -> (N, num_classes).
 
     Args:
@@ -61,7 +61,7 @@ class PyramidNet(nn.Module):
 
 
 def pyramid_widths(*, depth: int, alpha: float) -> list[int]:
-    """The unexpanded width of every block: ``round`` (half to even) of a running sum that starts at 16."""
+    """The unexpanded width of every block: `round` (half to even) of a running sum that starts at 16."""
     blocks = 3 * ((depth - 2) // 9)
     widths, width = [], 16.0
     for _ in range(blocks):
@@ -104,8 +104,8 @@ class PyramidBottleneck(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network sized for two CPU cores; ours. (N, 3, H, W) -> (N, num_classes).
 
-    The stem halves the image at once (32x32 -> 16x16): on a CPU the full-resolution layers of a CIFAR ResNet
-    take most of the time and add little at this accuracy. Each further stage halves it again.
+    The stem halves the image at once (32x32 -> 16x16): a first stage at full resolution would cost four times
+    as much, more than all the rest together. Each further stage halves the map again.
 
     Args:
         widths: channels of each stage; multiples of 16 fill the vector registers of AVX-512.
@@ -167,24 +167,24 @@ def _pyramidnet110(*, num_classes: int, stem: str = "cifar") -> nn.Module:
 
 
 def _small(*, num_classes: int, stem: str = "cifar") -> nn.Module:
-    """The scorer of the preset ``cpu``."""
+    """The scorer of the preset `cpu`."""
     return SmallResNet(widths=(32, 64, 128), blocks=(1, 1, 1), num_classes=num_classes, stem=stem)
 
 
 def _tiny(*, num_classes: int, stem: str = "cifar") -> nn.Module:
-    """The scorer of the preset ``quick``: a quarter of the cost of ``small``."""
+    """The scorer of the preset `quick`: a quarter of the cost of `small`."""
     return SmallResNet(widths=(16, 32, 64), blocks=(1, 1, 1), num_classes=num_classes, stem=stem)
 
 
 def _resnet50(*, num_classes: int, stem: str = "imagenet") -> nn.Module:
     """torchvision's ResNet-50 without weights."""
-    from torchvision.models import resnet50  # here: seconds to import, and no other backbone needs it
-
     if stem != "imagenet":
         raise ValueError(
             "resnet50 starts with a stride of 4, for images above 64 px (stem 'imagenet'), and does not fit "
             f"stem {stem!r}: choose 'pyramidnet110' or 'small' for small images."
         )
+    from torchvision.models import resnet50  # here: seconds to import, and no other backbone needs it
+
     return resnet50(weights=None, num_classes=num_classes)
 
 
@@ -197,13 +197,13 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_backbone(name: str, *, num_classes: int, stem: str = "cifar", seed: int = 0) -> nn.Module:
-    """``BACKBONES[name]`` with weights that depend on ``seed`` alone; on the CPU, in training mode.
+    """`BACKBONES[name]` with weights that depend on `seed` alone; on the CPU, in training mode.
 
     Args:
-        name: a key of ``BACKBONES``.
+        name: a key of `BACKBONES`.
         num_classes: outputs, at least 1.
         stem: "cifar" (images up to 64 px) or "imagenet" (above).
-        seed: any integer that ``torch.Generator.manual_seed`` takes.
+        seed: any integer that `torch.Generator.manual_seed` takes.
 
     Raises:
         ValueError: an unknown name or stem, or a network that is not defined for this stem.

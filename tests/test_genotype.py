@@ -102,15 +102,16 @@ def test_a_file_reads_back_and_has_the_same_bytes_every_time(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["one.json", "two.json"]
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
     path = tmp_path / "genotype.json"
     PUBLISHED.save(path)
     before = path.read_bytes()
 
-    def full_disk(_):
+    def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, failing, full_disk)
     with pytest.raises(OSError, match="No space"):
         GENOTYPES["DARTS_V1"].save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["genotype.json"]

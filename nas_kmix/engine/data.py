@@ -123,6 +123,7 @@ class ImageData:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise every pass would draw its workers' seeds from the global one
         )
         for images, indices, failures in loader:
             self.bad.update(failures)

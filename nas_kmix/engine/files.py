@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> Any:
     """Raises ValueError naming the file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -82,7 +82,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a complete .npz file ({error}); remove it or make it anew.") from error
 
 
@@ -92,7 +92,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle may raise nearly anything
         raise ValueError(
             f"{path} is cut short or not a checkpoint of ours ({type(error).__name__}); remove it, or use --fresh."
         ) from error

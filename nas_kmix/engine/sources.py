@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Source:
             try:
                 with Image.open(self.folder / path) as image:
                     sizes[image.height, image.width] += 1
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
                 continue
         if not sizes:
             raise ValueError(f"{self.name}: not one image can be read; the first is {self.describe(0)}.")
@@ -181,7 +182,7 @@ def _npz(path: Path, split: str) -> Source:
             names = archive["class_names"].tolist() if "class_names" in archive.files else None
     except FileNotFoundError:
         raise ValueError(f"--data {path}: there is no such file.") from None
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"--data {path} cannot be read as .npz ({error}); write it anew with numpy.savez.") from error
     except ValueError as error:
         if "pickle" in str(error).lower():

@@ -1,0 +1,180 @@
+"""The import directions of the design, and what the packages must not contain, read from their syntax trees."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"nas_kmix", "darts_space"}
+ON_TOP = {"search", "train_eval", "tests", "benchmarks", "studies"}
+MODULES = sorted(path.relative_to(ROOT).as_posix() for package in OURS for path in (ROOT / package).rglob("*.py"))
+# Seeded generators and their parts; everything else in numpy.random acts on the global state.
+NUMPY_GENERATORS = {"default_rng", "Generator", "SeedSequence", "BitGenerator", "PCG64", "Philox"}
+TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
+EVALUATORS = {"eval", "exec", "compile", "__import__"}
+UNPICKLERS = {f"{module}.{name}" for module in ("pickle", "dill", "joblib") for name in ("load", "loads", "Unpickler")}
+
+
+def tree_of(module):
+    return ast.parse((ROOT / module).read_text(encoding="utf-8"))
+
+
+def imports(tree):
+    """Dotted names of all imports, inside functions too; `from a import b` is a.b, a relative one begins with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def name_of(node):
+    """`a.b.c` of an attribute chain, its last parts where it starts with something else than a name."""
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def inside(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def forbidden_imports(module, names):
+    """Those of the imported names that the design does not allow in `module`."""
+    for name in names:
+        top = name.split(".")[0]
+        engine = module.startswith("nas_kmix/engine/")
+        analysis = module.startswith("nas_kmix/analysis/")
+        if (
+            name.startswith(".")
+            or top in ON_TOP
+            or (engine and top in OURS and not inside(name, "nas_kmix.engine"))
+            or (module.startswith("nas_kmix/") and not analysis and top == "darts_space")
+            or (not analysis and inside(name, "nas_kmix.analysis"))
+            or (module.startswith("darts_space/") and top not in {"torch", "darts_space", *sys.stdlib_module_names})
+        ):
+            yield name
+
+
+def unsafe_calls(tree):
+    """Calls that run code found in data."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = name_of(call.func)
+        keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+        if name in EVALUATORS | UNPICKLERS:
+            yield name
+        if keywords.get("allow_pickle", False) is not False:
+            yield f"{name}(allow_pickle=…)"
+        if keywords.get("weights_only", True) is not True or (name == "torch.load" and "weights_only" not in keywords):
+            yield f"{name}(weights_only=…)"
+
+
+def global_draws(tree):
+    """Uses of the random state that all libraries share; inside `fork_rng` torch's is put back."""
+    forked = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        and any(name_of(getattr(item.context_expr, "func", item)).endswith("fork_rng") for item in node.items)
+    ]
+    allowed = {id(inner) for block in forked for inner in ast.walk(block)}
+    yield from (name for name in imports(tree) if inside(name, "random"))
+    for node in ast.walk(tree):
+        name = name_of(node)
+        if ".random." in f".{name}" and name.split(".")[0] in {"np", "numpy"}:
+            if name.split(".")[2] not in NUMPY_GENERATORS:
+                yield name
+        elif isinstance(node, ast.Call) and id(node) not in allowed:
+            called = name_of(node.func)
+            seeds = called.endswith("manual_seed") and called.split(".")[0] == "torch"
+            draws = called.removeprefix("torch.") in TORCH_DRAWS and called.startswith("torch.")
+            if seeds or (draws and "generator" not in {k.arg for k in node.keywords}):
+                yield called
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    assert list(forbidden_imports(module, imports(tree_of(module)))) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_read_can_run_code(module):
+    assert list(unsafe_calls(tree_of(module))) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_global_random_state(module):
+    assert list(global_draws(tree_of(module))) == []
+
+
+def test_all_modules_are_found():
+    assert {"nas_kmix/engine/data.py", "nas_kmix/scoring.py", "darts_space/supernet.py"} <= set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("nas_kmix/engine/x.py", "from nas_kmix.mixing import paste"),
+        ("nas_kmix/engine/x.py", "from nas_kmix import mixing"),
+        ("nas_kmix/engine/x.py", "import darts_space"),
+        ("nas_kmix/engine/x.py", "from .data import ImageData"),
+        ("nas_kmix/x.py", "def f():\n    from darts_space.genotype import Genotype"),
+        ("nas_kmix/x.py", "from nas_kmix.analysis import report"),
+        ("nas_kmix/x.py", "import search"),
+        ("darts_space/x.py", "import numpy as np"),
+        ("darts_space/x.py", "from torchvision import ops"),
+        ("darts_space/x.py", "from nas_kmix.engine import files"),
+    ],
+)
+def test_forbidden_imports_are_seen(module, code):
+    assert len(list(forbidden_imports(module, imports(ast.parse(code))))) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "eval(text)",
+        "exec(text)",
+        "pickle.load(file)",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=flag)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path)",
+    ],
+)
+def test_unsafe_calls_are_seen(code):
+    assert len(list(unsafe_calls(ast.parse(code)))) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "np.random.seed(0)",
+        "x = np.random.rand(3)",
+        "import random",
+        "from random import shuffle",
+        "torch.manual_seed(0)",
+        "torch.cuda.manual_seed(0)",
+        "torch.default_generator.manual_seed(0)",
+        "torch.randn(3)",
+    ],
+)
+def test_global_draws_are_seen(code):
+    assert len(set(global_draws(ast.parse(code)))) == 1
+
+
+def test_what_is_allowed():
+    code = """
+from nas_kmix.engine import files
+rng = np.random.default_rng(0)
+x = torch.randn(3, generator=generator)
+model.eval()
+ast.literal_eval(text)
+torch.load(path, weights_only=True)
+with torch.random.fork_rng(devices=[]):
+    torch.default_generator.manual_seed(0)
+"""
+    tree = ast.parse(code)
+    assert not [*forbidden_imports("nas_kmix/engine/x.py", imports(tree)), *unsafe_calls(tree), *global_draws(tree)]

@@ -1,0 +1,340 @@
+"""The run folder: one run at a time, complete records over many invocations, checkpoints of this command only, signals.
+
+Also the device as data, which a run is given.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from nas_kmix.engine import device as devices
+from nas_kmix.engine import run as run_module
+from nas_kmix.engine.device import DeviceConfig, autocast, pick_device, to_layout
+from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, check_key, stage_key
+
+STAGES = ("scorer", "scoring", "search")
+KEY = stage_key("scorer", {"epochs": 3, "lr": 0.1}, {"data": "f" * 64})
+
+
+def open_run(folder, **options):
+    return Run(folder, stages=STAGES, **options)
+
+
+def bill(folder):
+    return json.loads((folder / "cost.json").read_text())
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it: clock[0] += seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+# -- one run at a time -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
+    with pytest.raises(KeyError), open_run(tmp_path):
+        with pytest.raises(ValueError, match=f"--out {tmp_path} is in use by another run"), open_run(tmp_path):
+            pass
+        raise KeyError
+    with open_run(tmp_path):
+        pass
+
+
+def test_another_process_finds_the_folder_locked(tmp_path):
+    code = f"import fcntl; fcntl.flock(open({str(tmp_path / '.lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with open_run(tmp_path):
+        locked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    free = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "BlockingIOError" in locked.stderr and free.returncode == 0
+
+
+def test_a_refused_run_changes_nothing(tmp_path):
+    with open_run(tmp_path) as run:
+        run.write_cost()
+        (tmp_path / "cost.json.part").write_text("being written")
+        with pytest.raises(ValueError, match="in use"), open_run(tmp_path):
+            pass
+        assert (tmp_path / "cost.json.part").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"--out {tmp_path / 'file' / 'out'} cannot be written to"):
+        open_run(tmp_path / "file" / "out").__enter__()
+
+
+def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/scorer.pt.part", "proxy.json.part"):
+        (tmp_path / name).write_text("half")
+    with open_run(tmp_path):
+        assert not list(tmp_path.rglob("*.part"))
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_add_up_over_invocations(tmp_path, clock):
+    for _ in range(2):
+        with open_run(tmp_path) as run:
+            with run.stage("scorer") as cost:
+                cost.images_forward += 10
+                cost.images_backward += 5
+                clock[0] += 3
+            clock[0] += 100  # between the stages nothing is billed
+            with run.stage("scoring") as cost:
+                cost.images_forward += 7
+                clock[0] += 2
+    stages, total = bill(tmp_path)["stages"], bill(tmp_path)["total"]
+    peak = stages["scorer"].pop("peak_rss_bytes")
+    assert stages["scorer"] == {"wall_s": 6.0, "images_forward": 20, "images_backward": 10, "skipped": False}
+    assert stages["scoring"]["wall_s"] == 4.0 and stages["scoring"]["images_forward"] == 14
+    assert stages["search"] == dict.fromkeys(stages["search"], 0) | {"skipped": True}
+    assert peak > 1e7 and total.pop("peak_rss_bytes") >= peak
+    assert total == {"wall_s": 10.0, "images_forward": 34, "images_backward": 10}
+
+
+def test_a_stage_that_is_skipped_keeps_its_cost_and_says_so(tmp_path, clock):
+    with open_run(tmp_path) as run, run.stage("scorer"):
+        clock[0] += 3
+    with open_run(tmp_path) as run:
+        run.write_cost()
+    assert bill(tmp_path)["stages"]["scorer"]["skipped"] is True
+    assert bill(tmp_path)["stages"]["scorer"]["wall_s"] == 3.0
+
+
+def test_a_stage_is_billed_up_to_its_failure_and_its_last_checkpoint(tmp_path, clock):
+    with open_run(tmp_path) as run, pytest.raises(KeyError), run.stage("scorer") as cost:
+        cost.images_forward += 4
+        clock[0] += 5
+        run.save_checkpoint("scorer", KEY, {})
+        assert bill(tmp_path)["stages"]["scorer"]["wall_s"] == 5.0  # what a SIGKILL now would leave
+        clock[0] += 1
+        raise KeyError
+    assert bill(tmp_path)["total"]["wall_s"] == 6.0 and bill(tmp_path)["total"]["images_forward"] == 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"stages": {"scorer": {"hours": 1}}}', '{"stages": {"scorer": 3}}'])
+def test_a_damaged_bill_starts_anew(tmp_path, text):
+    (tmp_path / "cost.json").write_text(text)
+    with open_run(tmp_path) as run:
+        run.write_cost()
+    assert bill(tmp_path)["total"]["wall_s"] == 0
+
+
+def test_reused_results_bring_their_costs_along(tmp_path, clock):
+    with open_run(tmp_path / "a") as run, run.stage("scorer"):
+        clock[0] += 3
+    with open_run(tmp_path / "b") as run:
+        assert run.adopt_costs(tmp_path / "a" / "cost.json", ("scorer",))
+        assert not run.adopt_costs(tmp_path / "c" / "cost.json", ("scoring",))
+        run.write_cost()
+    assert bill(tmp_path / "b")["stages"]["scorer"]["wall_s"] == 3.0
+    assert bill(tmp_path / "b")["stages"]["scorer"]["skipped"] is True
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeated_epoch_replaces_its_row_also_in_a_later_invocation(tmp_path):
+    with open_run(tmp_path) as run:
+        for epoch, loss in ((0, 3.0), (1, 2.0), (1, 1.5)):
+            run.log("scorer", epoch, loss=loss)
+    with open_run(tmp_path) as run:
+        run.log("scorer", 1, loss=1.25)
+        run.log("search", 0, loss=4.0, entropy=1 / 3)
+    assert [(r["stage"], r["epoch"], r["loss"], r["entropy"]) for r in rows(tmp_path)] == [
+        ("scorer", "0", "3", ""),
+        ("scorer", "1", "1.25", ""),
+        ("search", "0", "4", "0.3333333"),
+    ]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_damaged_rows_are_dropped(tmp_path):
+    (tmp_path / "metrics.csv").write_text("stage,epoch,loss\nscorer,0,3\nscorer,half\n")
+    with open_run(tmp_path) as run:
+        run.log("scorer", 1, loss=2.0)
+    assert [row["epoch"] for row in rows(tmp_path)] == ["0", "1"]
+
+
+# -- keys and checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_settings_have_the_same_key():
+    ours = stage_key("scorer", {"milestones": (1, 2), "path": Path("x"), "lr": 0.1}, {})
+    check_key(Path("x.pt"), json.loads(json.dumps(ours)), ours)
+    check_key(Path("x.pt"), ours, stage_key("scorer", {"lr": 0.1, "path": "x", "milestones": [1, 2]}, {}))
+
+
+def test_differing_settings_are_named():
+    found = stage_key("scorer", {"epochs": 3, "lr": 0.1, "old": 1}, {"data": "a" * 64})
+    wanted = stage_key("scorer", {"epochs": 4, "lr": 0.1, "new": 2}, {"data": "b" * 64})
+    with pytest.raises(StageMismatchError) as caught:
+        check_key(Path("out/scorer.pt"), found, wanted)
+    message = str(caught.value)
+    assert caught.value.stage == "scorer" and message.startswith("out/scorer.pt was made with other settings")
+    for part in ("epochs was 3, now 4", "old was 1, now None", "new was None, now 2", "data was aaaa", "now bbbb"):
+        assert part in message
+    assert "lr" not in message and "a" * 30 not in message
+
+
+@pytest.mark.parametrize("found", [None, [], "text", {}, {"stage": "search"}, {**KEY, "stage": "search"}])
+def test_a_file_of_another_stage_is_refused(found):
+    with pytest.raises(StageMismatchError, match=r"x\.pt was not made by the stage 'scorer'"):
+        check_key(Path("x.pt"), found, KEY)
+
+
+def test_checkpoints_come_back_to_their_own_command_only(tmp_path):
+    with open_run(tmp_path) as run:
+        assert run.load_checkpoint("scorer", KEY) is None
+        run.save_checkpoint("scorer", KEY, {"w": torch.arange(3), "epoch": 2})
+    with open_run(tmp_path) as run:
+        state = run.load_checkpoint("scorer", KEY)
+        assert state["epoch"] == 2 and torch.equal(state["w"], torch.arange(3))
+        other = stage_key("scorer", {"epochs": 30, "lr": 0.1}, {"data": "f" * 64})
+        with pytest.raises(StageMismatchError, match="epochs was 3, now 30"):
+            run.load_checkpoint("scorer", other)
+
+
+def test_a_checkpoint_cut_short_is_named(tmp_path):
+    with open_run(tmp_path) as run:
+        run.save_checkpoint("scorer", KEY, {"w": torch.zeros(1000)})
+        path = tmp_path / "checkpoints" / "scorer.pt"
+        path.write_bytes(path.read_bytes()[:2000])
+        with pytest.raises(ValueError, match=f"{path} is cut short .*--fresh"):
+            run.load_checkpoint("scorer", KEY)
+
+
+def test_checkpoints_are_removed_one_by_one(tmp_path):
+    with open_run(tmp_path) as run:
+        for stage in ("scorer", "search"):
+            run.save_checkpoint(stage, KEY, {})
+        run.remove_checkpoint("scorer")
+        assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["search.pt"]
+        run.remove_checkpoint("search")
+        run.remove_checkpoint("search")
+        assert not (tmp_path / "checkpoints").exists()
+
+
+def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
+    foreign = [tmp_path / name for name in ("notes.txt", "data.npz", "seed-0/notes.txt", "checkpoints/notes.txt")]
+    with open_run(tmp_path) as run:
+        with run.stage("scorer") as cost:
+            cost.images_forward += 4
+        run.save_checkpoint("scorer", KEY, {})
+        run.log("scorer", 0, loss=1.0)
+        (tmp_path / "seed-0").mkdir()
+        for path in (tmp_path / "proxy.json", tmp_path / "seed-0" / "alphas.npz", *foreign):
+            path.write_text("")
+    with open_run(tmp_path) as run:
+        run.clear(("proxy.json", "seed-*/alphas.npz", "genotype.json"))
+        left = {path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert left == set(foreign)
+        run.log("scorer", 1, loss=2.0)
+        run.write_cost()
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"] and bill(tmp_path)["total"]["images_forward"] == 0
+
+
+def test_a_checkpoint_is_due_after_a_minute_and_after_a_signal(tmp_path, clock):
+    with open_run(tmp_path) as run:
+        clock[0] += 59
+        assert not run.checkpoint_due()
+        clock[0] += 2
+        assert run.checkpoint_due()
+        run.save_checkpoint("scorer", KEY, {})
+        assert not run.checkpoint_due()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.checkpoint_due()
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_the_step(tmp_path, signum):
+    before = signal.getsignal(signum)
+    with open_run(tmp_path) as run:
+        run.raise_if_stopping()
+        os.kill(os.getpid(), signum)
+        assert run.stopping
+        with pytest.raises(StoppedError, match=signum.name) as caught:
+            run.raise_if_stopping()
+    assert caught.value.signum == signum
+    assert signal.getsignal(signum) is before
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as init systems do
+        os.kill(os.getpid(), signal.SIGINT)
+    with open_run(tmp_path) as run:
+        assert not run.stopping
+
+
+def test_a_thread_leaves_the_signals_alone(tmp_path):
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with open_run(tmp_path):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "toaster", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(ValueError, match=f"--device {name} is not available here"):
+        pick_device(DeviceConfig(device=name))
+
+
+def test_the_device_is_found_and_threads_are_set():
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device(DeviceConfig(threads=2)).type == wanted
+    assert torch.get_num_threads() == 2
+
+
+def test_autocast_and_layout_are_what_was_asked_for():
+    cpu, x = torch.device("cpu"), torch.ones(2, 3, 4, 5)
+    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with autocast(cpu, amp):
+            assert (x[0, 0] @ x[0, 0].T).dtype == dtype
+    convolution = torch.nn.Conv2d(3, 4, 3)
+    assert to_layout(x, False) is x and to_layout(convolution, False) is convolution
+    assert to_layout(x, True).is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
+    assert to_layout(convolution, True).weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_environment_is_json():
+    record = json.loads(json.dumps(devices.environment(torch.device("cpu"))))
+    assert record["packages"]["torch"] == torch.__version__ and record["device"] == "cpu" and record["gpu"] is None
+
+
+@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="environment() needs the program git")
+def test_environment_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert devices.environment(torch.device("cpu"))["commit"] is None
