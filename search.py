@@ -121,9 +121,9 @@ PRESETS: dict[str, Config] = {
     # The embedded digits, which must not be mirrored.
     "quick": Config(
         input=DataConfig(data="digits", flip=False, crop_padding=2),
-        training=ScorerConfig(backbone="tiny", epochs=10, batch_size=64, lr=0.1, schedule="cosine", weight_decay=5e-4),
+        training=ScorerConfig(backbone="tiny", epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
         selection=ProxyConfig(ratio=0.2),
-        search=SearchConfig(epochs=6, batch_size=64, channels=8, layers=5),
+        search=SearchConfig(epochs=10, batch_size=32, channels=8, layers=5),
     ),
     "cpu": Config(
         preset="cpu",
@@ -204,14 +204,14 @@ def _stages(config: Config, data: ImageData, folder: Run) -> Result:
         if config.proxy is not None:
             proxy = _given_proxy(config.proxy, data, folder)
         else:
-            model = None
+            scorer = None
             needs_scores = config.selection.method != "random" or config.stop_after in ("scorer", "scores")
             if needs_scores and config.scores is None:
-                model = _scorer(config, data, folder)
+                scorer = _scorer(config, data, folder)
                 if config.stop_after == "scorer":
                     return result
             if needs_scores:
-                result = replace(result, table=_scores(config, data, model, folder))
+                result = replace(result, table=_scores(config, data, scorer, folder))
                 if config.stop_after == "scores":
                     return result
             proxy = _selection(config, data, result.table, folder)
@@ -224,36 +224,40 @@ def _stages(config: Config, data: ImageData, folder: Run) -> Result:
     return replace(result, genotype=_searches(config, data, halves, folder))
 
 
+Scorer = tuple[torch.nn.Module, ImageData]  # the network, and the images normalised as it was trained with
+
+
 # -- images to proxy ---------------------------------------------------------------------------------------------------
 
 
-def _scorer(config: Config, data: ImageData, folder: Run) -> torch.nn.Module:
+def _scorer(config: Config, data: ImageData, folder: Run) -> Scorer:
     """The trained scorer: given, found, or trained now."""
     if config.scorer is not None:
-        model, _ = load_scorer(config.scorer, data, run=folder)
+        model, view, _ = load_scorer(config.scorer, data, run=folder)
         _adopt(config.scorer, ("scorer",), folder)
-        return model
+        return model, view
     path = folder.path("scorer.pt")
     settings = {**asdict(config.training), **_augmentation(config)}
     key = stage_key("scorer", settings, {"data": data.fingerprint})
     if path.exists():
-        model, found = load_scorer(path, data, run=folder)
+        model, view, found = load_scorer(path, data, run=folder)
         check_key(path, found, key)
         folder.say(f"scorer: {path} fits, skipped")
-        return model
-    return train_scorer(data, config.training, config.input, run=folder, key=key, path=path)
+        return model, view
+    return train_scorer(data, config.training, config.input, run=folder, key=key, path=path), data
 
 
-def _scores(config: Config, data: ImageData, model: torch.nn.Module | None, folder: Run) -> ScoreTable:
-    """The table of scores: given, found, or computed now by `model`."""
+def _scores(config: Config, data: ImageData, scorer: Scorer | None, folder: Run) -> ScoreTable:
+    """The table of scores: given, found, or computed now by `scorer`."""
     if config.scores is not None:
         table, meta = ScoreTable.load(config.scores)
         if meta["key"]["inputs"]["data"] != data.fingerprint:
             raise ValueError(f"--scores {config.scores} was made from other data than --data; score these images anew.")
         _adopt(config.scores, ("scorer", "scoring"), folder)
         return table
+    model, view = scorer
     path = folder.path("scores.npz")
-    inputs = {"data": data.fingerprint, "scorer": scorer_hash(model)}
+    inputs = {"data": data.fingerprint, "scorer": scorer_hash(model, view)}
     key = stage_key("scoring", config.scoring.identity(), inputs)
     if path.exists():
         table, meta = ScoreTable.load(path)
@@ -261,7 +265,7 @@ def _scores(config: Config, data: ImageData, model: torch.nn.Module | None, fold
         data.bad.update({int(index): message for index, message in meta["bad"].items()})
         folder.say(f"scoring: {path} fits, skipped")
         return table
-    return score_stage(model, data, config.scoring, run=folder, key=key, path=path)
+    return score_stage(model, view, config.scoring, run=folder, key=key, path=path)
 
 
 def _selection(config: Config, data: ImageData, table: ScoreTable | None, folder: Run) -> ProxyManifest:
@@ -478,6 +482,8 @@ def _warn_of_collapse(genotype: Genotype, folder: Run) -> None:
 
 def _check_early(config: Config, data: ImageData) -> None:
     """Refuse what the last stage would refuse before the first one has spent hours."""
+    if config.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, not {config.seed}.")
     if config.search.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {config.search.seeds}.")
     if config.stop_after is not None:

