@@ -114,7 +114,7 @@ class Genotype:
         appears whole or not at all: it is written beside its place and then renamed. OSError if it cannot be.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")
         content = self._file_content(provenance)
         try:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:

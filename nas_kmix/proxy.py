@@ -225,13 +225,14 @@ def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -
         content, unreadable = [], []
         for index in chosen.tolist():
             try:
+                if table is None:
+                    data.source.read(index)  # without scores nobody has opened this file before
                 content.append(data.content(index))
             except BadImageError as error:
                 data.bad[index] = str(error)
                 unreadable.append(index)
         if not unreadable:
             break
-        # Without scores nobody has read these files before: choose again among the others.
         keep = ~np.isin(candidates, unreadable)
         candidates, scores = candidates[keep], scores[keep]
     weights, arch = split_halves(chosen, data.labels[chosen], config.arch_share, seed=config.seed)

@@ -26,7 +26,7 @@ def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Te
     columns = offsets[1] + torch.arange(w, device=images.device)  # (N, W)
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)  # (N, H + 2p, W + 2p, 3)
     index = torch.arange(n, device=images.device)[:, None, None]
-    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def random_flip(images: Tensor, *, rng: np.random.Generator) -> Tensor:

@@ -68,14 +68,11 @@ def to_layout(tensor_or_model: Any, channels_last: bool) -> Any:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and command line, for `env.json`."""
     packages = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
@@ -83,3 +80,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None where this is no checkout or there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TEMPORARY_SUFFIX = ".part"
+TEMPORARY_SUFFIX = ".nas_kmix.part"
 
 
 def write_bytes(path: Path, payload: bytes) -> None:

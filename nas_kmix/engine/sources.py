@@ -64,9 +64,15 @@ class Source:
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
 
     def content(self, index: int) -> str:
-        """16 hex digits of the image's RGB pixels, or of the file's bytes where its format is lossy."""
+        """16 hex digits of the image's RGB pixels, or of the file's bytes where its format is lossy.
+
+        Bytes are not decoded here, so a broken JPEG has a content too. Raises BadImageError.
+        """
         if self.paths is not None and Path(self.paths[index]).suffix.lower() in LOSSY_SUFFIXES:
-            payload = (self.folder / self.paths[index]).read_bytes()
+            try:
+                payload = (self.folder / self.paths[index]).read_bytes()
+            except OSError as error:
+                raise BadImageError(f"{self.folder / self.paths[index]}: {error.strerror}") from error
         else:
             pixels = np.ascontiguousarray(self.read(index))
             payload = f"{pixels.shape[0]}x{pixels.shape[1]} ".encode() + pixels.tobytes()
@@ -99,6 +105,8 @@ class Source:
 
 def open_source(data: str, root: Path, split: str) -> Source:
     """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy."""
+    if (data == "digits" or data in CIFAR_CONSTANTS) and split not in ("train", "test"):
+        raise ValueError(f"--data {data} has the splits train and test, not {split!r}.")
     if data == "digits":
         return _digits(split)
     if data in CIFAR_CONSTANTS:
