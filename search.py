@@ -408,7 +408,7 @@ def _search(
                 passes = n * (4 if bilevel.unrolled and not search.frozen else 1) + len(val.labels)
                 cost.images_forward += passes
                 cost.images_backward += passes
-                progress.update(note=f"epoch {epoch + 1}/{settings.epochs}")
+                progress.update(note=f"epoch {epoch + 1}/{settings.epochs}{meter.note(stage, epoch, step)}")
                 if folder.checkpoint_due() and step + 1 < steps:
                     save(epoch, step + 1)
                     folder.raise_if_stopping()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+STEPS_BETWEEN_CHECKS = 50  # reading a value waits for the device
 
 
 class NonFiniteLossError(Exception):
@@ -24,6 +25,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._note = ""
 
     def add(self, step: int, n: int, **sums: Tensor) -> None:
         """Add sums over `n` images of step `step`."""
@@ -47,9 +49,12 @@ class Meter:
         """Mean per image of every sum."""
         return {name: float(total) / max(1, self._counts[name]) for name, total in self._sums.items()}
 
-    def last(self, name: str) -> float:
-        """The mean of one sum so far, NaN before its first value."""
-        return float(self._sums[name]) / self._counts[name] if name in self._sums else math.nan
+    def note(self, stage: str, epoch: int, step: int) -> str:
+        """The mean loss of the epoch in a few words, brought up to date, after `check`, every 50 steps."""
+        if step % STEPS_BETWEEN_CHECKS == 0:
+            self.check(stage, epoch)
+            self._note = f", loss {self.means()['loss']:.3f}"
+        return self._note
 
     def state_dict(self) -> dict[str, Mapping]:
         return {"sums": dict(self._sums), "counts": dict(self._counts), "first_bad": self._first_bad}

@@ -103,7 +103,7 @@ def train(
                 meter.add(step, len(inputs), loss=loss * len(inputs))
                 cost.images_forward += len(inputs)
                 cost.images_backward += len(inputs)
-                progress.update(note=f"epoch {epoch + 1}/{config.epochs}")
+                progress.update(note=f"epoch {epoch + 1}/{config.epochs}{meter.note(stage, epoch, step)}")
                 if run.checkpoint_due() and step + 1 < steps:
                     save(epoch, step + 1)
                     run.raise_if_stopping()
