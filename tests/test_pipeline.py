@@ -180,7 +180,7 @@ def test_every_stage_leaves_a_file_that_describes_itself(finished, npz):
     assert origin["inputs"]["proxy"] == ProxyManifest.load(folder / "proxy.json").hash()
     assert origin["config"]["channels"] == 2
     assert json.loads((folder / "config.json").read_text())["search"]["epochs"] == 3
-    assert json.loads((folder / "env.json").read_text())["packages"]["torch"] == torch.__version__
+    assert "torch" in json.loads((folder / "env.json").read_text())["packages"]
 
 
 def test_the_log_of_the_search_leads_to_its_genotype(finished):
@@ -307,7 +307,7 @@ def test_fresh_starts_over_and_removes_only_what_is_ours(copy, npz):
 def test_fresh_removes_nothing_when_the_command_is_refused(flags, copy, npz, monkeypatch):
     monkeypatch.chdir(copy)
     before = files_of(copy)
-    refused(command(npz, copy, "--fresh", *flags), flags[0])
+    refused(command(npz, copy, "--fresh", *flags), flags[0].strip("-"))
     assert {name for name in before if before[name] != files_of(copy).get(name)} <= {"cost.json"}
 
 
@@ -486,15 +486,7 @@ def test_repeated_images_are_matched_by_label_and_occurrence(tmp_path):
         assert there == pixels_of(images, labels, getattr(proxy, half))
 
 
-# -- folders, streamed sets, files that cannot be read -----------------------------------------------------------------
-
-
-def test_a_streamed_folder_gives_what_a_resident_one_gives(tmp_path):
-    folder = write_folder(tmp_path / "folder", *draw_images())
-    resident = completed(command(folder, tmp_path / "resident", *ONE_STEP))
-    streamed = completed(command(folder, tmp_path / "streamed", *ONE_STEP, "--max-resident-gb", 0, "-j", 1))
-    assert ", resident on" in resident.out and ", streamed on" in streamed.out
-    same_results(tmp_path / "streamed", tmp_path / "resident")
+# -- files that cannot be read -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -570,26 +562,36 @@ def _audit(event: str, arguments: tuple) -> None:
         _opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else "")
 
 
-@pytest.mark.parametrize("mode", [[], ["--max-resident-gb", "0"]], ids=["resident", "streamed"])
-def test_no_file_under_test_is_opened(mode, tmp_path):
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder with nothing but training images, and a run on it."""
+    place = tmp_path_factory.mktemp("folder")
+    folder = write_folder(place / "set", *draw_images())
+    completed(command(folder, place / "run", *ONE_STEP))
+    return folder, place / "run"
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+def test_no_file_under_test_is_opened(mode, folder_run, tmp_path):
+    """Nor under val; and a streamed set gives what a resident one gives."""
     global _opened
-    clean = write_folder(tmp_path / "clean" / "set", *draw_images())
-    poisoned = shutil.copytree(clean, tmp_path / "poisoned" / "set")
+    folder = shutil.copytree(folder_run[0], tmp_path / "set")
     for split in ("test", "val"):
         for label in ("0", "1", "unheard-of"):
-            (poisoned / split / label).mkdir(parents=True)
-            (poisoned / split / label / "000.png").write_bytes(b"no image at all")
-    completed(command(clean, tmp_path / "a", *mode, *ONE_STEP))
+            (folder / split / label).mkdir(parents=True)
+            (folder / split / label / "000.png").write_bytes(b"no image at all")
     sys.addaudithook(_audit)  # cannot be taken off again: it rests while _opened is None
     _opened = []
     try:
-        completed(command(poisoned, tmp_path / "b", *mode, *ONE_STEP))
+        limit = ["--max-resident-gb", 0 if mode == "streamed" else 1]
+        ended = completed(command(folder, tmp_path / "run", *limit, *ONE_STEP))
         seen = set(_opened)
     finally:
         _opened = None
-    same_results(tmp_path / "b", tmp_path / "a")
-    assert len([path for path in seen if path.startswith(str(poisoned / "train"))]) > IMAGES
-    assert not [path for path in seen if path.startswith((str(poisoned / "test"), str(poisoned / "val")))]
+    assert f", {mode} on" in ended.out
+    same_results(tmp_path / "run", folder_run[1])
+    assert len([path for path in seen if path.startswith(str(folder / "train"))]) > IMAGES
+    assert not [path for path in seen if path.startswith((str(folder / "test"), str(folder / "val")))]
 
 
 # -- signals and failures on the way -----------------------------------------------------------------------------------
@@ -617,40 +619,35 @@ def signal_at(monkeypatch, stage: str, update: int, *signums: int) -> None:
 def test_a_signal_ends_the_step_and_the_rerun_goes_on(stage, update, signum, finished, npz, tmp_path, monkeypatch):
     """In the middle of an epoch, at its end, and after the very last step."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    argv = command(npz, tmp_path, *([] if stage == "search" else TO_PROXY))
     signal_at(monkeypatch, stage, update, signum)
-    ended = main(command(npz, tmp_path))
+    ended = main(argv)
     assert ended.code == 128 + signum and signal.Signals(signum).name in ended.err
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert (tmp_path / "checkpoints" / f"{stage}.pt").exists() and "genotype.json" not in results_of(tmp_path)
-    ended = completed(command(npz, tmp_path))
-    unit = 72 if stage == "scoring" else update
-    assert f"{stage}: " in ended.out and f"resumed after {unit}" in ended.out
-    same_results(tmp_path, finished[0])
-    for name, cost in costs_of(finished[0]).items():
-        assert costs_of(tmp_path)[name]["images_forward"] == cost["images_forward"]
+    ended = completed(argv)
+    assert re.search(rf"^{stage}: .*resumed after {IMAGES if stage == 'scoring' else update}$", ended.out, re.MULTILINE)
+    same_bytes(tmp_path, finished[0], "scores.npz", "proxy.json")
+    if stage == "search":
+        same_results(tmp_path, finished[0])
+    assert costs_of(tmp_path)[stage]["images_forward"] == costs_of(finished[0])[stage]["images_forward"]
 
 
 def test_the_second_interrupt_does_not_wait(finished, npz, tmp_path, monkeypatch):
     signal_at(monkeypatch, "scorer", 4, signal.SIGINT, signal.SIGINT)
-    ended = main(command(npz, tmp_path))
+    ended = main(command(npz, tmp_path, *TO_PROXY))
     assert ended.code == 130 and "Traceback" not in ended.err
-    completed(command(npz, tmp_path))
-    same_results(tmp_path, finished[0])
+    completed(command(npz, tmp_path, *TO_PROXY))
+    same_bytes(tmp_path, finished[0], "scores.npz", "proxy.json")
 
 
-@pytest.mark.parametrize("stage", ["scorer", "search"])
-def test_a_checkpoint_left_behind_by_a_finished_stage_goes_at_last(stage, finished, npz, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["scorer", "scoring", "search"])
+def test_a_checkpoint_left_behind_by_a_finished_stage_goes_at_last(stage, copy, npz):
     """A run can be killed after a stage has written its result and before it removes its checkpoint."""
-
-    def killed(self, name):
-        if name == stage:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "remove_checkpoint", killed)
-        assert main(command(npz, tmp_path)).code == 130
-    completed(command(npz, tmp_path))
-    same_results(tmp_path, finished[0])
+    (copy / "checkpoints").mkdir()
+    (copy / "checkpoints" / f"{stage}.pt").write_bytes(b"of a stage that is done")
+    completed(command(npz, copy))
+    assert not (copy / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("flag", "stage"), [("--scorer.lr", "scorer"), ("--lr", "search")])
@@ -687,7 +684,9 @@ def test_the_first_loss_that_is_not_finite_is_the_one_named(finished, npz, tmp_p
     [
         ("--ratio 0", "--ratio"), ("--ratio 2", "--ratio"), ("--ratio nan", "--ratio"), ("--interval 0", "--interval"),
         ("--arch-share 1", "--arch-share"), ("--scoring.draws 1", "--scoring.draws"), ("--nonsense 3", "--nonsense"),
-        ("--preset huge", "huge"), ("--scoring.phi-anchor 1", "--scoring.phi-anchor"), ("--epochs x", "--epochs"),
+        ("--scoring.phi-anchor 1", "--scoring.phi-anchor"), ("--crop-padding -1", "--crop-padding"),
+        ("--scorer.batch-size 0", "batch size"), ("--scorer.epochs -1", "epoch"), ("--epochs x", "--epochs"),
+        ("--preset huge", "huge"),
     ],
 )  # fmt: skip
 def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_path):
@@ -700,11 +699,10 @@ def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_p
     ("flags", "words"),
     [
         ("--data nowhere", "no such folder"), ("--data nowhere.npz", "no such file"), ("--seeds 0", "--seeds"),
-        ("--epochs 0", "epoch"), ("--batch-size 0", "batch size"), ("--scorer.batch-size 0", "batch"),
-        ("--scorer.epochs -1", "epoch"), ("--layers 2", "layers"), ("--channels 3", "channels"),
-        ("--crop-padding -1", "--crop-padding"), ("--image-size 18", "--image-size 16"), ("--seed -1", "--seed"),
-        ("--scorer.backbone huge", "backbone"), ("--scorer.mix-k 1", "at least 2"), ("--frozen-epochs 9", "frozen"),
-        ("--amp fp16", "fp16"), ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),
+        ("--epochs 0", "epoch"), ("--batch-size 0", "batch size"), ("--layers 2", "layers"), ("--channels 3", "channels"),
+        ("--image-size 18", "--image-size 16"), ("--seed -1", "--seed"), ("--frozen-epochs 9", "frozen"),
+        ("--scorer.backbone huge", "backbone"), ("--scorer.mix-k 1", "at least 2"), ("--amp fp16", "fp16"),
+        ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),
         ("--scores nowhere.npz", "no such file"), ("--scorer nowhere.pt", "no such file"),
     ],
 )  # fmt: skip

@@ -217,7 +217,11 @@ def test_a_half_precision_run_resumes_with_its_loss_scale(tmp_path):
     """Heavy labels overflow the scaled gradients, so that the scale is no longer the one it starts with."""
 
     def heavy(mix):
-        return lambda images, labels, rng: (lambda mixed, soft: (mixed, 20 * soft))(*mix(images, labels, rng))
+        def mixed_and_heavy(*batch):
+            images, labels = mix(*batch)
+            return images, 20 * labels
+
+        return mixed_and_heavy
 
     run_training(tmp_path / "left_alone", amp="fp16", mix=heavy(mix))
     with pytest.raises(StoppedError):
@@ -270,6 +274,18 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path, uninterrupte
     assert (state["epoch"], state["step"]) == (1, 1) and all(v.isfinite().all() for v in state["model"].values())
     run_training(tmp_path)
     assert results(tmp_path)[:3] == uninterrupted[:3]
+
+
+def test_long_epochs_stop_within_fifty_steps(tmp_path):
+    poisoned, calls = poison_at(10), itertools.count()
+    with pytest.raises(NonFiniteLossError, match="step 10 of epoch 0"):
+        run_training(
+            tmp_path,
+            data=make_data(120),
+            config=replace(CONFIG, batch_size=1),
+            mix=lambda *batch: (next(calls), poisoned(*batch))[1],
+        )
+    assert next(calls) <= 61
 
 
 def test_meter_means_and_its_first_bad_step():

@@ -154,18 +154,24 @@ def load_data(
     source = sources.open_source(config.data, config.data_root, split)
     if source.num_classes < 2:
         raise ValueError(
-            f"{source.name} has the single class {source.class_names[0]!r}; a classifier needs two or more."
+            f"--data {config.data} has the single class {source.class_names[0]!r}; two or more are needed."
         )
-    counts = np.bincount(source.labels, minlength=source.num_classes)
-    if (counts == 0).any():
-        empty = source.class_names[int(counts.argmin())]
-        raise ValueError(f"{source.name}: class {empty!r} has no {split} images; add some or remove the class.")
-    size = _image_size(source, config.image_size)
+    _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
+    size = _image_size(source, config)
     data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         data.images = _decode_all(data).to(device)
+        first_bad = next(iter(data.bad.values()), "")
+        _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {first_bad}")
     mean, std = source.constants or _measure_constants(data)
     return replace(data, mean=mean, std=std)
+
+
+def _refuse_empty_class(source: Source, labels: np.ndarray, config: DataConfig, remedy: str) -> None:
+    counts = np.bincount(labels, minlength=source.num_classes)
+    if (counts == 0).any():
+        name = source.class_names[int(counts.argmin())]
+        raise ValueError(f"--data {config.data}: class {name!r} has no readable {source.split} images; {remedy}.")
 
 
 def augment_batch(images: Tensor, data: ImageData, config: DataConfig, *, rng: np.random.Generator) -> Tensor:
@@ -193,22 +199,20 @@ def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tup
     return [order[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
 
 
-def _image_size(source: Source, wanted: int | None) -> int:
-    if wanted is not None:
-        if wanted < 4:
-            raise ValueError(f"--image-size {wanted} is too small; 32 or more is sensible.")
-        return wanted
-    shapes = source.native_sizes()
-    (height, width), first = shapes.most_common(1)[0][0], source.describe(0)
-    if len(shapes) > 1:
-        raise ValueError(f"{source.name}: images differ in size (first: {first}); choose one with --image-size.")
-    if height != width:
-        raise ValueError(f"{source.name}: images are {height}x{width}, not square; choose a side with --image-size.")
-    if height > CIFAR_STEM_LIMIT:
-        raise ValueError(
-            f"{source.name}: images of {height} px are above {CIFAR_STEM_LIMIT}; choose a side with --image-size."
-        )
-    return height
+def _image_size(source: Source, config: DataConfig) -> int:
+    if config.image_size is not None:
+        if config.image_size < 4:
+            raise ValueError(f"--image-size {config.image_size} is too small; 32 or more is sensible.")
+        return config.image_size
+    sizes = source.native_sizes()
+    (height, width) = sizes.most_common(1)[0][0]
+    if len(sizes) == 1 and height == width <= CIFAR_STEM_LIMIT:
+        return height
+    several = "of several sizes, often " if len(sizes) > 1 else ""
+    raise ValueError(
+        f"--data {config.data}: images are {several}{height}x{width}; only squares of one size up to "
+        f"{CIFAR_STEM_LIMIT} px are taken as they are. Choose a side with --image-size."
+    )
 
 
 def _to_square(pixels: np.ndarray, size: int) -> Tensor:
@@ -252,7 +256,7 @@ def _decode_all(data: ImageData) -> Tensor:
             else:
                 images[index] = image
     if len(data.bad) == len(data):
-        raise ValueError(f"{data.source.name}: not one image can be read; the first: {data.bad[0]}")
+        raise ValueError(f"{data.source.name}: not one image can be read; repair the files. The first is {data.bad[0]}")
     return images
 
 
@@ -267,7 +271,8 @@ def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[flo
         squares += pixels.square().sum(dim=(0, 2, 3)).cpu().numpy()
         count += pixels.numel() // 3
     if count == 0:
-        raise ValueError(f"{data.source.name}: not one image can be read; the first: {next(iter(data.bad.values()))}")
+        first_bad = next(iter(data.bad.values()))
+        raise ValueError(f"{data.source.name}: not one image can be read; repair the files. The first is {first_bad}")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
     # A constant channel carries nothing; dividing by its zero deviation would make it carry NaN.

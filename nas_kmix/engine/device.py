@@ -67,11 +67,11 @@ def to_layout(tensor_or_model: Any, channels_last: bool) -> Any:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and command line, for `env.json`."""
-    packages = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
+    packages = ("torchvision", "numpy", "scipy", "scikit-learn")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {"torch": torch.__version__, **{name: metadata.version(name) for name in packages}},
         "commit": _commit(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

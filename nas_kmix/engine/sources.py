@@ -7,10 +7,12 @@ paths that `read` decodes one at a time. Only the named split is opened.
 from __future__ import annotations
 
 import hashlib
+import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,8 @@ class Source:
         path = self.folder / self.paths[index]
         try:
             with Image.open(path) as image:
+                if image.mode == "F" or image.mode.startswith("I"):
+                    raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
                 return np.array(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
@@ -90,7 +94,9 @@ class Source:
             except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
                 continue
         if not sizes:
-            raise ValueError(f"{self.name}: not one image can be read; the first is {self.describe(0)}.")
+            raise ValueError(
+                f"{self.name}: not one image can be read; repair the files. The first is {self.describe(0)}."
+            )
         return sizes
 
     def identity(self) -> bytes:
@@ -165,12 +171,13 @@ def _digits(split: str) -> Source:
 
 
 def _cifar(name: str, root: Path, split: str) -> Source:
+    """torchvision's reader; it checks the archive's checksums, test files included, but decodes one split only."""
     from torchvision import datasets
 
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         cifar = reader(root, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
         raise ValueError(
             f"--data {name} is not under --data-root {root} and could not be downloaded ({error}). "
             f"Unpack the archive there, or give a .npz file."
@@ -187,7 +194,7 @@ def _npz(path: Path, split: str) -> Source:
             if missing:
                 raise ValueError(f"--data {path} lacks the array {missing[0]}; it has {', '.join(archive.files)}.")
             images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
-            names = archive["class_names"].tolist() if "class_names" in archive.files else None
+            names = archive["class_names"] if "class_names" in archive.files else None
     except FileNotFoundError:
         raise ValueError(f"--data {path}: there is no such file.") from None
     except (OSError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -196,7 +203,8 @@ def _npz(path: Path, split: str) -> Source:
         if "pickle" in str(error).lower():
             raise ValueError(f"--data {path} holds Python objects; save plain arrays with numpy.savez.") from error
         raise
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+    grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+    if images.dtype != np.uint8 or not grey_or_rgb or 0 in images.shape[1:3]:
         raise ValueError(
             f"--data {path}: {split}_images must be uint8 (N, H, W) or (N, H, W, 3), not {images.dtype} {images.shape}."
         )
@@ -207,10 +215,16 @@ def _npz(path: Path, split: str) -> Source:
             f"--data {path}: {split}_labels must be {len(images)} integers, not {labels.dtype} {labels.shape}."
         )
     labels = labels.astype(np.int64)
-    classes = int(labels.max()) + 1 if names is None else len(names)
+    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
+        raise ValueError(f"--data {path}: class_names must be a list of texts, not {names.dtype} {names.shape}.")
+    # Without names every class must show itself; a stray label in the millions would make as many classes.
+    classes = len(np.unique(labels)) if names is None else len(names)
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"--data {path}: {split}_labels must lie in [0, {classes}), the number of class_names.")
-    names = tuple(str(name) for name in (names or range(classes)))
+        raise ValueError(
+            f"--data {path}: {split}_labels must lie in [0, {classes}), the number of "
+            f"{'different labels' if names is None else 'class_names'}; they run from {labels.min()} to {labels.max()}."
+        )
+    names = tuple(map(str, range(classes) if names is None else names.astype(str).tolist()))
     return Source(path.name, split, labels, names, arrays=_to_rgb(images))
 
 
@@ -228,7 +242,9 @@ def _folder(folder: Path, split: str) -> Source:
         labels += [label] * len(files)
     if not paths:
         raise ValueError(f"{folder / split} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return Source(folder.name, split, np.array(labels, dtype=np.int64), names, folder=folder, paths=tuple(paths))
+    return Source(
+        folder.resolve().name, split, np.array(labels, dtype=np.int64), names, folder=folder, paths=tuple(paths)
+    )
 
 
 def _to_rgb(images: np.ndarray) -> np.ndarray:
