@@ -37,6 +37,7 @@ from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage
 STAGES = ("scorer", "scoring", "selection", "search")
 RESULTS = ("scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt")
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
+ALL_IMAGES = Path("none")  # what --proxy means by it
 SKIP_COLLAPSE = 4  # skip connections among the eight operations of a normal cell that deserve a warning
 
 
@@ -69,6 +70,11 @@ class SearchConfig:
     """Give a proxy as many steps as the whole set would have had: the epochs grow by the ratio of their steps."""
     seeds: int = 1
     """Searches on the same proxy; genotype.json is then the one that shares most edges with the others."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
 
     def bilevel(self, amp: str) -> BilevelConfig:
         """The part that `darts_space` reads."""
@@ -124,6 +130,7 @@ PRESETS: dict[str, Config] = {
         training=ScorerConfig(backbone="tiny", epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(epochs=10, batch_size=32, channels=8, layers=5),
+        device=DeviceConfig(channels_last=True),
     ),
     "cpu": Config(
         preset="cpu",
@@ -132,6 +139,7 @@ PRESETS: dict[str, Config] = {
             backbone="small", epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4
         ),
         search=SearchConfig(epochs=20, batch_size=64, channels=8, layers=5),
+        device=DeviceConfig(channels_last=True),
     ),
     # PyramidNet-110 for 300 epochs and PC-DARTS for 50, as in the paper's Tables 1 and 5.
     "paper": Config(preset="paper", input=DataConfig(data="cifar100")),
@@ -167,6 +175,7 @@ def run(config: Config) -> Result:
 
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
+    _check_flags(config)
     config = replace(
         config,
         training=replace(config.training, seed=config.seed),
@@ -176,51 +185,50 @@ def run(config: Config) -> Result:
     device = pick_device(config.device)
     options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
     with Run(config.out, stages=STAGES, device=device, **options) as folder:
+        data = load_data(config.input, device=device, workers=config.device.workers)
+        _check_search(config, data)
         if config.fresh:
             folder.clear((*RESULTS, *(f"seed-*/{name}" for name in RESULTS)))
-        data = load_data(config.input, device=device, workers=config.device.workers)
-        _check_early(config, data)
-        files.write_json(folder.path("config.json"), asdict(config))
-        files.write_json(folder.path("env.json"), environment(device))
+        folder.records = {"config.json": asdict(config), "env.json": environment(device)}
         folder.say(
             f"{data.source.name}: {len(data)} training images of {data.num_classes} classes, "
             f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {device}"
         )
         try:
-            return _stages(config, data, folder)
+            result = _stages(config, data, folder)
+            folder.write_records()
+            return result
         finally:
             _list_bad_images(data, folder)
             folder.write_cost()
 
 
 def _stages(config: Config, data: ImageData, folder: Run) -> Result:
+    """Scorer, scores, proxy, genotype: each given, found or made, until `--stop-after`."""
     result = Result(folder.folder)
-    if config.proxy == Path("none"):
-        everything = data.good()
+    if config.proxy == ALL_IMAGES:
         share = config.selection.arch_share
-        weights, arch = split_halves(everything, data.labels[everything], share, seed=config.seed)
-        halves = Halves(weights, arch, identity=f"none, arch_share {share}")
+        weights, arch = split_halves(data.good(), data.labels[data.good()], share, seed=config.seed)
+        halves = Halves(weights, arch, identity=f"all images, arch_share {share}")
+        return replace(result, genotype=_searches(config, data, halves, folder))
+    needs_scores = config.selection.method != "random" or config.stop_after in ("scorer", "scores")
+    if config.proxy is None and needs_scores:
+        scorer = _scorer(config, data, folder) if config.scores is None else None
+        if config.stop_after == "scorer":
+            return result
+        result = replace(result, table=_scores(config, data, scorer, folder))
+        if config.stop_after == "scores":
+            return result
+    if config.proxy is None:
+        proxy = _selection(config, data, result.table, folder)
     else:
-        if config.proxy is not None:
-            proxy = _given_proxy(config.proxy, data, folder)
-        else:
-            scorer = None
-            needs_scores = config.selection.method != "random" or config.stop_after in ("scorer", "scores")
-            if needs_scores and config.scores is None:
-                scorer = _scorer(config, data, folder)
-                if config.stop_after == "scorer":
-                    return result
-            if needs_scores:
-                result = replace(result, table=_scores(config, data, scorer, folder))
-                if config.stop_after == "scores":
-                    return result
-            proxy = _selection(config, data, result.table, folder)
-        if config.export_list is not None:
-            proxy.export_list(config.export_list)
-        result = replace(result, proxy=proxy)
-        halves = Halves(proxy.weights, proxy.arch, identity=proxy.hash())
+        proxy = _given_proxy(config.proxy, data, folder)
+    if config.export_list is not None:
+        proxy.export_list(config.export_list)
+    result = replace(result, proxy=proxy)
     if config.stop_after == "proxy":
         return result
+    halves = Halves(proxy.weights, proxy.arch, identity=proxy.hash())
     return replace(result, genotype=_searches(config, data, halves, folder))
 
 
@@ -242,6 +250,7 @@ def _scorer(config: Config, data: ImageData, folder: Run) -> Scorer:
     if path.exists():
         model, view, found = load_scorer(path, data, run=folder)
         check_key(path, found, key)
+        folder.remove_checkpoint("scorer")  # of a run that was killed between the two
         folder.say(f"scorer: {path} fits, skipped")
         return model, view
     return train_scorer(data, config.training, config.input, run=folder, key=key, path=path), data
@@ -251,8 +260,9 @@ def _scores(config: Config, data: ImageData, scorer: Scorer | None, folder: Run)
     """The table of scores: given, found, or computed now by `scorer`."""
     if config.scores is not None:
         table, meta = ScoreTable.load(config.scores)
-        if meta["key"]["inputs"]["data"] != data.fingerprint:
+        if meta["key"]["inputs"]["data"] != data.fingerprint or table.index[-1] >= len(data):
             raise ValueError(f"--scores {config.scores} was made from other data than --data; score these images anew.")
+        data.bad.update(meta["bad"])
         _adopt(config.scores, ("scorer", "scoring"), folder)
         return table
     model, view = scorer
@@ -262,7 +272,8 @@ def _scores(config: Config, data: ImageData, scorer: Scorer | None, folder: Run)
     if path.exists():
         table, meta = ScoreTable.load(path)
         check_key(path, meta.get("key"), key)
-        data.bad.update({int(index): message for index, message in meta["bad"].items()})
+        data.bad.update(meta["bad"])
+        folder.remove_checkpoint("scoring")  # of a run that was killed between the two
         folder.say(f"scoring: {path} fits, skipped")
         return table
     return score_stage(model, view, config.scoring, run=folder, key=key, path=path)
@@ -332,43 +343,48 @@ def _searches(config: Config, data: ImageData, halves: Halves, folder: Run) -> G
         steps_of_all = math.ceil(len(data.good()) * (1 - config.selection.arch_share) / settings.batch_size)
         factor = steps_of_all / math.ceil(len(halves.weights) / settings.batch_size)
         settings = replace(settings, epochs=round(settings.epochs * factor))
+    identity = {**asdict(settings.bilevel("off")), **_augmentation(config)}
+    for name in ("channels", "layers", "partial", "edge_normalisation", "batch_size", "seeds"):
+        identity[name] = getattr(settings, name)
+    key = stage_key("search", {**identity, "seed": config.seed}, {"data": data.fingerprint, "proxy": halves.identity})
+    path = folder.path("genotype.json")
+    if path.exists():
+        genotype = Genotype.load(path)
+        check_key(path, files.read_json(path).get("provenance"), key)
+        folder.remove_checkpoint("search")
+        folder.say(f"search: {path} fits, skipped")
+        return genotype
     if settings.seeds == 1:
-        return _search(config, settings, data, halves, folder, seed=config.seed, subfolder="")
-    genotypes = [
-        _search(config, settings, data, halves, folder, seed=config.seed + i, subfolder=f"seed-{i}/")
-        for i in range(settings.seeds)
-    ]
+        genotype = _search(config, settings, data, halves, folder, key=key, subfolder="")
+        genotype.save(path, provenance=key)
+        folder.remove_checkpoint("search")
+        return genotype
+
+    genotypes = []
+    for i in range(settings.seeds):
+        one_key = {**key, "config": {**key["config"], "seeds": 1, "seed": config.seed + i}}
+        path_of_one = folder.path(f"seed-{i}/genotype.json")
+        if path_of_one.exists():
+            check_key(path_of_one, files.read_json(path_of_one).get("provenance"), one_key)
+            genotypes.append(Genotype.load(path_of_one))
+        else:
+            genotypes.append(_search(config, settings, data, halves, folder, key=one_key, subfolder=f"seed-{i}/"))
+            genotypes[-1].save(path_of_one, provenance=one_key)
+        folder.remove_checkpoint(f"search-seed-{i}")
     shared = [sum(one.shared_edges(other) for other in genotypes) - 16 for one in genotypes]
     chosen = int(np.argmax(shared))
     mean = shared[chosen] / (settings.seeds - 1)
     folder.say(f"seeds: seed-{chosen} shares {mean:.1f} of its 16 edges with each of the others, the most of all")
-    genotypes[chosen].save(folder.path("genotype.json"), provenance={"chosen": f"seed-{chosen}", "shared": shared})
+    genotypes[chosen].save(path, provenance={**key, "chosen": f"seed-{chosen}", "shared_edges": shared})
     return genotypes[chosen]
 
 
 def _search(
-    config: Config,
-    settings: SearchConfig,
-    data: ImageData,
-    halves: Halves,
-    folder: Run,
-    *,
-    seed: int,
-    subfolder: str,
+    config: Config, settings: SearchConfig, data: ImageData, halves: Halves, folder: Run, *, key: dict, subfolder: str
 ) -> Genotype:
-    """Search with one seed: found, resumed or started now. The genotype is the one after the last epoch."""
-    path = folder.path(f"{subfolder}genotype.json")
+    """Search with the seed in `key`, from the start or a checkpoint. The genotype is the one after the last epoch."""
+    seed = key["config"]["seed"]
     bilevel = settings.bilevel(config.device.amp)
-    shape = {name: getattr(settings, name) for name in ("channels", "layers", "partial", "edge_normalisation")}
-    identity = {**asdict(bilevel), **shape, **_augmentation(config), "batch_size": settings.batch_size, "seed": seed}
-    del identity["amp"]
-    key = stage_key("search", identity, {"data": data.fingerprint, "proxy": halves.identity})
-    if path.exists():
-        genotype = Genotype.load(path)
-        check_key(path, files.read_json(path).get("provenance"), key)
-        folder.say(f"search: {path} fits, skipped")
-        return genotype
-
     search = Search(folder.layout(_supernet(settings, data, seed).to(folder.device)), bilevel)
     stage = f"search{'/' + subfolder[:-1] if subfolder else ''}"
     history: list[dict[str, Any]] = []
@@ -421,8 +437,6 @@ def _search(
             folder.raise_if_stopping()
         genotype = search.model.genotype()
         _warn_of_collapse(genotype, folder)
-        genotype.save(path, provenance=key)
-        folder.remove_checkpoint(checkpoint)
     progress.close()
     return genotype
 
@@ -480,12 +494,31 @@ def _warn_of_collapse(genotype: Genotype, folder: Run) -> None:
 # -- around the stages -------------------------------------------------------------------------------------------------
 
 
-def _check_early(config: Config, data: ImageData) -> None:
-    """Refuse what the last stage would refuse before the first one has spent hours."""
+def _check_flags(config: Config) -> None:
+    """Refuse flags that contradict each other."""
+    order = ("scorer", "scores", "proxy")
+    given = [flag for flag in order if getattr(config, flag) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} both start the chain; give the later one only.")
+    if config.proxy == ALL_IMAGES and (config.stop_after is not None or config.export_list is not None):
+        flag = "--stop-after" if config.stop_after is not None else "--export-list"
+        raise ValueError(f"--proxy none makes no proxy, so {flag} means nothing with it; leave one of them out.")
+    if given and config.stop_after is not None and order.index(config.stop_after) < order.index(given[0]):
+        raise ValueError(f"--{given[0]} starts after --stop-after {config.stop_after}; leave one of them out.")
+    for flag in given:
+        path = getattr(config, flag)
+        if path != ALL_IMAGES and not path.is_file():
+            raise ValueError(f"--{flag} {path}: there is no such file.")
+        if config.fresh and path.parent.resolve() == config.out.resolve():
+            raise ValueError(
+                f"--fresh would remove the file of --{flag}; leave one of them out, or take another --out."
+            )
     if config.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {config.seed}.")
-    if config.search.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, not {config.search.seeds}.")
+
+
+def _check_search(config: Config, data: ImageData) -> None:
+    """Refuse what the last stage would refuse before the first one has spent hours."""
     if config.stop_after is not None:
         return
     multiple = _supernet(config.search, data, seed=0).input_multiple
@@ -495,7 +528,7 @@ def _check_early(config: Config, data: ImageData) -> None:
             f"The supernet halves its images several times, so {data.image_size} px must be a multiple of {multiple}; "
             f"use --image-size {nearest}."
         )
-    config.search.bilevel(config.device.amp)
+    config.search.bilevel(config.device.amp)  # checks its values
 
 
 def _first_bad(data: ImageData) -> str:
@@ -509,6 +542,14 @@ def _list_bad_images(data: ImageData, folder: Run) -> None:
         folder.say(f"warning: {len(data.bad)} files cannot be read and are left out; they are listed in {path}")
 
 
+def _reliability(table: ScoreTable) -> str:
+    value, draws = table.reliability(), table.losses.shape[1]
+    if math.isnan(value):
+        return f"unknown, {draws} draws of {len(table.index)} images are too few to tell"
+    meaning = "mostly noise" if value < 0.5 else "fair" if value < 0.8 else "good"
+    return f"{value:.2f} of the CV ranking over {draws} draws ({meaning}; new draws would repeat a ranking of 1.00)"
+
+
 def _summary(config: Config, result: Result) -> str:
     """The last lines of a run."""
     lines = []
@@ -518,12 +559,7 @@ def _summary(config: Config, result: Result) -> str:
     if result.proxy is not None and config.proxy is None:
         lines.append(f"proxy        {folder / 'proxy.json'}, {len(result.proxy.indices)} of {result.proxy.n} images")
     if result.table is not None:
-        reliability = result.table.reliability()
-        meaning = "mostly noise" if reliability < 0.5 else "fair" if reliability < 0.8 else "good"
-        lines.append(
-            f"reliability  {reliability:.2f} of the CV ranking over {result.table.losses.shape[1]} draws ({meaning}; "
-            f"new draws would repeat a ranking of 1.00)"
-        )
+        lines.append(f"reliability  {_reliability(result.table)}")
     costs = files.read_json(folder / "cost.json")
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
@@ -562,7 +598,11 @@ def parse(argv: Sequence[str]) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn every expected failure into one sentence. Exit codes: 0, 1, 2 (bad usage), 130 and 143 (signals)."""
-    config = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:  # of a config's own checks; tyro itself exits with 2
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         print(_summary(config, run(config)))
     except StoppedError as stopped:

@@ -156,8 +156,11 @@ class ProxyManifest:
         same_names = set(data.class_names) == set(self.class_names)
         relabel = [data.class_names.index(n) if same_names else i for i, n in enumerate(self.class_names)]
         rows = defaultdict(list)
-        for index in data.good()[::-1]:  # reversed, so that pop() gives the first occurrence
-            rows[data.content(int(index)), int(data.labels[index])].append(int(index))
+        for index in data.good()[::-1].tolist():  # reversed, so that pop() gives the first occurrence
+            try:
+                rows[data.content(index), int(data.labels[index])].append(index)
+            except BadImageError as error:
+                data.bad[index] = str(error)
         new = {}
         for position, (old, label, content) in enumerate(zip(self.indices, self.labels, self.content, strict=True)):
             matches = rows[content, relabel[label]]

@@ -89,19 +89,22 @@ def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, Im
     state = files.load_tensors(path, run.device)
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
-    network = state["network"]
+    try:
+        network, key, classes = state["network"], state["key"], tuple(state["class_names"])
+        model = _build(network["backbone"], network["num_classes"], network["stem"], seed=0).to(run.device)
+        model.load_state_dict(state["model"])
+        view = replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); train the scorer anew.") from error
     for name, wanted in (("num_classes", data.num_classes), ("stem", data.stem)):
         if network[name] != wanted:
             raise ValueError(
                 f"{path} was trained with {name}={network[name]}, but --data needs {wanted}; "
                 f"leave out --scorer to train a new one."
             )
-    if state["class_names"] != list(data.class_names):
+    if classes != data.class_names:
         raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
-    model = _build(network["backbone"], network["num_classes"], network["stem"], seed=0).to(run.device)
-    model.load_state_dict(state["model"])
-    view = replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
-    return run.layout(model), view, state["key"]
+    return run.layout(model), view, key
 
 
 def _build(backbone: str, num_classes: int, stem: str, seed: int) -> nn.Module:

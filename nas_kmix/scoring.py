@@ -147,27 +147,35 @@ class ScoreTable:
 
     @classmethod
     def load(cls, path: Path) -> tuple[ScoreTable, dict[str, Any]]:
-        """Read what `save` wrote: the table and its meta. Raises ValueError naming the file."""
+        """Read what `save` wrote: the table and its meta, whose `bad` has integers for keys.
+
+        Raises ValueError naming the file.
+        """
         arrays = files.read_npz(path)
         missing = {"index", "label", "losses", "meta"} - arrays.keys()
         if missing:
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not a scores.npz of nas_kmix.")
-        try:
-            meta = json.loads(str(arrays["meta"]))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: its meta is not JSON ({error}); score the images anew.") from error
         table = cls(arrays["index"], arrays["label"], arrays["losses"])
-        n = len(table.index)
-        if (
-            meta.get("format") != FORMAT
-            or table.index.shape != (n,)
-            or table.label.shape != (n,)
-            or table.losses.ndim != 2
-            or table.losses.shape[0] != n
-            or (np.diff(table.index) <= 0).any()
-        ):
-            raise ValueError(f"{path} is not a scores.npz of nas_kmix; score the images anew.")
+        try:
+            table._check()
+            meta = json.loads(str(arrays["meta"]))
+            if meta["format"] != FORMAT or not {"stage", "config", "inputs"} <= meta["key"].keys():
+                raise ValueError("its meta is of something else")
+            meta["bad"] = {int(index): str(message) for index, message in meta["bad"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a scores.npz of nas_kmix ({error}); score the images anew.") from error
         return table, meta
+
+    def _check(self) -> None:
+        n = len(self.index) if self.index.ndim == 1 else 0
+        if n == 0 or self.label.shape != (n,) or self.losses.ndim != 2 or len(self.losses) != n:
+            raise ValueError("its arrays are of different lengths")
+        if self.index.dtype.kind != "i" or self.label.dtype.kind != "i" or self.losses.dtype.kind != "f":
+            raise ValueError("its arrays are of the wrong type")
+        if self.index[0] < 0 or (np.diff(self.index) <= 0).any():
+            raise ValueError("its indices do not ascend")
+        if not np.isfinite(self.losses).all():
+            raise ValueError("it holds losses that are not finite")
 
 
 def _cv(losses: np.ndarray) -> np.ndarray:

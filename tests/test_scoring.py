@@ -245,10 +245,11 @@ def test_all_zero_losses_have_a_cv_of_zero():
 
 def test_save_and_load(model, data, tmp_path):
     table = score_dataset(model, data, CONFIG)
-    table.save(tmp_path / "scores.npz", {"key": {"stage": "scoring"}, "bad": {}})
+    key = {"stage": "scoring", "config": {"draws": 6}, "inputs": {}}
+    table.save(tmp_path / "scores.npz", {"key": key, "bad": {"3": "why"}})
     loaded, meta = ScoreTable.load(tmp_path / "scores.npz")
     assert loaded.hash() == table.hash()
-    assert meta["key"] == {"stage": "scoring"}
+    assert meta["key"] == key and meta["bad"] == {3: "why"}
     with np.load(tmp_path / "scores.npz", allow_pickle=False) as archive:
         assert {"index", "label", "mean", "std", "cv", "losses"} <= set(archive.files)
         np.testing.assert_array_equal(archive["cv"], table.cv)

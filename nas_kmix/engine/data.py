@@ -45,6 +45,12 @@ class DataConfig:
     max_resident_gb: float = 4.0
     """A folder that decodes to more than this streams from its files; its scoring then uses a pool of partners."""
 
+    def __post_init__(self):
+        if self.image_size is not None and self.image_size < 4:
+            raise ValueError(f"--image-size {self.image_size} is too small; 32 or more is sensible.")
+        if self.crop_padding < 0:
+            raise ValueError(f"--crop-padding must be 0 or more, not {self.crop_padding}.")
+
 
 class Batch(NamedTuple):
     """images: uint8 (N, 3, S, S); labels: int64 (N,), both on the device; indices: int64 (N,), which rows they are."""
@@ -201,8 +207,6 @@ def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tup
 
 def _image_size(source: Source, config: DataConfig) -> int:
     if config.image_size is not None:
-        if config.image_size < 4:
-            raise ValueError(f"--image-size {config.image_size} is too small; 32 or more is sensible.")
         return config.image_size
     sizes = source.native_sizes()
     (height, width) = sizes.most_common(1)[0][0]

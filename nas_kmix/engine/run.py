@@ -77,6 +77,9 @@ class Run:
         self.folder = Path(folder)
         self.device, self.amp, self.channels_last = torch.device(device), amp, channels_last
         self.costs = {stage: StageCost() for stage in stages}
+        self.records: dict[str, Any] = {}
+        """JSON files that describe the run; written when its first stage starts, so that a refused command leaves those
+        of the results in place."""
         self._signum: int | None = None
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
         self._writer = None
@@ -172,11 +175,9 @@ class Run:
         """Take up the records of earlier invocations, so that a resumed run ends with complete ones."""
         if self.path("cost.json").exists():
             self.adopt_costs(self.path("cost.json"), tuple(self.costs))
-        if self.path("metrics.csv").exists():
-            with open(self.path("metrics.csv"), newline="") as file:
-                for row in csv.DictReader(file):
-                    with suppress(KeyError, TypeError, ValueError):  # a row that is not ours is dropped
-                        self._rows[row["stage"], int(row["epoch"])] = {k: v for k, v in row.items() if v}
+        with suppress(OSError, csv.Error, KeyError, TypeError, ValueError):  # up to the first damage, if any
+            for row in csv.DictReader(io.StringIO(self.path("metrics.csv").read_text(encoding="utf-8"))):
+                self._rows[row["stage"], int(row["epoch"])] = {k: v for k, v in row.items() if v}
 
     def log(self, stage: str, epoch: int, **values: float) -> None:
         """Add a row to `metrics.csv` and to TensorBoard. A repeated epoch replaces its row."""
@@ -194,9 +195,15 @@ class Run:
         for name, value in values.items():
             self._writer.add_scalar(f"{stage}/{name}", value, epoch)
 
+    def write_records(self) -> None:
+        for name, record in self.records.items():
+            files.write_json(self.path(name), record)
+        self.records = {}
+
     @contextmanager
     def stage(self, name: str) -> Iterator[StageCost]:
         """Bill the time of the block to stage `name`; image passes are added to what it yields."""
+        self.write_records()
         cost = self.costs[name]
         cost.skipped = False
         self._billing = (cost, time.monotonic())
@@ -229,10 +236,18 @@ class Run:
         """Bill what `stages` cost in the run that their result was taken from; False where that is not recorded."""
         try:
             recorded = files.read_json(cost_json)["stages"]
-            for stage in stages:
-                self.costs[stage] = StageCost(**{**recorded[stage], "skipped": True})
+            adopted = {
+                stage: StageCost(
+                    wall_s=float(recorded[stage]["wall_s"]),
+                    images_forward=int(recorded[stage]["images_forward"]),
+                    images_backward=int(recorded[stage]["images_backward"]),
+                    peak_rss_bytes=int(recorded[stage]["peak_rss_bytes"]),
+                )
+                for stage in stages
+            }
         except (ValueError, KeyError, TypeError):
             return False
+        self.costs.update(adopted)
         return True
 
     # -- networks ------------------------------------------------------------------------------------------------

@@ -43,6 +43,13 @@ class TrainConfig:
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Of the initial weights, the order of the batches, the augmentation and the mixing."""
 
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0.0:
+            raise ValueError(
+                f"Training needs at least one epoch, a batch size of 1 and a positive learning rate, not "
+                f"{self.epochs}, {self.batch_size} and {self.lr}."
+            )
+
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """The rate throughout `epoch`, counted from 0."""
