@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -347,30 +348,16 @@ def _searches(config: Config, data: ImageData, halves: Halves, folder: Run) -> G
     for name in ("channels", "layers", "partial", "edge_normalisation", "batch_size", "seeds"):
         identity[name] = getattr(settings, name)
     key = stage_key("search", {**identity, "seed": config.seed}, {"data": data.fingerprint, "proxy": halves.identity})
-    path = folder.path("genotype.json")
-    if path.exists():
-        genotype = Genotype.load(path)
-        check_key(path, files.read_json(path).get("provenance"), key)
-        folder.remove_checkpoint("search")
-        folder.say(f"search: {path} fits, skipped")
-        return genotype
+    run_one = partial(_one_search, config, settings, data, halves, folder)
     if settings.seeds == 1:
-        genotype = _search(config, settings, data, halves, folder, key=key, subfolder="")
-        genotype.save(path, provenance=key)
-        folder.remove_checkpoint("search")
+        return run_one(key, subfolder="")
+    path = folder.path("genotype.json")
+    if (genotype := _found_genotype(path, key, folder)) is not None:
         return genotype
-
     genotypes = []
     for i in range(settings.seeds):
-        one_key = {**key, "config": {**key["config"], "seeds": 1, "seed": config.seed + i}}
-        path_of_one = folder.path(f"seed-{i}/genotype.json")
-        if path_of_one.exists():
-            check_key(path_of_one, files.read_json(path_of_one).get("provenance"), one_key)
-            genotypes.append(Genotype.load(path_of_one))
-        else:
-            genotypes.append(_search(config, settings, data, halves, folder, key=one_key, subfolder=f"seed-{i}/"))
-            genotypes[-1].save(path_of_one, provenance=one_key)
-        folder.remove_checkpoint(f"search-seed-{i}")
+        key_of_one = {**key, "config": {**key["config"], "seeds": 1, "seed": config.seed + i}}
+        genotypes.append(run_one(key_of_one, subfolder=f"seed-{i}/"))
     shared = [sum(one.shared_edges(other) for other in genotypes) - 16 for one in genotypes]
     chosen = int(np.argmax(shared))
     mean = shared[chosen] / (settings.seeds - 1)
@@ -379,14 +366,51 @@ def _searches(config: Config, data: ImageData, halves: Halves, folder: Run) -> G
     return genotypes[chosen]
 
 
+def _found_genotype(path: Path, key: dict[str, Any], folder: Run) -> Genotype | None:
+    """The genotype of an earlier run with the same key, None where there is none."""
+    if not path.exists():
+        return None
+    genotype = Genotype.load(path)
+    check_key(path, files.read_json(path).get("provenance"), key)
+    folder.say(f"search: {path} fits, skipped")
+    return genotype
+
+
+def _one_search(
+    config: Config,
+    settings: SearchConfig,
+    data: ImageData,
+    halves: Halves,
+    folder: Run,
+    key: dict[str, Any],
+    *,
+    subfolder: str,
+) -> Genotype:
+    """The genotype of one seed: found, or searched now."""
+    path = folder.path(f"{subfolder}genotype.json")
+    stage = f"search/{subfolder[:-1]}" if subfolder else "search"
+    if (genotype := _found_genotype(path, key, folder)) is None:
+        genotype = _search(config, settings, data, halves, folder, key=key, stage=stage, subfolder=subfolder)
+        genotype.save(path, provenance=key)
+    folder.remove_checkpoint(stage.replace("/", "-"))
+    return genotype
+
+
 def _search(
-    config: Config, settings: SearchConfig, data: ImageData, halves: Halves, folder: Run, *, key: dict, subfolder: str
+    config: Config,
+    settings: SearchConfig,
+    data: ImageData,
+    halves: Halves,
+    folder: Run,
+    *,
+    key: dict[str, Any],
+    stage: str,
+    subfolder: str,
 ) -> Genotype:
     """Search with the seed in `key`, from the start or a checkpoint. The genotype is the one after the last epoch."""
     seed = key["config"]["seed"]
     bilevel = settings.bilevel(config.device.amp)
     search = Search(folder.layout(_supernet(settings, data, seed).to(folder.device)), bilevel)
-    stage = f"search{'/' + subfolder[:-1] if subfolder else ''}"
     history: list[dict[str, Any]] = []
     meter = Meter(folder.device)
     first_epoch = first_step = 0

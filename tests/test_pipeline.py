@@ -282,7 +282,7 @@ def test_other_data_are_refused(copy, tmp_path):
 
 
 def test_device_precision_and_workers_are_no_settings_of_a_stage(copy, npz):
-    ended = completed(command(npz, copy, "--amp", "bf16", "--channels-last", "-j", 1, "--scoring.batch-size", 7))
+    ended = completed(command(npz, copy, "--amp", "bf16", "--no-channels-last", "-j", 1, "--scoring.batch-size", 7))
     assert ended.out.count("fits, skipped") == 4
 
 

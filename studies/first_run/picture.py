@@ -35,7 +35,7 @@ def main(config: Config) -> None:
     data = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]))
     table, _ = ScoreTable.load(config.run / "scores.npz")
     order = np.argsort(-table.cv, kind="stable")
-    figure = plt.figure(figsize=(12, 6.4), layout="constrained")
+    figure = plt.figure(figsize=(12, 4.4), layout="constrained")
     for part, title, rows in zip(
         figure.subfigures(1, 2), ("highest CV", "lowest CV"), (order[:IMAGES], order[::-1][:IMAGES]), strict=True
     ):
