@@ -652,8 +652,8 @@ def test_a_checkpoint_left_behind_by_a_finished_stage_goes_at_last(stage, copy, 
 
 @pytest.mark.parametrize(("flag", "stage"), [("--scorer.lr", "scorer"), ("--lr", "search")])
 def test_a_loss_that_is_not_finite_stops_with_its_step(flag, stage, finished, npz, tmp_path):
-    given = ["--proxy", finished[0] / "proxy.json"] if stage == "search" else []
-    argv = command(npz, tmp_path, *given, flag, "1e30")
+    part = ["--proxy", finished[0] / "proxy.json"] if stage == "search" else TO_PROXY
+    argv = command(npz, tmp_path, *part, flag, "1e30")
     message = refused(argv, f"{stage}: ", code=1)
     step, epoch = map(int, re.search(r"not finite at step (\d+) of epoch (\d+)", message).groups())
     assert (step, epoch) != (0, 0)  # the very first loss is still that of the initial weights
@@ -752,17 +752,18 @@ def test_a_result_cut_short_is_refused_by_name(name, share, copy, npz):
     refused(command(npz, copy), copy / name)
     for flag in ("scorer", "scores", "proxy"):
         if name.startswith(flag + "."):
-            refused(command(npz, copy / "other", f"--{flag}", copy / name), copy / name)
+            refused(command(npz, copy / "other", f"--{flag}", copy / name, *TO_PROXY), copy / name)
             assert not results_of(copy / "other")
 
 
 @pytest.mark.parametrize("stage", ["scorer", "scoring", "search"])
 def test_a_checkpoint_cut_short_is_refused_by_name(stage, npz, tmp_path, monkeypatch):
+    argv = command(npz, tmp_path, *([] if stage == "search" else TO_PROXY))
     signal_at(monkeypatch, stage, 1, signal.SIGTERM)
-    assert main(command(npz, tmp_path)).code == 143
+    assert main(argv).code == 143
     path = tmp_path / "checkpoints" / f"{stage}.pt"
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(command(npz, tmp_path), path, "--fresh")
+    refused(argv, path, "--fresh")
     completed(command(npz, tmp_path, "--fresh", *TO_PROXY))
 
 
@@ -783,7 +784,7 @@ META_WITHOUT_KEY = np.array(json.dumps({"format": "nas_kmix/scores", "bad": {}})
 )  # fmt: skip
 def test_scores_of_somebody_else_are_refused(change, copy, npz):
     altered_scores(copy / "scores.npz", **change)
-    refused(command(npz, copy / "run", "--scores", copy / "scores.npz"), copy / "scores.npz")
+    refused(command(npz, copy / "run", "--scores", copy / "scores.npz", *TO_PROXY), copy / "scores.npz")
     assert not results_of(copy / "run")
 
 
@@ -799,7 +800,7 @@ def test_files_of_somebody_else_are_refused(finished, npz, tmp_path):
     for flag, name in [("--proxy", "proxy.json"), ("--proxy", "list.json"), ("--scores", "scores.npz"),
                        ("--scorer", "weights.pt"), ("--scorer", "scorer.pt"), ("--scorer", "module.pt"),
                        ("--scorer", "proxy.json"), ("--scores", "proxy.json"), ("--proxy", "scores.npz")]:  # fmt: skip
-        refused(command(npz, tmp_path / "run", flag, other / name), other / name)
+        refused(command(npz, tmp_path / "run", flag, other / name, *TO_PROXY), other / name)
     unlike = write_npz(tmp_path / "unlike.npz", *draw_images(seed=1))
     refused(command(unlike, tmp_path / "run", "--scores", finished[0] / "scores.npz"), "--scores", "other data")
     four = write_npz(tmp_path / "four.npz", draw_images()[0], np.arange(IMAGES) % 4)

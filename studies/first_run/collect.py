@@ -1,0 +1,76 @@
+"""Gather what a finished run leaves for the record, without any pixels, and measure its scorer on the test images.
+
+    python search.py --preset cpu --data data/cifar100.npz --ratio 0.05 --threads 1 --out runs/first_run
+    python -m studies.first_run.collect --run runs/first_run --out studies/first_run
+
+Copies the small files of the run and writes `cv.npz` (the CV of every image, float32) and `results.json`. `search.py`
+itself never reads a test image; this does, once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from scipy import stats
+
+from nas_kmix.engine import files
+from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.run import Run
+from nas_kmix.proxy import ProxyManifest
+from nas_kmix.scorer import load_scorer
+from nas_kmix.scoring import ScoreTable
+
+COPIED = ("config.json", "env.json", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "cost.json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which run to gather, and where."""
+
+    run: Path
+    out: Path
+    batch_size: int = 512
+
+
+def main(config: Config) -> None:
+    for name in (*COPIED, "metrics.csv"):
+        shutil.copyfile(config.run / name, config.out / name)
+    table, _ = ScoreTable.load(config.run / "scores.npz")
+    files.write_npz(config.out / "cv.npz", {"cv": table.cv.astype(np.float32)})
+    proxy = ProxyManifest.load(config.run / "proxy.json")
+    chosen = np.isin(table.index, proxy.indices)
+    results = {
+        "scorer_test_top1_percent": test_accuracy(config),
+        "reliability": round(table.reliability(), 4),
+        "cv_percentiles_0_5_50_95_100": np.percentile(table.cv, [0, 5, 50, 95, 100]).round(4).tolist(),
+        "rank_correlation_cv_mean_loss": round(float(stats.spearmanr(table.cv, table.mean).statistic), 4),
+        "mean_loss_all": round(float(table.mean.mean()), 4),
+        "mean_loss_proxy": round(float(table.mean[chosen].mean()), 4),
+        "cv_all": round(float(table.cv.mean()), 4),
+        "cv_proxy": round(float(table.cv[chosen].mean()), 4),
+    }
+    files.write_json(config.out / "results.json", results)
+    print(json.dumps(results, indent=2))
+
+
+@torch.inference_mode()
+def test_accuracy(config: Config) -> float:
+    """Top-1 accuracy of the run's scorer on the test images, in percent."""
+    settings = json.loads((config.run / "config.json").read_text())["input"]
+    test = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]), split="test")
+    model, test, _ = load_scorer(config.run / "scorer.pt", test, run=Run(config.run, stages=("scorer",)))
+    model.eval()
+    correct = 0
+    for batch in test.batches(np.array_split(np.arange(len(test)), -(-len(test) // config.batch_size))):
+        correct += int((model(test.normalise(batch.images)).argmax(dim=1) == batch.labels).sum())
+    return round(100 * correct / len(test), 2)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
