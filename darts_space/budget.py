@@ -51,11 +51,10 @@ def widest(
     """
 
     def macs(channels: int) -> int:
-        with torch.device("meta"):
-            model = NETWORKS[kind](genotype, channels, layers, num_classes, auxiliary=False, generator=generator)
+        model = NETWORKS[kind](genotype, channels, layers, num_classes, auxiliary=False, generator=generator)
         return cost(model, input_size)[COST_KEYS[convention]]
 
-    generator = torch.Generator("cpu")  # so that PyTorch's own is left alone
+    generator = torch.Generator()  # so that PyTorch's own is left alone
     # In the channels, a layer's cost is quadratic (dense convolutions), linear (all others) or, for pools, nothing.
     # Their sum is a parabola, which three networks determine.
     first, second, third = (macs(channels) for channels in WIDTHS[:3])

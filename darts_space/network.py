@@ -263,12 +263,9 @@ def cost(model: nn.Module, input_size: int) -> dict[str, int]:
     - macs: multiply-adds of the convolutions and linear layers.
     - macs_published: macs + 2 * BatchNorm outputs + ReLU outputs, which gives the 586 M and 597 M of the paper.
 
-    Nothing is computed, and the model itself is neither run nor changed: a copy on the meta device is.
+    The model itself is neither run nor changed: a copy of it, where it lies, evaluates a blank image.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    # deepcopy takes what it finds in its memo for already copied, so that weights are not copied first.
-    memo = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
-    twin = copy.deepcopy(model, memo).eval()
+    twin = copy.deepcopy(model).eval()
     macs = extra = 0
 
     def count(module: nn.Module, _: Any, out: Tensor) -> None:
@@ -282,7 +279,8 @@ def cost(model: nn.Module, input_size: int) -> dict[str, int]:
 
     for module in twin.modules():
         module.register_forward_hook(count)
-    twin(torch.empty(1, 3, input_size, input_size, dtype=tensors[0].dtype, device="meta"))
+    weight = next(model.parameters())
+    twin(torch.zeros(1, 3, input_size, input_size, dtype=weight.dtype, device=weight.device))
     params = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
         "params": sum(params.values()),

@@ -186,8 +186,7 @@ def test_the_network_computes_what_the_rebuild_computes(kind, genotype, layers, 
     ],
 )
 def test_costs_are_the_published_ones_to_the_unit(network, genotype, num_classes, expected):
-    with torch.device("meta"):
-        model = network(GENOTYPES[genotype], num_classes=num_classes)
+    model = network(GENOTYPES[genotype], num_classes=num_classes)
     found = cost(model, 32 if network is CifarNetwork else 224)
     assert list(found) == ["params", "params_without_aux", "macs", "macs_published"]
     for value, published in zip(found.values(), expected, strict=True):
@@ -206,6 +205,12 @@ def test_multiply_adds_are_those_that_pytorch_counts(kind, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     assert cost(model, size)["macs"] * 2 == counter.get_total_flops()
+
+
+def test_a_model_without_memory_is_counted_too():
+    with torch.device("meta"):
+        model = CifarNetwork(EVERY, 2, 3)
+    assert cost(model, 32) == cost(CifarNetwork(EVERY, 2, 3), 32)
 
 
 def test_both_conventions_by_hand():
