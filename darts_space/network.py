@@ -13,7 +13,7 @@ Deviations from the published code, none of which changes a value at 32 or 224 p
 the auxiliary head shrinks its pool on small maps and averages over large ones, and the final pool covers any map.
 
 This is the plain form, one operation after the other. Of what was measured against it on a CPU, the memory format
-channels_last pays, 1.3 to 1.8 times as fast (benchmarks/network.py); it is the caller's to choose. Sharing the ReLUs of
+channels_last pays, 1.2 to 1.8 times as fast (benchmarks/network.py); it is the caller's to choose. Sharing the ReLUs of
 a state (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) do not; folding BatchNorms into convolutions (1.06 to 1.16 on
 top of channels_last) changes results in the last digits, and only serves evaluation.
 """

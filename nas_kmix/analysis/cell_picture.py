@@ -1,6 +1,6 @@
 """Both cells of a genotype as a picture: a `Genotype` in, a matplotlib `Figure` out.
 
-A cell (DARTS figure 1) runs from left to right: its two inputs c_{k-2} and c_{k-1}, the nodes 0..3, each the sum of
+A cell (DARTS section 2.1) runs from left to right: its two inputs c_{k-2} and c_{k-1}, the nodes 0..3, each the sum of
 two labelled edges, and c_{k}, the concatenation of the nodes. Nodes stand in layers by their depth. A layer is a
 stack of rows, of which each node takes two, one for the label of each of its edges, and each state that is needed
 further right takes one, for its line to pass. So labels cannot overlap, and lines cross only between layers; of all
