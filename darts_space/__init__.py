@@ -9,11 +9,17 @@ the result, a `Genotype` that saves to and loads from JSON:
         for train_batch, val_batch in batches(epoch):
             search.step(train_batch, val_batch)
     search.model.genotype().save("genotype.json")
+
+A genotype becomes a `CifarNetwork` or an `ImageNetNetwork`, with a `cost` and, once trained, a checkpoint that
+`load_network` opens.
 """
 
 from darts_space.bilevel import BilevelConfig, Search, StepResult, cosine_lr, scaled_lr
+from darts_space.budget import parse_macs, widest
+from darts_space.checkpoint import build_network, load_network, network_checkpoint
 from darts_space.derivation import Diagnostics, derive, diagnose
 from darts_space.genotype import GENOTYPES, PRIMITIVES, Genotype, random_genotype, read_genotype
+from darts_space.network import CifarNetwork, ImageNetNetwork, Network, cost
 from darts_space.primitives import build_operation
 from darts_space.supernet import ARCHITECTURE_NAMES, SuperNet
 
@@ -22,16 +28,25 @@ __all__ = [
     "GENOTYPES",
     "PRIMITIVES",
     "BilevelConfig",
+    "CifarNetwork",
     "Diagnostics",
     "Genotype",
+    "ImageNetNetwork",
+    "Network",
     "Search",
     "StepResult",
     "SuperNet",
+    "build_network",
     "build_operation",
     "cosine_lr",
+    "cost",
     "derive",
     "diagnose",
+    "load_network",
+    "network_checkpoint",
+    "parse_macs",
     "random_genotype",
     "read_genotype",
     "scaled_lr",
+    "widest",
 ]

@@ -1,7 +1,7 @@
 """The eight candidate operations of a cell, for supernets and for final networks.
 
 In:  an operation's name, its number of channels C, its stride (1 or 2).
-Out: a module (N, C, H, W) -> (N, C, H / stride, W / stride), H and W even where the stride is 2.
+Out: a module (N, C, H, W) -> (N, C, H / stride, W / stride), rounded up.
 
 They are DARTS's operations (DARTS section 3.1.1; PC-DARTS keeps them). Every convolution has no bias; the order
 is ReLU, convolution, BatchNorm. `affine` tells whether the BatchNorms have learnt scales: no in supernet cells,
@@ -11,8 +11,12 @@ adds one of its own, final networks have none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from darts_space.cell import PRIMITIVES
 
@@ -42,7 +46,8 @@ class ReLUConvBN(nn.Sequential):
 class FactorizedReduce(nn.Module):
     """Halves H and W by two 1x1 stride-2 convolutions, one on the even pixels, one on the odd ones.
 
-    (N, in_channels, H, W) -> (N, out_channels, H / 2, W / 2) with H, W and out_channels even.
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / 2), ceil(W / 2)), out_channels even. An odd H or W lacks
+    the last odd pixel; a zero stands in, so that the size is that of all other strided operations.
     """
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool):
@@ -56,7 +61,10 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
-        return self.bn(torch.cat([self.conv_even(x), self.conv_odd(x[:, :, 1:, 1:])], dim=1))
+        odd = x[:, :, 1:, 1:]
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            odd = F.pad(odd, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.bn(torch.cat([self.conv_even(x), self.conv_odd(odd)], dim=1))
 
 
 def depthwise_separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
@@ -84,7 +92,7 @@ def dil_conv(channels: int, kernel: int, stride: int, affine: bool) -> nn.Sequen
 
 
 def build_operation(name: str, channels: int, stride: int, affine: bool) -> nn.Module:
-    """The operation of that name, (N, channels, H, W) -> (N, channels, H / stride, W / stride)."""
+    """The operation of that name, (N, channels, H, W) -> (N, channels, H / stride, W / stride), rounded up."""
     if stride not in (1, 2):
         raise ValueError(f"An operation has stride 1 or 2, not {stride}.")
     match name:
@@ -105,3 +113,39 @@ def build_operation(name: str, channels: int, stride: int, affine: bool) -> nn.M
         case "dil_conv_5x5":
             return dil_conv(channels, 5, stride, affine)
     raise ValueError(f"There is no operation {name!r}; use one of {', '.join(PRIMITIVES)}.")
+
+
+def build_stems(kind: str, width: int) -> tuple[nn.Module, nn.Module]:
+    """The layers before the first cell: images (N, 3, H, W) to state 0, and state 0 to state 1, both `width` wide.
+
+    "cifar" keeps H and W and makes both states the same; "imagenet" leaves a fourth of H and W in state 0 and an
+    eighth in state 1, rounded up.
+    """
+    if kind == "cifar":
+        return nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)), nn.Identity()
+    stem0 = nn.Sequential(
+        nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width // 2),
+        nn.ReLU(),
+        nn.Conv2d(width // 2, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+    )
+    stem1 = nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+    )
+    return stem0, stem1
+
+
+@contextmanager
+def initialised_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Modules built inside get weights that `generator` (a CPU one) fixes, and PyTorch's own generator its state back.
+
+    PyTorch's modules draw from the global CPU generator: lend it a seed, then restore it. Without a `generator` the
+    seed is drawn from the global one, as any module's weights are.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

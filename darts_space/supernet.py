@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from darts_space.cell import EDGES, NODES, PRIMITIVES, node_rows
 from darts_space.derivation import Diagnostics, derive, diagnose, normalised_betas
 from darts_space.genotype import Genotype
-from darts_space.primitives import FactorizedReduce, ReLUConvBN, build_operation
+from darts_space.primitives import (
+    FactorizedReduce,
+    ReLUConvBN,
+    build_operation,
+    build_stems,
+    initialised_from,
+)
 
 STEM_MULTIPLIER = 3  # the stem is this many times wider than the first cell's nodes
 ARCHITECTURE_NAMES = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
@@ -126,10 +132,7 @@ class SuperNet(nn.Module):
         self.edge_normalisation = edge_normalisation
         self.input_multiple = 4 if stem == "cifar" else 32
 
-        # PyTorch's modules draw their weights from the global CPU generator: lend it our seed, then restore it.
-        seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with initialised_from(generator):
             self._build_layers(channels, num_classes, layers, partial)
             for name in ARCHITECTURE_NAMES:
                 shape = (EDGES, len(PRIMITIVES)) if name.startswith("alphas") else (EDGES,)
@@ -137,22 +140,7 @@ class SuperNet(nn.Module):
 
     def _build_layers(self, channels: int, num_classes: int, layers: int, partial: int) -> None:
         width = STEM_MULTIPLIER * channels
-        if self.stem == "cifar":
-            self.stem0 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
-            self.stem1 = nn.Identity()
-        else:
-            self.stem0 = nn.Sequential(
-                nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width // 2),
-                nn.ReLU(),
-                nn.Conv2d(width // 2, width, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-            )
-            self.stem1 = nn.Sequential(
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-            )
+        self.stem0, self.stem1 = build_stems(self.stem, width)
         self.reductions = (layers // 3, 2 * layers // 3)
         self.cells = nn.ModuleList()
         in_channels = (width, width)

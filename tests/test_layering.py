@@ -72,12 +72,15 @@ def unsafe_calls(tree):
 
 
 def global_draws(tree):
-    """Uses of the random state that all libraries share; inside `fork_rng` torch's is put back."""
+    """Uses of the random state that all libraries share; inside these two context managers torch's is put back."""
     forked = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.With)
-        and any(name_of(getattr(item.context_expr, "func", item)).endswith("fork_rng") for item in node.items)
+        and any(
+            name_of(getattr(item.context_expr, "func", item)).endswith(("fork_rng", "initialised_from"))
+            for item in node.items
+        )
     ]
     allowed = {id(inner) for block in forked for inner in ast.walk(block)}
     yield from (name for name in imports(tree) if inside(name, "random"))

@@ -1,0 +1,91 @@
+"""What the memory layout is worth to a genotype's network: images per second against the same network in NCHW.
+
+    python -m benchmarks.network --threads 1
+    python -m benchmarks.network --kind imagenet --input-size 224 --batch-size 4 --threads 1
+
+The layouts run in turn in one process on the same images; a figure is the median over the pairs of (time in NCHW /
+time in channels_last), for a training step without its optimiser and for evaluation. 1.00 would mean that it makes no
+difference.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn import functional as F
+
+from darts_space import read_genotype
+from darts_space.network import NETWORKS, Network
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    genotype: str = "PC_DARTS_cifar"
+    kind: Literal["cifar", "imagenet"] = "cifar"
+    channels: int = 16
+    layers: int = 8
+    input_size: int = 32
+    batch_size: int = 32
+    pairs: int = 9
+    device: str = "cpu"
+    threads: int = 0
+    json: Path | None = None
+    """Also write the figures there."""
+
+
+def main(config: Config) -> dict[str, float]:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(config.batch_size, 3, config.input_size, config.input_size, generator=generator)
+    runs = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = NETWORKS[config.kind](read_genotype(config.genotype), config.channels, config.layers)
+        runs.append([each.to(config.device, memory_format=layout) for each in (model, images)])
+    figures = {}
+    for mode, step in (("training", train_step), ("evaluation", evaluate)):
+        for run in runs:
+            step(*run)  # the first is slower
+        pairs = [[_seconds(step, *run) for run in runs] for _ in range(config.pairs)]
+        figures[f"{mode}_images_per_second"] = config.batch_size / statistics.median(pair[1] for pair in pairs)
+        figures[f"{mode}_speedup"] = statistics.median(plain / last for plain, last in pairs)
+    print(f"torch {torch.__version__}, {platform.machine()}, {config.device}, {torch.get_num_threads()} threads")
+    for name, value in figures.items():
+        print(f"{name:<30}{value:8.2f}")
+    if config.json:
+        config.json.write_text(json.dumps(figures) + "\n")
+    return figures
+
+
+def train_step(model: Network, images: torch.Tensor) -> None:
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    logits, auxiliary = model.train()(images)
+    (F.cross_entropy(logits, labels) + 0.4 * F.cross_entropy(auxiliary, labels)).backward()
+    model.zero_grad()
+
+
+@torch.no_grad()
+def evaluate(model: Network, images: torch.Tensor) -> None:
+    model.eval()(images)
+
+
+def _seconds(step, model: Network, images: torch.Tensor) -> float:
+    start = time.perf_counter()
+    step(model, images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,293 @@
+"""The networks of a genotype: its cells stacked, to be trained with all their channels.
+
+In:  a `Genotype`; images (N, 3, H, W), float, normalised, of any size from 32 px (CIFAR) or 128 px (ImageNet) up.
+Out: logits (N, num_classes). In training mode a network with an auxiliary head returns the pair
+     (logits, auxiliary logits); in evaluation mode, and without the head, logits alone.
+
+`CifarNetwork` and `ImageNetNetwork` are those of PC-DARTS sections 4.2 and 4.3, which are DARTS's (section 3.2):
+stem, `layers` cells of which those at layers // 3 and 2 * layers // 3 reduce, global average pool, linear. Their
+regularisers are here, their schedules are the caller's: the auxiliary loss has weight 0.4, and the probability of
+drop-path grows linearly, p * epoch / epochs.
+
+Deviations from the published code, none of which changes a value at 32 or 224 px: strided paths round odd sizes up,
+the auxiliary head shrinks its pool on small maps and averages over large ones, and the final pool covers any map.
+
+This is the plain form, one operation after the other. Of what was measured against it on a CPU, the memory format
+channels_last pays, 1.2 to 1.8 times as fast (benchmarks/network.py); it is the caller's to choose. Sharing the ReLUs of
+a state (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) do not; folding BatchNorms into convolutions (1.06 to 1.16 on
+top of channels_last) changes results in the last digits, and only serves evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from darts_space.cell import NODES, Edge
+from darts_space.genotype import Genotype
+from darts_space.primitives import FactorizedReduce, ReLUConvBN, build_operation, build_stems, initialised_from
+
+STEM_MULTIPLIER = 3  # the CIFAR stem is this many times wider than the first cell's nodes
+
+
+class Cell(nn.Module):
+    """Two states in, four nodes, their concatenation (N, 4 * channels, H, W) out; H and W halved if `reduces`."""
+
+    def __init__(
+        self,
+        edges: tuple[Edge, ...],
+        in_channels: tuple[int, int],
+        channels: int,
+        reduces: bool,
+        previous_reduces: bool,
+    ):
+        super().__init__()
+        # Where the cell before reduced, the state from two cells before is still twice as large.
+        preprocess0 = FactorizedReduce if previous_reduces else ReLUConvBN
+        self.preprocess0 = preprocess0(in_channels[0], channels, affine=True)
+        self.preprocess1 = ReLUConvBN(in_channels[1], channels, affine=True)
+        self.sources = tuple(source for _, source in edges)
+        self.operations = nn.ModuleList(  # in the order of the genotype, two for each node
+            build_operation(name, channels, stride=2 if reduces and source < 2 else 1, affine=True)
+            for name, source in edges
+        )
+
+    def forward(self, state0: Tensor, state1: Tensor, drop_path: Tensor | None) -> Tensor:
+        """`drop_path` (8, N) are the factors of the eight operations' outputs."""
+        states = [self.preprocess0(state0), self.preprocess1(state1)]
+        for node in range(NODES):
+            first, second = (self._edge(edge, states, drop_path) for edge in (2 * node, 2 * node + 1))
+            states.append(first + second)
+        return torch.cat(states[2:], dim=1)
+
+    def _edge(self, edge: int, states: list[Tensor], drop_path: Tensor | None) -> Tensor:
+        operation = self.operations[edge]
+        out = operation(states[self.sources[edge]])
+        if drop_path is None or isinstance(operation, nn.Identity):  # an identity always leaves a path
+            return out
+        return out * drop_path[edge, :, None, None, None].to(out.dtype)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier on the output of the second reduction cell: (N, C, h, w) -> logits (N, num_classes)."""
+
+    def __init__(self, in_channels: int, num_classes: int, pool_stride: int, last_norm: bool):
+        super().__init__()
+        self.pool_stride = pool_stride
+        self.relu = nn.ReLU()
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, 128, kernel_size=1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, kernel_size=2, bias=False),
+            BatchNormOfOne(768) if last_norm else nn.Identity(),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The published window is 5x5; on a smaller map than the published one it shrinks until two of them fit,
+        # which the 2x2 convolution needs.
+        window = [min(5, size - self.pool_stride) for size in x.shape[2:]]
+        x = self.features(F.avg_pool2d(self.relu(x), window, self.pool_stride))
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+class BatchNormOfOne(nn.BatchNorm2d):
+    """BatchNorm that takes a single value per channel, the last batch of an epoch having only one image.
+
+    It has no spread of its own to be divided by, which PyTorch refuses; the running statistics take its place.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class Network(nn.Module):
+    """What both networks have in common. Use `CifarNetwork` or `ImageNetNetwork`."""
+
+    kind: str
+    minimum_size: int
+    """Smallest H and W of the images."""
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        channels: int,
+        layers: int,
+        num_classes: int,
+        auxiliary: bool,
+        generator: torch.Generator | None,
+    ):
+        super().__init__()
+        if layers < 3:
+            raise ValueError(f"The network needs at least 3 layers to hold both kinds of cell, not {layers}.")
+        if channels < 1 or num_classes < 1:
+            raise ValueError(f"The network cannot have {channels} channels and {num_classes} classes; use 1 or more.")
+        self.genotype, self.channels, self.layers, self.num_classes = genotype, channels, layers, num_classes
+        with initialised_from(generator):
+            self._build_layers(auxiliary)
+
+    def _build_layers(self, auxiliary: bool) -> None:
+        imagenet = self.kind == "imagenet"
+        channels = self.channels
+        width = channels if imagenet else STEM_MULTIPLIER * channels
+        self.stem0, self.stem1 = build_stems(self.kind, width)
+        self.reductions = (self.layers // 3, 2 * self.layers // 3)
+        self.cells = nn.ModuleList()
+        self.auxiliary: AuxiliaryHead | None = None
+        in_channels = (width, width)
+        previous_reduces = imagenet  # stem1 halves the resolution of stem0
+        for index in range(self.layers):
+            reduces = index in self.reductions
+            channels *= 2 if reduces else 1
+            edges = self.genotype.reduce if reduces else self.genotype.normal
+            self.cells.append(Cell(edges, in_channels, channels, reduces, previous_reduces))
+            in_channels = (in_channels[1], NODES * channels)
+            previous_reduces = reduces
+            if auxiliary and index == self.reductions[1]:
+                pool_stride, last_norm = (2, False) if imagenet else (3, True)
+                self.auxiliary = AuxiliaryHead(in_channels[1], self.num_classes, pool_stride, last_norm)
+        self.classifier = nn.Linear(in_channels[1], self.num_classes)
+
+    def forward(self, images: Tensor, drop_path: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) -> logits (N, num_classes), in training with the auxiliary head's beside them.
+
+        `drop_path` (layers, 8, N) is a result of `draw_drop_path`, or the part of one that belongs to these images.
+        """
+        if images.dim() != 4 or min(images.shape[2:]) < self.minimum_size:
+            raise ValueError(
+                f"The {self.kind} network takes images (N, 3, H, W) with H and W of {self.minimum_size} or more, not "
+                f"{tuple(images.shape)}; resize them."
+            )
+        if drop_path is not None:
+            expected = (self.layers, 2 * NODES, images.shape[0])
+            if drop_path.shape != expected:
+                raise ValueError(f"drop_path has the shape {tuple(drop_path.shape)}, but these images need {expected}.")
+            drop_path = drop_path.to(images.device)
+        state0 = self.stem0(images)
+        state1 = self.stem1(state0)
+        auxiliary_logits = None
+        for index, cell in enumerate(self.cells):
+            state0, state1 = state1, cell(state0, state1, None if drop_path is None else drop_path[index])
+            if self.training and self.auxiliary is not None and index == self.reductions[1]:
+                auxiliary_logits = self.auxiliary(state1)
+        logits = self.classifier(state1.mean(dim=(2, 3)))
+        return logits if auxiliary_logits is None else (logits, auxiliary_logits)
+
+    def draw_drop_path(
+        self, batch_size: int, probability: float, *, generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        """Factors (layers, 8, N) of the operations' outputs: 0 with `probability`, else 1 / (1 - probability).
+
+        Each image loses operations of its own, and the expected output is unchanged. Draw with a `generator` (a CPU
+        one) seeded by the step, for the whole batch: then a resumed run, and one that is split over devices or
+        micro-batches (`drop_path[:, :, part]`), drops the same. None where the probability is 0.
+        """
+        if not 0 <= probability < 1:
+            raise ValueError(f"The drop-path probability must be at least 0 and below 1, not {probability}.")
+        if probability == 0:
+            return None
+        keep = 1 - probability
+        return (torch.rand(self.layers, 2 * NODES, batch_size, generator=generator, device="cpu") < keep) / keep
+
+    def description(self) -> dict[str, Any]:
+        """The network without its weights as plain data, from which `build_network` builds it again."""
+        return {
+            "kind": self.kind,
+            "genotype": self.genotype.to_json(),
+            "channels": self.channels,
+            "layers": self.layers,
+            "num_classes": self.num_classes,
+            "auxiliary": self.auxiliary is not None,
+        }
+
+
+class CifarNetwork(Network):
+    """The network for small images: the stem keeps H and W, the cells reduce them to a fourth."""
+
+    kind = "cifar"
+    minimum_size = 32
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        channels: int = 36,
+        layers: int = 20,
+        num_classes: int = 10,
+        auxiliary: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ):
+        """Build and initialise.
+
+        `channels` is the width of the first cell's nodes, `layers` counts the cells. `generator` (a CPU one) fixes
+        the weights; without it PyTorch's own is used, as in any module.
+        """
+        super().__init__(genotype, channels, layers, num_classes, auxiliary, generator)
+
+
+class ImageNetNetwork(Network):
+    """The network for large images: the stem leaves an eighth of H and W, the cells a thirty-second."""
+
+    kind = "imagenet"
+    minimum_size = 128
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        channels: int = 48,
+        layers: int = 14,
+        num_classes: int = 1000,
+        auxiliary: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ):
+        """Build and initialise, as `CifarNetwork`; `channels` must be even, since the stem begins with half of them."""
+        if channels % 2:
+            raise ValueError(f"The imagenet stem halves its width, so {channels} channels must be even.")
+        super().__init__(genotype, channels, layers, num_classes, auxiliary, generator)
+
+
+NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
+
+
+@torch.no_grad()
+def cost(model: nn.Module, input_size: int) -> dict[str, int]:
+    """What one square image of `input_size` px costs in evaluation mode, and what the model weighs.
+
+    - params, params_without_aux: elements of all parameters, and of those outside the auxiliary head.
+    - macs: multiply-adds of the convolutions and linear layers.
+    - macs_published: macs + 2 * BatchNorm outputs + ReLU outputs, which gives the 586 M and 597 M of the paper.
+
+    The model itself is neither run nor changed: a copy of it, where it lies, evaluates a blank image.
+    """
+    twin = copy.deepcopy(model).eval()
+    macs = extra = 0
+
+    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+        nonlocal macs, extra
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            macs += out.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.BatchNorm2d):
+            extra += 2 * out.numel()
+        elif isinstance(module, nn.ReLU):
+            extra += out.numel()
+
+    for module in twin.modules():
+        module.register_forward_hook(count)
+    weight = next(model.parameters())
+    twin(torch.zeros(1, 3, input_size, input_size, dtype=weight.dtype, device=weight.device))
+    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {
+        "params": sum(params.values()),
+        "params_without_aux": sum(n for name, n in params.items() if not name.startswith("auxiliary.")),
+        "macs": macs,
+        "macs_published": macs + extra,
+    }

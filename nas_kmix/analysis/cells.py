@@ -1,0 +1,135 @@
+"""Look at a genotype: its cells and their cost, other forms of it, a picture.
+
+    python -m nas_kmix.analysis.cells runs/c100/genotype.json
+    python -m nas_kmix.analysis.cells PC_DARTS_cifar --picture cells.svg
+    python -m nas_kmix.analysis.cells genotype.json --to text
+    python -m nas_kmix.analysis.cells "Genotype(normal=[('sep_conv_3x3', 1), ...], ...)" --out genotype.json
+
+The genotype is a file (JSON or legacy text), the name of a published one, or the text itself, which is never executed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import tyro
+
+from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, read_genotype
+from darts_space.cell import NODES, Edge
+from nas_kmix.analysis.cell_picture import draw_cells
+from nas_kmix.engine import files
+
+FORMS = {".json": "json", ".txt": "text"}
+PICTURES = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to read and what to make of it."""
+
+    genotype: tyro.conf.Positional[str]
+    """A file, the name of a published genotype, or text."""
+    to: Literal["json", "text"] | None = None
+    """Convert to JSON, or to the legacy text of DARTS-style projects. Default: by the suffix of --out."""
+    out: Path | None = None
+    """Write the converted genotype there instead of printing it."""
+    picture: Path | None = None
+    """Draw both cells there, a PNG or SVG."""
+
+
+def describe(genotype: Genotype) -> str:
+    """Both cells, a node per line, and what the networks of the two presets cost."""
+    lines = []
+    for name, edges in (("normal cell", genotype.normal), ("reduction cell", genotype.reduce)):
+        lines.append(name)
+        for node in range(NODES):
+            first, second = (_edge_text(edge) for edge in edges[2 * node : 2 * node + 2])
+            lines.append(f"  node {node} = {first} + {second}")
+    columns = "{:24}{:>12}{:>22}{:>16}{:>22}"
+    lines.append(columns.format("cost", "parameters", "with auxiliary head", "multiply-adds", "published convention"))
+    for name, network, size in (
+        ("  CIFAR, C=36, L=20", CifarNetwork, 32),
+        ("  ImageNet, C=48, L=14", ImageNetNetwork, 224),
+    ):
+        found = cost(network(genotype), size)
+        counts = (found[key] for key in ("params_without_aux", "params", "macs", "macs_published"))
+        lines.append(columns.format(name, *(f"{count:,}" for count in counts)))
+    return "\n".join(lines)
+
+
+def _edge_text(edge: Edge) -> str:
+    operation, source = edge
+    return f"{operation}({('c_k-2', 'c_k-1')[source] if source < 2 else f'node {source - 2}'})"
+
+
+def save_picture(genotype: Genotype, path: Path, title: str = "") -> None:
+    """Draw both cells into a .png or .svg file; the same genotype gives the same bytes."""
+    buffer = io.BytesIO()
+    # An SVG otherwise holds the date and random names, and its text would be outlines instead of letters.
+    with matplotlib.rc_context({"svg.hashsalt": "cells", "svg.fonttype": "none"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        draw_cells(genotype, title).savefig(buffer, format=path.suffix[1:], dpi=150, metadata=metadata)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def run(config: Config) -> str:
+    """Write the files that are asked for and return what is to be printed. Raises ValueError and OSError."""
+    if config.picture is not None and config.picture.suffix not in PICTURES:
+        raise ValueError(f"--picture {config.picture} must end in {' or '.join(PICTURES)}.")
+    form = config.to
+    if form is None and config.out is not None:
+        if config.out.suffix not in FORMS:
+            raise ValueError(f"--out {config.out} ends in neither {' nor '.join(FORMS)}; choose a form with --to.")
+        form = FORMS[config.out.suffix]
+    genotype = read_genotype(config.genotype)
+
+    printed = []
+    if config.picture is not None:
+        save_picture(genotype, config.picture, _title(config.genotype))
+    if form is None:
+        printed.append(describe(genotype))
+    elif config.out is None:
+        printed.append(json.dumps(genotype.to_json()) if form == "json" else genotype.to_text())
+    elif form == "json":
+        _save_json(genotype, config.out)
+    else:
+        files.write_text(config.out, genotype.to_text() + "\n")
+    return "\n".join(printed)
+
+
+def _save_json(genotype: Genotype, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        genotype.save(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the rights.") from error
+
+
+def _title(source: str) -> str:
+    """A published name or the file's; a text has none."""
+    return source if source in GENOTYPES or os.path.isfile(source) else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, and 2 with a sentence where something cannot be read or written."""
+    config = tyro.cli(Config, args=argv, description=__doc__)
+    try:
+        if text := run(config):
+            print(text)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
