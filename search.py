@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -587,9 +588,15 @@ def _summary(config: Config, result: Result) -> str:
     costs = files.read_json(folder / "cost.json")
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
-    if result.proxy is not None and config.proxy is None:
-        again = f"python search.py --preset {config.preset} --data {config.input.data} --proxy {folder / 'proxy.json'}"
-        lines.append(f"next         {again} --seeds 3 --out {folder}-seeds")
+    if result.genotype is not None:
+        picture = ["--picture", str(folder / "cells.png")]
+        next_command = ["python", "-m", "nas_kmix.analysis.cells", str(folder / "genotype.json"), *picture]
+    elif result.proxy is not None:
+        chain = ["--data", config.input.data, "--proxy", str(folder / "proxy.json")]
+        next_command = ["python", "search.py", "--preset", config.preset, *chain, "--out", f"{folder}-search"]
+    else:
+        return "\n".join(lines)
+    lines.append(f"next         {shlex.join(next_command)}")
     return "\n".join(lines)
 
 

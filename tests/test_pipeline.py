@@ -223,7 +223,7 @@ def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished
     genotype, *others = ended.out.splitlines()[-6:]
     assert Genotype.from_text(genotype) == Genotype.load(folder / "genotype.json") and ended.err == ""
     reliability = ScoreTable.load(folder / "scores.npz")[0].reliability()
-    expected = ("genotype.json", "proxy.json", f"{reliability:.2f} of the CV", "search", "--proxy")
+    expected = ("genotype.json", "proxy.json", f"{reliability:.2f} of the CV", "search", "nas_kmix.analysis.cells")
     for line, words in zip(others, expected, strict=True):
         assert words in line
 
