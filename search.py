@@ -17,7 +17,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,8 +32,8 @@ from nas_kmix.engine.meter import Meter, NonFiniteLossError
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, check_key, stage_key
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy, split_halves
-from nas_kmix.scorer import ScorerConfig, load_scorer, scorer_hash, train_scorer
-from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage
+from nas_kmix.scorer import ScorerConfig, load_scorer, train_scorer
+from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage, scoring_key
 
 STAGES = ("scorer", "scoring", "selection", "search")
 RESULTS = ("scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt")
@@ -61,9 +60,9 @@ class SearchConfig:
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     frozen_epochs: int | None = None
-    """First epochs that leave the architecture alone. Default: min(15, epochs // 2)."""
+    """First epochs that leave the architecture alone, at most half of a search cut short. Default: 15, likewise."""
     warmup_epochs: int = 0
-    """Linear warm-up of the learning rate."""
+    """Linear warm-up of the learning rate, at most half of the epochs too."""
     arch_lr: float = 6e-4
     arch_grad_clip: float | None = None
     unrolled: bool = False
@@ -78,6 +77,10 @@ class SearchConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
 
+    def _at_most_half(self, wanted: int | None) -> int | None:
+        """Epochs of a preset for a long search, where `--epochs` cuts it short."""
+        return wanted if wanted is None or wanted < self.epochs else self.epochs // 2
+
     def bilevel(self, amp: str) -> BilevelConfig:
         """The part that `darts_space` reads."""
         return BilevelConfig(
@@ -85,8 +88,8 @@ class SearchConfig:
             lr=scaled_lr(self.batch_size) if self.lr is None else self.lr,
             arch_lr=self.arch_lr,
             arch_grad_clip=self.arch_grad_clip,
-            frozen_epochs=self.frozen_epochs,
-            warmup_epochs=self.warmup_epochs,
+            frozen_epochs=self._at_most_half(self.frozen_epochs),
+            warmup_epochs=self._at_most_half(self.warmup_epochs),
             unrolled=self.unrolled,
             amp=amp,
         )
@@ -199,10 +202,13 @@ def run(config: Config) -> Result:
         try:
             result = _stages(config, data, folder)
             folder.write_records()
-            return result
-        finally:
-            _list_bad_images(data, folder)
             folder.write_cost()
+            _list_bad_images(data, folder)
+            return result
+        except BaseException:
+            if folder.started:  # a refused command leaves the folder as it was
+                _list_bad_images(data, folder)
+            raise
 
 
 def _stages(config: Config, data: ImageData, folder: Run) -> Result:
@@ -243,42 +249,39 @@ Scorer = tuple[torch.nn.Module, ImageData]  # the network, and the images normal
 def _scorer(config: Config, data: ImageData, folder: Run) -> Scorer:
     """The trained scorer: given, found, or trained now."""
     if config.scorer is not None:
-        model, view, _ = load_scorer(config.scorer, data, run=folder)
+        scorer = load_scorer(config.scorer, data, run=folder)
         _adopt(config.scorer, ("scorer",), folder)
-        return model, view
+        return scorer
     path = folder.path("scorer.pt")
     settings = {**asdict(config.training), **_augmentation(config)}
     key = stage_key("scorer", settings, {"data": data.fingerprint})
     if path.exists():
-        model, view, found = load_scorer(path, data, run=folder)
-        check_key(path, found, key)
+        scorer = load_scorer(path, data, run=folder, key=key)
         folder.remove_checkpoint("scorer")  # of a run that was killed between the two
         folder.say(f"scorer: {path} fits, skipped")
-        return model, view
+        return scorer
     return train_scorer(data, config.training, config.input, run=folder, key=key, path=path), data
 
 
 def _scores(config: Config, data: ImageData, scorer: Scorer | None, folder: Run) -> ScoreTable:
     """The table of scores: given, found, or computed now by `scorer`."""
     if config.scores is not None:
-        table, meta = ScoreTable.load(config.scores)
-        if meta["key"]["inputs"]["data"] != data.fingerprint or table.index[-1] >= len(data):
+        table = ScoreTable.load(config.scores)
+        if table.key.get("inputs", {}).get("data") != data.fingerprint or table.index[-1] >= len(data):
             raise ValueError(f"--scores {config.scores} was made from other data than --data; score these images anew.")
-        data.bad.update(meta["bad"])
+        data.bad.update(table.bad)
         _adopt(config.scores, ("scorer", "scoring"), folder)
         return table
     model, view = scorer
     path = folder.path("scores.npz")
-    inputs = {"data": data.fingerprint, "scorer": scorer_hash(model, view)}
-    key = stage_key("scoring", config.scoring.identity(), inputs)
     if path.exists():
-        table, meta = ScoreTable.load(path)
-        check_key(path, meta.get("key"), key)
-        data.bad.update(meta["bad"])
+        table = ScoreTable.load(path)
+        check_key(path, table.key, scoring_key(model, view, config.scoring))
+        data.bad.update(table.bad)
         folder.remove_checkpoint("scoring")  # of a run that was killed between the two
         folder.say(f"scoring: {path} fits, skipped")
         return table
-    return score_stage(model, view, config.scoring, run=folder, key=key, path=path)
+    return score_stage(model, view, config.scoring, run=folder, path=path)
 
 
 def _selection(config: Config, data: ImageData, table: ScoreTable | None, folder: Run) -> ProxyManifest:
@@ -338,27 +341,39 @@ class Halves:
             raise ValueError("The proxy leaves no image for the architecture; raise --ratio or --arch-share.")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the searches of a run share."""
+
+    config: Config
+    settings: SearchConfig
+    data: ImageData
+    halves: Halves
+    folder: Run
+
+
 def _searches(config: Config, data: ImageData, halves: Halves, folder: Run) -> Genotype:
     """One search, or `--seeds` of them and the genotype that is most like the others."""
     settings = config.search
     if settings.step_matched:
-        steps_of_all = math.ceil(len(data.good()) * (1 - config.selection.arch_share) / settings.batch_size)
+        weight_share = len(halves.weights) / (len(halves.weights) + len(halves.arch))
+        steps_of_all = math.ceil(len(data.good()) * weight_share / settings.batch_size)
         factor = steps_of_all / math.ceil(len(halves.weights) / settings.batch_size)
         settings = replace(settings, epochs=round(settings.epochs * factor))
     identity = {**asdict(settings.bilevel("off")), **_augmentation(config)}
     for name in ("channels", "layers", "partial", "edge_normalisation", "batch_size", "seeds"):
         identity[name] = getattr(settings, name)
     key = stage_key("search", {**identity, "seed": config.seed}, {"data": data.fingerprint, "proxy": halves.identity})
-    run_one = partial(_one_search, config, settings, data, halves, folder)
+    job = Job(config, settings, data, halves, folder)
     if settings.seeds == 1:
-        return run_one(key, subfolder="")
+        return _one_search(job, key, subfolder="")
     path = folder.path("genotype.json")
     if (genotype := _found_genotype(path, key, folder)) is not None:
         return genotype
     genotypes = []
     for i in range(settings.seeds):
         key_of_one = {**key, "config": {**key["config"], "seeds": 1, "seed": config.seed + i}}
-        genotypes.append(run_one(key_of_one, subfolder=f"seed-{i}/"))
+        genotypes.append(_one_search(job, key_of_one, subfolder=f"seed-{i}/"))
     shared = [sum(one.shared_edges(other) for other in genotypes) - 16 for one in genotypes]
     chosen = int(np.argmax(shared))
     mean = shared[chosen] / (settings.seeds - 1)
@@ -377,40 +392,22 @@ def _found_genotype(path: Path, key: dict[str, Any], folder: Run) -> Genotype | 
     return genotype
 
 
-def _one_search(
-    config: Config,
-    settings: SearchConfig,
-    data: ImageData,
-    halves: Halves,
-    folder: Run,
-    key: dict[str, Any],
-    *,
-    subfolder: str,
-) -> Genotype:
+def _one_search(job: Job, key: dict[str, Any], *, subfolder: str) -> Genotype:
     """The genotype of one seed: found, or searched now."""
-    path = folder.path(f"{subfolder}genotype.json")
+    path = job.folder.path(f"{subfolder}genotype.json")
     stage = f"search/{subfolder[:-1]}" if subfolder else "search"
-    if (genotype := _found_genotype(path, key, folder)) is None:
-        genotype = _search(config, settings, data, halves, folder, key=key, stage=stage, subfolder=subfolder)
+    if (genotype := _found_genotype(path, key, job.folder)) is None:
+        genotype = _search(job, key, stage=stage, subfolder=subfolder)
         genotype.save(path, provenance=key)
-    folder.remove_checkpoint(stage.replace("/", "-"))
+    job.folder.remove_checkpoint(stage.replace("/", "-"))
     return genotype
 
 
-def _search(
-    config: Config,
-    settings: SearchConfig,
-    data: ImageData,
-    halves: Halves,
-    folder: Run,
-    *,
-    key: dict[str, Any],
-    stage: str,
-    subfolder: str,
-) -> Genotype:
+def _search(job: Job, key: dict[str, Any], *, stage: str, subfolder: str) -> Genotype:
     """Search with the seed in `key`, from the start or a checkpoint. The genotype is the one after the last epoch."""
+    settings, data, halves, folder = job.settings, job.data, job.halves, job.folder
     seed = key["config"]["seed"]
-    bilevel = settings.bilevel(config.device.amp)
+    bilevel = settings.bilevel(job.config.device.amp)
     search = Search(folder.layout(_supernet(settings, data, seed).to(folder.device)), bilevel)
     history: list[dict[str, Any]] = []
     meter = Meter(folder.device)
@@ -439,8 +436,8 @@ def _search(
             batches = zip(data.batches(weight_plan[first_step:]), data.batches(arch_plan[first_step:]), strict=True)
             for step, (train, val) in enumerate(batches, start=first_step):
                 result = search.step(
-                    _prepare(train, data, config, folder, [seed, WEIGHT_AUGMENT, epoch, step]),
-                    None if search.frozen else _prepare(val, data, config, folder, [seed, ARCH_AUGMENT, epoch, step]),
+                    _prepare(train, job, [seed, WEIGHT_AUGMENT, epoch, step]),
+                    None if search.frozen else _prepare(val, job, [seed, ARCH_AUGMENT, epoch, step]),
                 )
                 n = len(train.labels)
                 meter.add(step, n, loss=result.train_loss * n, accuracy=result.train_correct)
@@ -478,14 +475,13 @@ def _supernet(settings: SearchConfig, data: ImageData, seed: int) -> SuperNet:
     )
 
 
-def _prepare(
-    batch: Batch, data: ImageData, config: Config, folder: Run, seed: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _prepare(batch: Batch, job: Job, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented float images and labels."""
     if len(batch.labels) == 0:
-        raise ValueError(f"{data.source.name}: not one file of a batch can be read any more; {_first_bad(data)}")
-    images = augment_batch(batch.images, data, config.input, rng=np.random.default_rng(seed))
-    return folder.layout(images), batch.labels
+        first = next(iter(job.data.bad.values()), "")
+        raise ValueError(f"{job.data.source.name}: not one file of a batch can be read any more; the first is {first}")
+    images = augment_batch(batch.images, job.data, job.config.input, rng=np.random.default_rng(seed))
+    return job.folder.layout(images), batch.labels
 
 
 def _record(search: Search, epoch: int) -> dict[str, Any]:
@@ -499,7 +495,14 @@ def _record(search: Search, epoch: int) -> dict[str, Any]:
 def _write_history(history: list[dict[str, Any]], folder: Run, subfolder: str) -> None:
     """Write `genotypes.jsonl`, a line per epoch, and `alphas.npz`, the four tables stacked over the epochs."""
     lines = [
-        json.dumps({"epoch": row["epoch"], **row["diagnostics"], "genotype": json.loads(row["genotype"])})
+        json.dumps(
+            {
+                "epoch": row["epoch"],
+                **row["diagnostics"],
+                "collapsed": row["diagnostics"]["skips_normal"] >= SKIP_COLLAPSE,
+                "genotype": json.loads(row["genotype"]),
+            }
+        )
         for row in history
     ]
     files.write_text(folder.path(f"{subfolder}genotypes.jsonl"), "\n".join(lines) + "\n")
@@ -530,6 +533,12 @@ def _check_flags(config: Config) -> None:
         raise ValueError(f"--proxy none makes no proxy, so {flag} means nothing with it; leave one of them out.")
     if given and config.stop_after is not None and order.index(config.stop_after) < order.index(given[0]):
         raise ValueError(f"--{given[0]} starts after --stop-after {config.stop_after}; leave one of them out.")
+    if config.selection.method == "random" and given in (["scorer"], ["scores"]):
+        raise ValueError(
+            f"--method random uses no scores, so --{given[0]} means nothing with it; leave one of them out."
+        )
+    if config.export_list is not None and config.stop_after in ("scorer", "scores"):
+        raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
     for flag in given:
         path = getattr(config, flag)
         if path != ALL_IMAGES and not path.is_file():
@@ -556,10 +565,6 @@ def _check_search(config: Config, data: ImageData) -> None:
     config.search.bilevel(config.device.amp)  # checks its values
 
 
-def _first_bad(data: ImageData) -> str:
-    return f"first: {next(iter(data.bad.values()))}" if data.bad else "none is known to be bad"
-
-
 def _list_bad_images(data: ImageData, folder: Run) -> None:
     if data.bad:
         path = folder.path("bad_images.txt")
@@ -567,15 +572,16 @@ def _list_bad_images(data: ImageData, folder: Run) -> None:
         folder.say(f"warning: {len(data.bad)} files cannot be read and are left out; they are listed in {path}")
 
 
-def _reliability(table: ScoreTable) -> str:
-    value, draws = table.reliability(), table.losses.shape[1]
+def _reliability(table: ScoreTable, measure: str) -> str:
+    value, draws = table.reliability(measure), table.losses.shape[1]
     if math.isnan(value):
-        return f"unknown, {draws} draws of {len(table.index)} images are too few to tell"
+        return f"unknown: {draws} draws of {len(table.index)} images are too few, or their {measure} is all the same"
     meaning = "mostly noise" if value < 0.5 else "fair" if value < 0.8 else "good"
-    return f"{value:.2f} of the CV ranking over {draws} draws ({meaning}; new draws would repeat a ranking of 1.00)"
+    name = measure.upper() if measure == "cv" else measure
+    return f"{value:.2f} of the {name} ranking over {draws} draws ({meaning}; new draws would repeat a ranking of 1.00)"
 
 
-def _summary(config: Config, result: Result) -> str:
+def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
     """The last lines of a run."""
     lines = []
     folder = result.folder
@@ -584,20 +590,34 @@ def _summary(config: Config, result: Result) -> str:
     if result.proxy is not None and config.proxy is None:
         lines.append(f"proxy        {folder / 'proxy.json'}, {len(result.proxy.indices)} of {result.proxy.n} images")
     if result.table is not None:
-        lines.append(f"reliability  {_reliability(result.table)}")
+        lines.append(f"reliability  {_reliability(result.table, config.selection.measure)}")
     costs = files.read_json(folder / "cost.json")
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
     if result.genotype is not None:
         picture = ["--picture", str(folder / "cells.png")]
-        next_command = ["python", "-m", "nas_kmix.analysis.cells", str(folder / "genotype.json"), *picture]
+        next_command = ["-m", "nas_kmix.analysis.cells", str(folder / "genotype.json"), *picture]
     elif result.proxy is not None:
-        chain = ["--data", config.input.data, "--proxy", str(folder / "proxy.json")]
-        next_command = ["python", "search.py", "--preset", config.preset, *chain, "--out", f"{folder}-search"]
+        proxy = folder / "proxy.json" if config.proxy is None else config.proxy
+        next_command = ["search.py", *_rest_of(argv), "--proxy", str(proxy), "--out", f"{folder}-search"]
     else:
         return "\n".join(lines)
-    lines.append(f"next         {shlex.join(next_command)}")
+    lines.append(f"next         python {shlex.join(next_command)}")
     return "\n".join(lines)
+
+
+def _rest_of(argv: Sequence[str]) -> list[str]:
+    """The flags of a command that ended with its proxy, without those that a search on it replaces."""
+    replaced = ("--stop-after", "--export-list", "--out", "--scorer", "--scores", "--proxy")
+    rest, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in replaced:
+            skip = True  # and its value
+        elif argument != "--fresh" and not argument.startswith(tuple(f"{flag}=" for flag in replaced)):
+            rest.append(argument)
+    return rest
 
 
 REUSE = {"scoring": ("scorer", "scorer.pt"), "selection": ("scores", "scores.npz"), "search": ("proxy", "proxy.json")}
@@ -629,13 +649,14 @@ def parse(argv: Sequence[str]) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn every expected failure into one sentence. Exit codes: 0, 1, 2 (bad usage), 130 and 143 (signals)."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        config = parse(argv)
     except ValueError as error:  # of a config's own checks; tyro itself exits with 2
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        print(_summary(config, run(config)))
+        print(_summary(config, run(config), argv))
     except StoppedError as stopped:
         print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
         return 128 + stopped.signum

@@ -1,6 +1,6 @@
 """How much of a scoring run is the network: images scored per second against bare forward passes of the same batches.
 
-    python -m benchmarks.scoring --backbone small --json scoring.json
+    python -m benchmarks.scoring --backbone small --json scoring.json    # without FILE, JSON goes to the output
 
 Both run in turn in one process, on generated images with the paper's anchor-mix (K=3, M=10); the figure is the median
 over the pairs of (bare forward time / scoring time). 1.00 would mean that mixing and losses cost nothing.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/scoring.py`
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.data import ImageData
@@ -40,7 +43,7 @@ class Config:
     device: str = "cpu"
     threads: int = 0
     json: Path | None = None
-    """Also write the figures there."""
+    """Write the figures there as JSON; `-` is the standard output."""
 
 
 def main(config: Config) -> dict[str, float]:
@@ -77,6 +80,9 @@ def main(config: Config) -> dict[str, float]:
         "forward_us_per_mix": statistics.median(1e6 * plain / mixes for plain, _ in rows),
         "images_per_s": statistics.median(config.images / full for _, full in rows),
     }
+    if config.json == Path("-"):
+        print(json.dumps(figures, indent=2))
+        return figures
     for name, value in figures.items():
         print(f"{name:22} {value:.4g}")
     print(f"{config.backbone}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
@@ -94,4 +100,7 @@ def _time(work, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    arguments = sys.argv[1:]
+    if arguments[-1:] == ["--json"]:
+        arguments.append("-")
+    main(tyro.cli(Config, args=arguments, description=__doc__))

@@ -269,6 +269,6 @@ class Search:
         self.model.load_state_dict(state["model"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.arch_optimizer.load_state_dict(state["arch_optimizer"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:  # empty if the search so far had no use for one
             self.scaler.load_state_dict(state["scaler"])
         self.start_epoch(state["epoch"])

@@ -73,6 +73,7 @@ def diagnose(
 
 def _scores(cell: str, alphas: Tensor, betas: Tensor, edge_normalisation: bool) -> list[list[float]]:
     """The (14, 7) scores without the column of `none`, so that column c is PRIMITIVES[c + 1]."""
+    alphas, betas = torch.as_tensor(alphas), torch.as_tensor(betas)
     for name, table, shape in (
         (f"alphas_{cell}", alphas, (EDGES, len(PRIMITIVES))),
         (f"betas_{cell}", betas, (EDGES,)),
@@ -114,5 +115,5 @@ def _margin(scores: list[list[float]]) -> float:
 
 
 def _mean_entropy(alphas: Tensor) -> float:
-    log_weights = alphas.detach().to("cpu", torch.float64).log_softmax(1)
+    log_weights = torch.as_tensor(alphas).detach().to("cpu", torch.float64).log_softmax(1)
     return float(-(log_weights.exp() * log_weights).sum(1).mean())

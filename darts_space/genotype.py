@@ -122,6 +122,8 @@ class Genotype:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(f"{path} could not be written: {error.strerror or error}. Free some space.") from error
         finally:
             temporary.unlink(missing_ok=True)
 

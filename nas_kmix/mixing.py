@@ -155,10 +155,12 @@ def mix_labels(labels: Tensor, partners: Tensor, weights: Tensor, num_classes: i
 
     Sources of the same class add up.
     """
+    labels = torch.as_tensor(labels)
+    partners, weights = (torch.as_tensor(values, device=labels.device) for values in (partners, weights))
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"labels must be a 1-D tensor of class indices, not {labels.dtype} {tuple(labels.shape)}.")
-    # A sum of one-hot rows rather than scatter_add, whose order of summation is not fixed on a GPU.
-    # Nor a matrix product, which autocast would round.
+    _check_range(labels, num_classes)
+    # A sum of one-hot rows: scatter_add sums in no fixed order on a GPU, and a matrix product is rounded by autocast.
     one_hot = F.one_hot(labels[partners].long(), num_classes)  # (N, K, C)
     return (weights.float().unsqueeze(2) * one_hot).sum(dim=1)
 
@@ -176,6 +178,8 @@ class _Mixer:
             raise ValueError(f"p is the probability of mixing a batch and must lie in [0, 1], not {p}.")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}.")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {seed}.")
         self.k, self.alpha, self.num_classes, self.p, self.seed = k, alpha, num_classes, p, seed
         self._own_rng: np.random.Generator | None = None
         self._own_worker: int | None = None
@@ -205,9 +209,7 @@ class _Mixer:
             raise ValueError(
                 f"labels must be {len(images)} class indices, one per image, not {labels.dtype} {tuple(labels.shape)}."
             )
-        # On a GPU the range check would be a sync point; there one_hot itself asserts.
-        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(f"labels must lie in [0, num_classes={self.num_classes}).")
+        _check_range(labels, self.num_classes)
 
     def _generator(self) -> np.random.Generator:
         """This process's own generator: another in every DataLoader worker, and in a worker of every epoch.
@@ -267,6 +269,12 @@ def box_plan(
     """The plan of a DCutMix whose partners (N, K) and boxes (N, K-1, 4) have been drawn."""
     shares = torch.as_tensor(pixel_shares(boxes, size), dtype=torch.float32, device=device)
     return MixPlan(torch.as_tensor(partners, device=device), shares, owner_map(boxes, size, device=device))
+
+
+def _check_range(labels: Tensor, num_classes: int) -> None:
+    # On a GPU this would be a sync point; there one_hot itself asserts.
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"labels must lie in [0, num_classes={num_classes}).")
 
 
 def _check_mix(k: int, alpha: float) -> None:

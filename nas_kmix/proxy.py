@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.run import stage_key
 from nas_kmix.engine.sources import BadImageError, source_of
 from nas_kmix.sampling import Method, select
-from nas_kmix.scoring import ScoreTable
+from nas_kmix.scoring import Measure, ScoreTable
 
 FORMAT, VERSION = "nas_kmix/proxy", 1
 SELECTION, HALVES = 11, 12  # random streams
@@ -34,7 +34,7 @@ class ProxyConfig:
 
     ratio: float = 0.1
     """t, the share of each class that is kept, in (0, 1]."""
-    measure: Literal["cv", "mean", "std"] = "cv"
+    measure: Measure = "cv"
     """What images are ranked by: coefficient of variation, mean or standard deviation of their losses."""
     method: Method = "interval"
     """interval | top | bottom | random; a random proxy needs no scorer and no scores."""
@@ -56,7 +56,7 @@ class ProxyConfig:
             raise ValueError(f"--arch-share must lie strictly between 0 and 1, not {self.arch_share}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProxyManifest:
     """A proxy dataset. Indices count the images of `split` in the data set's own order.
 
@@ -84,6 +84,16 @@ class ProxyManifest:
     content: tuple[str, ...]
     paths: tuple[str, ...] | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ProxyManifest) and self.to_json() == other.to_json()
+
+    __hash__ = None
+
+    @property
+    def halves(self) -> dict[str, np.ndarray]:
+        """The indices that train the weights and those that train the architecture."""
+        return {"weights": self.weights, "arch": self.arch}
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
         counts = np.bincount(self.labels, minlength=len(self.class_names))
@@ -106,7 +116,7 @@ class ProxyManifest:
             "class_counts": counts.tolist(),
             "indices": self.indices.tolist(),
             "labels": self.labels.tolist(),
-            "halves": {"weights": self.weights.tolist(), "arch": self.arch.tolist()},
+            "halves": {name: half.tolist() for name, half in self.halves.items()},
             "content": list(self.content),
             "paths": None if self.paths is None else list(self.paths),
         }

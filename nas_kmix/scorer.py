@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData
-from nas_kmix.engine.run import Run
+from nas_kmix.engine.meter import NonFiniteLossError
+from nas_kmix.engine.run import Run, check_key
 from nas_kmix.engine.training import Mix, TrainConfig, train
 from nas_kmix.mixing import DCutMix, DMixup
 
@@ -66,6 +66,10 @@ def train_scorer(
     model = run.layout(_build(config.backbone, data.num_classes, data.stem, config.seed).to(run.device))
     mix = make_mix(config, data.num_classes)
     train(model, data, config, data_config, mix=mix, run=run, stage="scorer", key=key)
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise NonFiniteLossError(
+            "scorer: the weights are not finite after the last step. Start again with --fresh and a lower --scorer.lr."
+        )
     network = {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
     state = {
         "format": FORMAT,
@@ -81,16 +85,21 @@ def train_scorer(
     return model
 
 
-def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, ImageData, dict[str, Any]]:
-    """Load `scorer.pt` for `data`: the model, the data with the scorer's normalisation, and the key it was made with.
+def load_scorer(
+    path: Path, data: ImageData, *, run: Run, key: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, ImageData]:
+    """Load `scorer.pt` for `data`: the model, and the data with the scorer's normalisation.
 
-    Raises ValueError if the file is damaged or its network does not fit the data.
+    Raises ValueError if the file is damaged or its network does not fit the data, and StageMismatchError if it was not
+    made with `key`.
     """
     state = files.load_tensors(path, run.device)
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
+    if key is not None:
+        check_key(path, state.get("key"), key)
     try:
-        network, key, classes = state["network"], state["key"], tuple(state["class_names"])
+        network, classes = state["network"], tuple(state["class_names"])
         model = _build(network["backbone"], network["num_classes"], network["stem"], seed=0).to(run.device)
         model.load_state_dict(state["model"])
         view = replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
@@ -104,14 +113,8 @@ def load_scorer(path: Path, data: ImageData, *, run: Run) -> tuple[nn.Module, Im
             )
     if classes != data.class_names:
         raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
-    return run.layout(model), view, key
+    return run.layout(model), view
 
 
 def _build(backbone: str, num_classes: int, stem: str, seed: int) -> nn.Module:
     return build_backbone(backbone, num_classes=num_classes, stem=stem, seed=seed)
-
-
-def scorer_hash(model: nn.Module, data: ImageData) -> str:
-    """What scores depend on, of the scorer: its weights and statistics, and the normalisation of its images."""
-    constants = {"mean": torch.tensor(data.mean), "std": torch.tensor(data.std)}
-    return files.hash_tensors({**model.state_dict(), **constants})

@@ -12,8 +12,8 @@ therefore do not depend on batch size, order, workers or shards, and more draws 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +26,11 @@ from torch.nn import functional as F
 
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.run import Run
+from nas_kmix.engine.meter import NonFiniteLossError
+from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.mixing import box_plan, boxes_from_uniforms, mix_labels, paste
 
+Measure = Literal["cv", "mean", "std"]
 FORMAT = "nas_kmix/scores"
 PHI, BOXES, PARTNERS, POOL = 1, 2, 3, 4  # one random stream per quantity
 DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
@@ -73,21 +75,25 @@ class ScoringConfig:
         if self.batch_size < 1:
             raise ValueError(f"--scoring.batch-size must be at least 1, not {self.batch_size}.")
 
-    def identity(self) -> dict[str, Any]:
-        """The fields that scores depend on."""
-        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreTable:
     """One row per scored image, ascending in `index`; images that could not be read have none.
 
-    index, label: int64 (N,); losses: float32 (N, M), the loss at every draw.
+    index, label: int64 (N,); losses: float32 (N, M), the loss at every draw; key: what they depend on (`scoring_key`);
+    bad: files that could not be read, by index, each with a sentence.
     """
 
     index: np.ndarray
     label: np.ndarray
     losses: np.ndarray
+    key: Mapping[str, Any] = field(default_factory=dict)
+    bad: Mapping[int, str] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ScoreTable) and self.hash() == other.hash() and self.key == other.key
+
+    __hash__ = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -104,18 +110,19 @@ class ScoreTable:
         """float64 (N,), the coefficient of variation std / mean; 0 where every loss is 0."""
         return _cv(self.losses)
 
-    def measure(self, name: Literal["cv", "mean", "std"]) -> np.ndarray:
-        return {"cv": self.cv, "mean": self.mean, "std": self.std}[name]
+    def measure(self, name: Measure) -> np.ndarray:
+        """float64 (N,), the values of that name."""
+        return getattr(self, name)
 
     def hash(self) -> str:
         return files.hash_arrays(self.index, self.label, self.losses)
 
-    def reliability(self) -> float:
-        """How well the ranking by CV would repeat itself with new draws: 1 exactly, 0 not at all.
+    def reliability(self, measure: Measure = "cv") -> float:
+        """How well the ranking by `measure` would repeat itself with new draws: 1 exactly, 0 not at all.
 
-        Spearman's correlation between the CVs of two random halves of the draws, averaged over 20 splits and stepped
-        up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws. With
-        `partners="fixed"` the halves share their partners, and this is too high.
+        Spearman's correlation between the values from two random halves of the draws, averaged over 20 splits and
+        stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, and where
+        the values are all the same. With `partners="fixed"` the halves share their partners, and this is too high.
         """
         draws = self.losses.shape[1]
         if draws < 4 or len(self.losses) < 3:
@@ -124,47 +131,50 @@ class ScoreTable:
         correlations = []
         for _ in range(RELIABILITY_SPLITS):
             order = rng.permutation(draws)
-            first, second = order[: draws // 2], order[draws // 2 : draws // 2 * 2]
-            correlations.append(stats.spearmanr(_cv(self.losses[:, first]), _cv(self.losses[:, second])).statistic)
+            halves = order[: draws // 2], order[draws // 2 : draws // 2 * 2]
+            values = [replace(self, losses=self.losses[:, half]).measure(measure) for half in halves]
+            if any(np.ptp(value) == 0 for value in values):
+                return float("nan")
+            correlations.append(stats.spearmanr(*values).statistic)
         r = float(np.mean(correlations))
-        return 2 * r / (1 + r)
+        return 2 * r / (1 + r) if r > 0 else r  # the formula is for lists that agree
 
     @staticmethod
     def merge(tables: list[ScoreTable]) -> ScoreTable:
-        """Put shards together, in whatever order they come. Raises ValueError for an image scored twice."""
+        """Put shards together, at least one, in whatever order. Raises ValueError for an image scored twice."""
         index = np.concatenate([table.index for table in tables])
         order = np.argsort(index, kind="stable")
         if (np.diff(index[order]) == 0).any():
             raise ValueError("The shards overlap: an image was scored twice.")
         label = np.concatenate([table.label for table in tables])
-        return ScoreTable(index[order], label[order], np.concatenate([table.losses for table in tables])[order])
+        losses = np.concatenate([table.losses for table in tables])
+        bad = {index: message for table in tables for index, message in table.bad.items()}
+        return ScoreTable(index[order], label[order], losses[order], tables[0].key, bad)
 
-    def save(self, path: Path, meta: dict[str, Any]) -> None:
-        """Write `index, label, mean, std, cv, losses` and `meta` (JSON) as .npz, atomically."""
+    def save(self, path: Path | str) -> None:
+        """Write `index, label, mean, std, cv, losses` and, as JSON, `meta` (format, key, bad) as .npz, atomically."""
         measures = {"mean": self.mean, "std": self.std, "cv": self.cv}
         arrays = {"index": self.index, "label": self.label, **measures, "losses": self.losses}
-        files.write_npz(path, {**arrays, "meta": np.array(json.dumps({"format": FORMAT, **meta}))})
+        meta = {"format": FORMAT, "key": self.key, "bad": {str(index): text for index, text in self.bad.items()}}
+        files.write_npz(Path(path), {**arrays, "meta": np.array(json.dumps(meta))})
 
     @classmethod
-    def load(cls, path: Path) -> tuple[ScoreTable, dict[str, Any]]:
-        """Read what `save` wrote: the table and its meta, whose `bad` has integers for keys.
-
-        Raises ValueError naming the file.
-        """
-        arrays = files.read_npz(path)
+    def load(cls, path: Path | str) -> ScoreTable:
+        """Read what `save` wrote. Raises ValueError naming the file."""
+        arrays = files.read_npz(Path(path))
         missing = {"index", "label", "losses", "meta"} - arrays.keys()
         if missing:
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not a scores.npz of nas_kmix.")
-        table = cls(arrays["index"], arrays["label"], arrays["losses"])
         try:
-            table._check()
             meta = json.loads(str(arrays["meta"]))
-            if meta["format"] != FORMAT or not {"stage", "config", "inputs"} <= meta["key"].keys():
+            if meta["format"] != FORMAT or not isinstance(meta["key"], dict):
                 raise ValueError("its meta is of something else")
-            meta["bad"] = {int(index): str(message) for index, message in meta["bad"].items()}
+            bad = {int(index): str(message) for index, message in meta["bad"].items()}
+            table = cls(arrays["index"], arrays["label"], arrays["losses"], meta["key"], bad)
+            table._check()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a scores.npz of nas_kmix ({error}); score the images anew.") from error
-        return table, meta
+        return table
 
     def _check(self) -> None:
         n = len(self.index) if self.index.ndim == 1 else 0
@@ -198,10 +208,12 @@ def score_dataset(
 
     Shards of 512 images are handed to `on_shard` as they are done; `ScoreTable.merge` puts shards together. The model
     is in eval mode meanwhile and as before afterwards. `run` gives precision and memory layout (default: float32).
-    Files that cannot be read are noted in `data.bad` and have no row.
+    Files that cannot be read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
+    NonFiniteLossError.
     """
+    key = scoring_key(model, data, config)
     pool_rows, pool = _partner_pool(data, config)
-    if len(pool_rows) <= config.k:
+    if len(pool_rows) < config.k:
         raise ValueError(f"Scoring mixes {config.k} different images, but only {len(pool_rows)} can be read.")
     pool_labels = torch.as_tensor(data.labels[pool_rows], device=data.device)
     wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
@@ -209,15 +221,23 @@ def score_dataset(
     was_training = model.training
     model.eval()
     try:
-        tables = []
+        tables = [ScoreTable(wanted[:0], wanted[:0], np.empty((0, config.draws), dtype=np.float32), key, data.bad)]
         for batch in data.batches(shards):
+            if len(batch.indices) == 0:  # not one file of it can be read
+                continue
             draws = _draw(batch.indices, pool_rows, (data.image_size,) * 2, config)
             losses = [
                 _anchor_losses(model, data, batch, part, pool, pool_labels, config, run)
                 for part in draws.batches(config.batch_size)
             ]
             losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
-            tables.append(ScoreTable(batch.indices, data.labels[batch.indices], losses))
+            if not np.isfinite(losses).all():
+                bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
+                raise NonFiniteLossError(
+                    f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train it anew with a "
+                    f"lower --scorer.lr and --fresh."
+                )
+            tables.append(ScoreTable(batch.indices, data.labels[batch.indices], losses, key, data.bad))
             on_shard(tables[-1])
     finally:
         model.train(was_training)
@@ -324,20 +344,37 @@ def _partner_pool(data: ImageData, config: ScoringConfig) -> tuple[np.ndarray, T
     if data.images is not None:
         rows = data.good()
         return rows, data.images if len(rows) == len(data) else data.images[torch.as_tensor(rows, device=data.device)]
-    rng = np.random.default_rng([config.seed, POOL])
-    rows = np.sort(rng.choice(len(data), size=min(config.pool_size, len(data)), replace=False))
+    rows = _pool_of_streamed(len(data), config)
     batches = list(data.batches(np.array_split(rows, -(-len(rows) // IMAGES_PER_SHARD))))
     return np.concatenate([b.indices for b in batches]), torch.cat([b.images for b in batches])
 
 
-def score_stage(
-    model: nn.Module, data: ImageData, config: ScoringConfig, *, run: Run, key: dict[str, Any], path: Path
-) -> ScoreTable:
+def _pool_of_streamed(n: int, config: ScoringConfig) -> np.ndarray:
+    rng = np.random.default_rng([config.seed, POOL])
+    return np.sort(rng.choice(n, size=min(config.pool_size, n), replace=False))
+
+
+def scorer_hash(model: nn.Module, data: ImageData) -> str:
+    """What scores depend on, of the scorer: its weights and statistics, and the normalisation of its images."""
+    constants = {"mean": torch.tensor(data.mean), "std": torch.tensor(data.std)}
+    return files.hash_tensors({**model.state_dict(), **constants})
+
+
+def scoring_key(model: nn.Module, data: ImageData, config: ScoringConfig) -> dict[str, Any]:
+    """What scores depend on: settings, scorer and data. The pool of a streamed set is recorded with it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("batch_size", "pool_size")}
+    settings["pool"] = "all" if data.resident else config.pool_size
+    key = stage_key("scoring", settings, {"data": data.fingerprint, "scorer": scorer_hash(model, data)})
+    return key if data.resident else {**key, "pool": _pool_of_streamed(len(data), config).tolist()}
+
+
+def score_stage(model: nn.Module, data: ImageData, config: ScoringConfig, *, run: Run, path: Path) -> ScoreTable:
     """Score all of `data`, resuming after the shards already done, and write `path`."""
+    key = scoring_key(model, data, config)
     tables = []
     done = np.empty(0, dtype=np.int64)
     if (state := run.load_checkpoint("scoring", key)) is not None:
-        tables = [ScoreTable(*(state[name].numpy() for name in ("index", "label", "losses")))]
+        tables = [ScoreTable(*(state[name].numpy() for name in ("index", "label", "losses")), key)]
         done = tables[0].index
         data.bad.update(state["bad"])
     wanted = np.setdiff1d(data.good(), done)
@@ -349,11 +386,6 @@ def score_stage(
             tables.append(shard)
             cost.images_forward += shard.losses.size
             progress.update(len(shard.index))
-            if not np.isfinite(shard.losses).all():
-                bad = shard.index[~np.isfinite(shard.losses).all(axis=1)][0]
-                raise ValueError(
-                    f"scoring: the loss of image {bad} is not finite; the scorer has diverged, train it anew."
-                )
             if run.checkpoint_due():
                 table = ScoreTable.merge(tables)
                 rows = {name: torch.from_numpy(getattr(table, name)) for name in ("index", "label", "losses")}
@@ -363,7 +395,7 @@ def score_stage(
         if len(wanted):
             score_dataset(model, data, config, indices=wanted, run=run, on_shard=on_shard)
         progress.close()
-        table = ScoreTable.merge(tables)
-        table.save(path, {"key": key, "bad": {str(index): message for index, message in data.bad.items()}})
+        table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
+        table.save(path)
         run.remove_checkpoint("scoring")
     return table

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import search
@@ -40,20 +41,25 @@ STAGES = ("scorer", "scoring", "selection", "search")
 PATIENCE = 120  # seconds until a process that hangs fails its test
 
 
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory) -> Path:
+def draw_images() -> tuple[np.ndarray, np.ndarray]:
     """Noise with one brighter channel, which tells the class."""
     rng = np.random.default_rng(0)
     labels = np.arange(IMAGES) % 3
     images = rng.integers(0, 130, (IMAGES, 16, 16, 3))
     images[np.arange(IMAGES), :, :, labels] += 100
+    return images.astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, train_images=images.astype(np.uint8), train_labels=labels)
+    images, labels = draw_images()
+    np.savez(path, train_images=images, train_labels=labels)
     return path
 
 
-def command(npz: Path, out: Path) -> list[str]:
-    return ["--data", str(npz), "--out", str(out), *TINY]
+def command(data: Path, out: Path) -> list[str]:
+    return ["--data", str(data), "--out", str(out), *TINY]
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -74,7 +80,9 @@ def server():
 
 
 def _child(argv: list[str], log: Path, largest_file: int | None) -> None:
-    """The command line, in its own process, with both streams in `log`."""
+    """The command line, in its own process and process group, with both streams in `log`."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # the command line's own, for the workers of a DataLoader
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -212,16 +220,32 @@ def test_a_signal_from_outside_saves_and_ends(signum, stage, server, npz, tmp_pa
     assert_whole(folder)
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_half_written(server, npz, alone, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_left_to_the_main_process(signum, server, tmp_path):
+    """Ctrl-C and job schedulers signal the processes that decode images, too."""
+    for i, (image, label) in enumerate(zip(*draw_images(), strict=True)):
+        path = tmp_path / "images" / "train" / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    folder, log = tmp_path / "run", tmp_path / "log"
+    argv = [*command(tmp_path / "images", folder), "--max-resident-gb", "0", "-j", "2", "--scorer.epochs", "200"]
+    process = start(server, argv, log)
+    wait_for(process, lambda: "judging by the first steps" in log.read_text() if log.exists() else False)
+    os.killpg(process.pid, signum)
+    assert ended(process) == 128 + signum, log.read_text()
+    assert log.read_text().count("finishing the step") == 1 and "Traceback" not in log.read_text()
+    assert (folder / "checkpoints" / "scorer.pt").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_half_written(server, npz, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     assert ended(start(server, command(npz, folder), log, largest_file=100_000)) == 1  # smaller than any checkpoint
     said = log.read_text()
     last = said.splitlines()[-1]
     assert last.startswith("error: ") and "scorer.pt could not be written" in last and "Traceback" not in said
-    assert not {"scorer.pt", "proxy.json", "genotype.json"} & {path.name for path in folder.rglob("*")}
+    names = {path.name for path in folder.rglob("*") if path.is_file() and not path.name.startswith("events.out.")}
+    assert names == {".lock", "config.json", "env.json", "cost.json", "metrics.csv"}
     assert_whole(folder)
-    completed(server, command(npz, folder), log)
-    assert_equal(folder, alone)
 
 
 def test_the_command_line_ends_with_its_exit_code(npz, tmp_path):

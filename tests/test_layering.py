@@ -181,3 +181,10 @@ with torch.random.fork_rng(devices=[]):
 """
     tree = ast.parse(code)
     assert not [*forbidden_imports("nas_kmix/engine/x.py", imports(tree)), *unsafe_calls(tree), *global_draws(tree)]
+
+
+def test_the_package_needs_no_more_than_requirements_txt_lists():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = (ROOT / "requirements.txt").read_text().split()
+    assert tables["project"]["dependencies"] and set(tables["project"]["dependencies"]) <= set(listed)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from nas_kmix import scoring
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
 from nas_kmix.scoring import ScoreTable, ScoringConfig, score_dataset
@@ -224,6 +225,8 @@ def test_reliability_tells_signal_from_noise():
     signal = ScoreTable(np.arange(n), noise.label, (1 + spread * rng.choice([-1, 1], size=(n, m))).astype(np.float32))
     assert signal.reliability() > 0.8
     assert np.isnan(ScoreTable(np.arange(n), noise.label, noise.losses[:, :3]).reliability())
+    assert np.isnan(ScoreTable(np.arange(n), noise.label, np.ones((n, m), dtype=np.float32)).reliability())
+    assert signal.reliability("std") > 0.8 > abs(signal.reliability("mean"))
 
 
 def test_reliability_predicts_the_correlation_between_two_seeds():
@@ -244,22 +247,49 @@ def test_all_zero_losses_have_a_cv_of_zero():
 
 
 def test_save_and_load(model, data, tmp_path):
-    table = score_dataset(model, data, CONFIG)
-    key = {"stage": "scoring", "config": {"draws": 6}, "inputs": {}}
-    table.save(tmp_path / "scores.npz", {"key": key, "bad": {"3": "why"}})
-    loaded, meta = ScoreTable.load(tmp_path / "scores.npz")
-    assert loaded.hash() == table.hash()
-    assert meta["key"] == key and meta["bad"] == {3: "why"}
+    table = replace(score_dataset(model, data, CONFIG), bad={3: "why"})
+    table.save(tmp_path / "scores.npz")
+    loaded = ScoreTable.load(str(tmp_path / "scores.npz"))
+    assert loaded == table and loaded.bad == {3: "why"}
+    assert loaded.key["config"]["draws"] == 6 and loaded.key["inputs"]["data"] == data.fingerprint
     with np.load(tmp_path / "scores.npz", allow_pickle=False) as archive:
         assert {"index", "label", "mean", "std", "cv", "losses"} <= set(archive.files)
         np.testing.assert_array_equal(archive["cv"], table.cv)
+
+
+def test_the_key_follows_settings_scorer_and_data(model, data):
+    def key(model=model, data=data, **settings):
+        return score_dataset(model, data, ScoringConfig(**{"draws": 4, **settings}), indices=np.arange(3)).key
+
+    other_model = build_backbone("tiny", num_classes=CLASSES, seed=2)
+    assert key() == key(batch_size=3) == key(pool_size=5)  # a resident set has no pool
+    assert (
+        len({str(k) for k in (key(), key(k=2), key(seed=1), key(model=other_model), key(data=make_data(seed=1)))}) == 5
+    )
+
+
+def test_shards_without_a_readable_image(model, monkeypatch):
+    monkeypatch.setattr(scoring, "IMAGES_PER_SHARD", 4)
+    data = make_data()
+    whole = score_dataset(model, data, replace(CONFIG, partners="common"))
+    data.bad.update(dict.fromkeys(range(4, 8), "unreadable"))
+    table = score_dataset(model, data, CONFIG, indices=np.arange(12))
+    assert table.index.tolist() == [0, 1, 2, 3, 8, 9, 10, 11] and whole.index.tolist() == list(range(40))
+    assert score_dataset(model, data, CONFIG, indices=np.array([], dtype=int)).losses.shape == (0, 6)
+
+
+def test_a_diverged_scorer_is_named(data):
+    model = build_backbone("tiny", num_classes=CLASSES, seed=1)
+    model.classifier.bias.data[0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"image 0 .*--scorer\.lr"):
+        score_dataset(model, data, CONFIG)
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "lacking", "unsorted"])
 def test_a_damaged_file_is_named(model, data, tmp_path, damage):
     path = tmp_path / "scores.npz"
     table = score_dataset(model, data, CONFIG)
-    table.save(path, {})
+    table.save(path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-200])
     elif damage == "foreign":
@@ -267,7 +297,7 @@ def test_a_damaged_file_is_named(model, data, tmp_path, damage):
     elif damage == "lacking":
         np.savez(path, index=table.index)
     else:
-        ScoreTable(table.index[::-1], table.label, table.losses).save(path, {})
+        ScoreTable(table.index[::-1], table.label, table.losses).save(path)
     with pytest.raises(ValueError, match=r"scores\.npz"):
         ScoreTable.load(path)
 
@@ -295,5 +325,6 @@ def test_bad_settings_are_named(settings, named):
 
 
 def test_too_few_images_to_mix(model):
-    with pytest.raises(ValueError, match="only 3"):
-        score_dataset(model, make_data(n=3), CONFIG)
+    with pytest.raises(ValueError, match="only 2"):
+        score_dataset(model, make_data(n=2), CONFIG)
+    assert len(score_dataset(model, make_data(n=3), CONFIG).index) == 3

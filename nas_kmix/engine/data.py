@@ -270,9 +270,9 @@ def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[flo
     indices = indices[:: math.ceil(len(indices) / sample)]
     total, squares, count = np.zeros(3), np.zeros(3), 0
     for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
-        pixels = batch.images.to(torch.float64) / 255.0
-        total += pixels.sum(dim=(0, 2, 3)).cpu().numpy()
-        squares += pixels.square().sum(dim=(0, 2, 3)).cpu().numpy()
+        pixels = batch.images.cpu().to(torch.float64) / 255.0
+        total += pixels.sum(dim=(0, 2, 3)).numpy()
+        squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
         count += pixels.numel() // 3
     if count == 0:
         first_bad = next(iter(data.bad.values()))

@@ -22,6 +22,7 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -30,8 +31,8 @@ class Meter:
     def add(self, step: int, n: int, **sums: Tensor) -> None:
         """Add sums over `n` images of step `step`."""
         for name, value in sums.items():
-            value = value.detach().double()
-            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64, device=self._device)) + value
+            value = value.detach().to(self._dtype)
+            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=self._dtype, device=self._device)) + value
             self._counts[name] = self._counts.get(name, 0) + n
             newly_bad = (self._first_bad < 0) & ~torch.isfinite(value)
             self._first_bad = torch.where(newly_bad, step, self._first_bad)
@@ -42,7 +43,7 @@ class Meter:
         if step >= 0:
             raise NonFiniteLossError(
                 f"{stage}: the loss was not finite at step {step} of epoch {epoch}. "
-                f"Lower the learning rate, or use --amp off; the same command then resumes before that step."
+                f"Start again with --fresh and a lower learning rate, or with --amp off."
             )
 
     def means(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One run: its folder, its lock, its ledger of cost, and the wish to stop.
 
 A run goes through stages. Each ends in one self-describing file whose *key* (the stage's own config fields and the
-hashes of its inputs) tells whether it can be used again; see `reusable`. The folder is the only place written to.
+hashes of its inputs) tells whether it can be used again; see `check_key`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class StageMismatchError(ValueError):
 
 @dataclass
 class StageCost:
-    """What one stage has cost over all invocations. `skipped`: this invocation found its result and did not run it."""
+    """What one stage has cost over all invocations.
+
+    skipped: this invocation did not run it, as its result was there or not needed; peak_rss_bytes: the most memory the
+    process had held by the end of the stage, earlier stages and the data included.
+    """
 
     wall_s: float = 0.0
     images_forward: int = 0
@@ -99,8 +103,9 @@ class Run:
                 raise ValueError(
                     f"--out {self.folder} is in use by another run; wait for it or choose another."
                 ) from None
-        for leftover in self.folder.rglob(f"*{files.TEMPORARY_SUFFIX}"):  # of a run that was killed while writing
-            leftover.unlink()
+        for place in ("", "checkpoints/", "seed-*/"):
+            for leftover in self.folder.glob(f"{place}*{files.TEMPORARY_SUFFIX}"):  # of a run killed while writing
+                leftover.unlink()
         self._read_back()
         self._old_handlers = {}
         with suppress(ValueError):  # not the main thread: a notebook's or a test's own; signals are not ours then
@@ -152,7 +157,7 @@ class Run:
         path = self.path(f"checkpoints/{name}.pt")
         if not path.exists():
             return None
-        state = files.load_tensors(path, self.device)
+        state = files.load_tensors(path)  # on the CPU: whoever takes a tensor up moves it to its device
         check_key(path, state.get("key"), key)
         return state
 
@@ -194,6 +199,11 @@ class Run:
             self._writer = SummaryWriter(str(self.folder))
         for name, value in values.items():
             self._writer.add_scalar(f"{stage}/{name}", value, epoch)
+
+    @property
+    def started(self) -> bool:
+        """Whether a stage has been run, so that the folder is no longer as it was found."""
+        return any(not cost.skipped for cost in self.costs.values())
 
     def write_records(self) -> None:
         for name, record in self.records.items():

@@ -197,7 +197,7 @@ def _npz(path: Path, split: str) -> Source:
             names = archive["class_names"] if "class_names" in archive.files else None
     except FileNotFoundError:
         raise ValueError(f"--data {path}: there is no such file.") from None
-    except (OSError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, TypeError, AttributeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"--data {path} cannot be read as .npz ({error}); write it anew with numpy.savez.") from error
     except ValueError as error:
         if "pickle" in str(error).lower():

@@ -85,7 +85,8 @@ def train(
     if (state := run.load_checkpoint(stage, key)) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run so far had no use for one
+            scaler.load_state_dict(state["scaler"])
         meter.load_state_dict(state["meter"])
         first_epoch, first_step = state["epoch"], state["step"]
 

@@ -41,7 +41,7 @@ class Config:
 def main(config: Config) -> None:
     for name in (*COPIED, "metrics.csv"):
         shutil.copyfile(config.run / name, config.out / name)
-    table, _ = ScoreTable.load(config.run / "scores.npz")
+    table = ScoreTable.load(config.run / "scores.npz")
     files.write_npz(config.out / "cv.npz", {"cv": table.cv.astype(np.float32)})
     proxy = ProxyManifest.load(config.run / "proxy.json")
     chosen = np.isin(table.index, proxy.indices)
@@ -64,7 +64,7 @@ def test_accuracy(config: Config) -> float:
     """Top-1 accuracy of the run's scorer on the test images, in percent."""
     settings = json.loads((config.run / "config.json").read_text())["input"]
     test = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]), split="test")
-    model, test, _ = load_scorer(config.run / "scorer.pt", test, run=Run(config.run, stages=("scorer",)))
+    model, test = load_scorer(config.run / "scorer.pt", test, run=Run(config.run, stages=("scorer",)))
     model.eval()
     correct = 0
     for batch in test.batches(np.array_split(np.arange(len(test)), -(-len(test) // config.batch_size))):
