@@ -243,7 +243,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written(server, npz, tmp_p
     last = said.splitlines()[-1]
     assert last.startswith("error: ") and "scorer.pt could not be written" in last and "Traceback" not in said
     names = {path.name for path in folder.rglob("*") if path.is_file() and not path.name.startswith("events.out.")}
-    assert names == {".lock", "config.json", "env.json", "cost.json", "metrics.csv"}
+    assert names == {".lock", "config.json", "env.json", "cost.json"}
     assert_whole(folder)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,7 @@ class ImageData:
             batch_sampler=[indices.tolist() for indices in index_batches],
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_leave_signals_to_main_process,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # otherwise every pass would draw its workers' seeds from the global one
         )
@@ -245,6 +247,13 @@ def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, 
     failures = {index: message for index, message in rows if isinstance(message, str)}
     images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     return images, np.array([index for index, _ in good], dtype=np.int64), failures
+
+
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Ctrl-C and job schedulers signal whole process groups. The main process finishes its step, for which it needs the
+    workers, and then ends them; should it be killed, they notice and end themselves."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _decode_all(data: ImageData) -> Tensor:
