@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from nas_kmix.backbones import BACKBONES, STEMS, PyramidNet, build_backbone, pyramid_widths
+from nas_kmix.backbones import BACKBONES, STEMS, Drop, PyramidNet, build_backbone, pyramid_widths
 
 # Every network with a stem that it supports and the smallest side at which that stem makes sense.
 COMBINATIONS = [
     ("pyramidnet110", "cifar", 32),
+    ("preactresnet18", "cifar", 32),
+    ("wrn16_8", "cifar", 32),
+    ("resnext29_4_24", "cifar", 32),
     ("small", "cifar", 32),
     ("tiny", "cifar", 32),
     ("small", "imagenet", 96),
@@ -36,7 +39,12 @@ def random_images(n: int, height: int, width: int) -> torch.Tensor:
     [
         ("pyramidnet110", 100, "cifar", 1_725_300),
         ("pyramidnet110", 10, "cifar", 1_696_410),
+        ("pyramidnet200", 100, "cifar", 26_844_952),
+        ("preactresnet18", 100, "cifar", 11_217_316),
+        ("wrn16_8", 100, "cifar", 11_012_036),
+        ("resnext29_4_24", 100, "cifar", 4_937_252),
         ("resnet50", 1000, "imagenet", 25_557_032),
+        ("resnet152", 1000, "imagenet", 60_192_808),
     ],
 )
 def test_parameter_counts_of_the_papers(name: str, num_classes: int, stem: str, expected: int) -> None:
@@ -199,10 +207,107 @@ def test_unsupported_stem_is_refused_with_an_alternative(name: str, stem: str) -
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="no backbone 'vgg': choose one of pyramidnet110, small, tiny, resnet50"):
+    with pytest.raises(ValueError, match=r"no backbone 'vgg': choose one of pyramidnet110, pyramidnet200, .*resnet50"):
         build_backbone("vgg", num_classes=5)
     with pytest.raises(ValueError, match="at least one class"):
         build_backbone("tiny", num_classes=0)
     for depth in (2, 100):
         with pytest.raises(ValueError, match="depth 9 n"):
             PyramidNet(depth=depth, alpha=64, num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "shapes"),
+    [
+        ("pyramidnet110", "cifar", [(148, 32, 32), (236, 16, 16)]),
+        ("preactresnet18", "cifar", [(64, 32, 32), (128, 16, 16), (256, 8, 8)]),
+        ("wrn16_8", "cifar", [(128, 32, 32), (256, 16, 16)]),
+        ("resnext29_4_24", "cifar", [(256, 32, 32), (512, 16, 16)]),
+        ("small", "cifar", [(32, 16, 16), (64, 8, 8)]),
+        ("small", "imagenet", [(32, 4, 4), (64, 2, 2)]),
+        ("resnet50", "imagenet", [(256, 8, 8), (512, 4, 4), (1024, 2, 2)]),
+    ],
+)
+def test_stages_end_at_the_last_layer_of_each_size(name: str, stem: str, shapes: list[tuple[int, ...]]) -> None:
+    network = build_backbone(name, num_classes=3, stem=stem).eval()
+    found: list[tuple[int, ...]] = []
+    for end in network.stage_ends:
+        network.get_submodule(end).register_forward_hook(lambda _m, _i, out: found.append(tuple(out.shape[1:])))
+    with torch.inference_mode():
+        network(random_images(1, 32, 32))
+    assert found == shapes
+
+
+def test_preactivation_blocks_are_those_of_the_paper() -> None:
+    """Both forms of a block by torch's functions, as a count of weights cannot see the order of the layers."""
+    for name, index, shared in (("preactresnet18", 1, True), ("wrn16_8", 1, False)):
+        block = build_backbone(name, num_classes=3).stages[index][0].eval()
+        x = torch.randn(2, block.activation[0].num_features, 8, 6, generator=torch.Generator().manual_seed(0))
+        a = torch.relu(nn.functional.batch_norm(x, torch.zeros(x.shape[1]), torch.ones(x.shape[1])))
+        first, norm, _, second = block.residual
+        strides = (2, 1) if shared else (1, 2)
+        y = nn.functional.conv2d(a, first.weight, first.bias, stride=strides[0], padding=1)
+        y = torch.relu(nn.functional.batch_norm(y, norm.running_mean, norm.running_var))
+        y = nn.functional.conv2d(y, second.weight, second.bias, stride=strides[1], padding=1)
+        shortcut = nn.functional.conv2d(a if shared else x, block.shortcut.weight, block.shortcut.bias, stride=2)
+        torch.testing.assert_close(block(x), y + shortcut)
+
+
+DROPPING = ["pyramidnet110", "preactresnet18", "wrn16_8", "resnext29_4_24", "small"]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_drops_act_in_training_alone_and_have_no_weights(name: str) -> None:
+    plain = build_backbone(name, num_classes=5)
+    dropping = build_backbone(name, num_classes=5, drop=Drop(stochastic_depth=0.5, drop_block=0.2, block_size=3))
+    assert plain.state_dict().keys() == dropping.state_dict().keys()
+    assert all(torch.equal(dropping.state_dict()[key], value) for key, value in plain.state_dict().items())
+    images = random_images(4, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(plain.eval()(images), dropping.eval()(images))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            passes = [dropping.train()(images) for _ in range(3)]
+    assert not torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])
+
+
+def test_stochastic_depth_grows_linearly_and_skips_whole_batches() -> None:
+    from torchvision.ops import StochasticDepth
+
+    network = build_backbone("preactresnet18", num_classes=5, drop=Drop(stochastic_depth=0.4))
+    layers = [module for module in network.modules() if isinstance(module, StochasticDepth)]
+    assert [layer.p for layer in layers] == pytest.approx([0.05 * i for i in range(1, 9)])
+    block = network.stages[0][1]  # without a shortcut convolution: what is skipped is the identity
+    x = torch.rand(6, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    skipped = 0
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(0)
+        for _ in range(400):
+            same = (block(x) == x).flatten(1).all(dim=1)
+            assert same.all() or not same.any()
+            skipped += bool(same.all())
+    assert 20 <= skipped <= 65  # 40 expected, six standard deviations
+
+
+def test_drop_block_drops_squares_in_the_last_stage() -> None:
+    from torchvision.ops import DropBlock2d
+
+    network = build_backbone("preactresnet18", num_classes=5, drop=Drop(drop_block=0.1, block_size=3))
+    layers = [sum(isinstance(module, DropBlock2d) for module in stage.modules()) for stage in network.stages]
+    assert layers == [0, 0, 0, 2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = network.stages[-1][0].residual[-1]
+        dropped = layer(torch.ones(64, 16, 9, 9)) == 0
+    assert 0.05 < dropped.float().mean() < 0.15
+    eroded = nn.functional.pad(-nn.functional.max_pool2d(-dropped.float(), 3, 1), (2, 2, 2, 2))
+    opened = nn.functional.max_pool2d(eroded, 3, 1)
+    assert torch.equal(opened.bool(), dropped)  # an opening by 3x3 squares changes nothing: only squares are missing
+
+
+def test_bad_drops_are_refused() -> None:
+    for values in ({"stochastic_depth": 1.0}, {"drop_block": -0.1}, {"block_size": 0}, {"block_size": 4}):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            Drop(**values)
+    with pytest.raises(ValueError, match=r"resnet50 is torchvision's .*leave stochastic depth"):
+        build_backbone("resnet50", num_classes=5, stem="imagenet", drop=Drop(stochastic_depth=0.2))
