@@ -25,12 +25,12 @@ import torch
 import tyro
 
 from darts_space import ARCHITECTURE_NAMES, BilevelConfig, Genotype, Search, SuperNet, scaled_lr
-from nas_kmix.engine import files
+from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
-from nas_kmix.engine.meter import Meter, NonFiniteLossError
+from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.progress import duration
-from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, check_key, stage_key
+from nas_kmix.engine.run import Run, StageMismatchError, check_key, stage_key
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy, split_halves
 from nas_kmix.scorer import ScorerConfig, load_scorer, train_scorer
 from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage, scoring_key
@@ -636,43 +636,20 @@ def _remedy(config: Config, error: StageMismatchError) -> str:
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """Flags to a Config; `--preset` is read first and gives the other flags their defaults."""
-    preset = "quick"
-    for i, argument in enumerate(argv):
-        if argument == "--preset" and i + 1 < len(argv):
-            preset = argv[i + 1]
-        elif argument.startswith("--preset="):
-            preset = argument.split("=", 1)[1]
-    default = PRESETS.get(preset, PRESETS["quick"])  # tyro itself complains of a preset that does not exist
-    return tyro.cli(Config, args=argv, default=default, description=__doc__)
+    return cli.parse(PRESETS, argv, __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and turn every expected failure into one sentence. Exit codes: 0, 1, 2 (bad usage), 130 and 143 (signals)."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    config = None
+
+    def work() -> None:
+        nonlocal config
         config = parse(argv)
-    except ValueError as error:  # of a config's own checks; tyro itself exits with 2
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
         print(_summary(config, run(config), argv))
-    except StoppedError as stopped:
-        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except StageMismatchError as error:
-        print(f"error: {error} {_remedy(config, error)}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteLossError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return cli.exit_code(work, lambda error: _remedy(config, error))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import draw_pixels
 from scipy import stats
+from torchvision.transforms import functional as transforms
 from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import augment
@@ -199,3 +200,45 @@ def test_without_crop_and_flip_only_normalisation_is_left():
 @pytest.mark.parametrize("name", ["crop", "flip", "resized_crop"])
 def test_memory_format_is_kept(name):
     assert OPERATIONS[name](draw_images(), rng()).is_contiguous()
+
+
+# -- colours and Cutout ------------------------------------------------------------------------------------------------
+
+
+def test_color_jitter_is_torchvisions_with_the_drawn_factors():
+    """Image by image with scalars, in the drawn order."""
+    images, strengths = torch.from_numpy(draw_pixels(6, 3, 12, 10)), (0.4, 0.3, 0.2, 0.1)
+    found = augment.color_jitter(images, strengths, rng=rng(3))
+    draws, changes = rng(3), ("brightness", "contrast", "saturation", "hue")
+    for image, result in zip(images, found, strict=True):
+        factors = [draws.uniform(1 - s, 1 + s) for s in strengths[:3]] + [draws.uniform(-strengths[3], strengths[3])]
+        for i in draws.permutation(4):
+            image = getattr(transforms, f"adjust_{changes[i]}")(image, factors[i])
+        assert torch.equal(result, image)
+    assert found.dtype == torch.uint8 and not torch.equal(found, images)
+
+
+def test_color_jitter_factors_fill_their_ranges():
+    """Of a grey image the brightness can be read off."""
+    images = torch.full((2000, 3, 2, 2), 100, dtype=torch.uint8)
+    values = augment.color_jitter(images, (0.4, 0.0, 0.0, 0.0), rng=rng())[:, 0, 0, 0].double()
+    assert 59 <= values.min() <= 61 and 138 <= values.max() <= 140 and abs(values.mean() - 100) < 2
+
+
+def test_cutout_is_a_clipped_square_around_a_uniform_pixel():
+    n, h, w, length = 4000, 7, 9, 4
+    images = torch.ones(n, 3, h, w)
+    found = augment.cutout(images, length, rng=rng(1))
+    possible = {}
+    for y in range(h):
+        for x in range(w):
+            mask = torch.ones(h, w)
+            mask[max(0, y - 2) : y + 2, max(0, x - 2) : x + 2] = 0.0
+            possible[mask.numpy().tobytes()] = possible.get(mask.numpy().tobytes(), 0) + 1
+    assert (found == found[:, :1]).all() and (images == 1).all()
+    counts = {}
+    for image in found[:, 0]:
+        counts[image.numpy().tobytes()] = counts.get(image.numpy().tobytes(), 0) + 1
+    assert counts.keys() == possible.keys()
+    for mask, multiplicity in possible.items():
+        assert abs(counts[mask] - n * multiplicity / (h * w)) < 5 * (n * multiplicity / (h * w)) ** 0.5

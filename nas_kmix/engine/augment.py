@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -60,3 +61,35 @@ def random_resized_crop(
     grid = F.affine_grid(torch.as_tensor(theta, device=images.device), list(images.shape), align_corners=False)
     sampled = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return sampled.round_().to(torch.uint8)
+
+
+def color_jitter(images: Tensor, strengths: tuple[float, float, float, float], *, rng: np.random.Generator) -> Tensor:
+    """torchvision's ColorJitter, image by image: brightness, contrast, saturation and hue in an order of its own.
+
+    The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue moves by at most its strength
+    (in turns, up to 0.5). All is drawn, also what a strength of zero leaves alone.
+    """
+    low, high = np.maximum(0.0, 1.0 - np.array(strengths)), 1.0 + np.array(strengths)
+    low[3], high[3] = -strengths[3], strengths[3]
+    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    jittered = []
+    for image in images:
+        factors = rng.uniform(low, high)
+        for i in rng.permutation(4):
+            if strengths[i] > 0.0:
+                image = changes[i](image, float(factors[i]))
+        jittered.append(image)
+    return torch.stack(jittered)
+
+
+def cutout(images: Tensor, length: int, *, rng: np.random.Generator) -> Tensor:
+    """Blank a square of side `length` (pixels) around a uniform pixel of each image, clipped at the border.
+
+    For normalised images: zero is their mean (DeVries & Taylor 2017).
+    """
+    n, _, h, w = images.shape
+    corner = rng.integers(0, (h, w), size=(n, 2)) - length // 2
+    rows = np.arange(h) - corner[:, :1]  # (N, H), counted from the square's first row
+    columns = np.arange(w) - corner[:, 1:]  # (N, W)
+    inside = ((rows >= 0) & (rows < length))[:, :, None] & ((columns >= 0) & (columns < length))[:, None, :]
+    return images.masked_fill(torch.as_tensor(inside, device=images.device)[:, None], 0.0)

@@ -152,23 +152,35 @@ class ImageData:
 
 
 def load_data(
-    config: DataConfig, *, split: str = "train", device: torch.device | str = "cpu", workers: int = 0
+    config: DataConfig,
+    *,
+    split: str = "train",
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    like: ImageData | None = None,
 ) -> ImageData:
     """Load one split; nothing of any other split is read.
 
-    Raises ValueError (with the path and what to do) for missing or malformed data, an empty class, a single class, or
-    sizes that need `--image-size`.
+    `like` is the training split where another one is loaded: its size and normalisation are taken over, and a class
+    may lack images. Raises ValueError (with the path and what to do) for missing or malformed data, an empty class, a
+    single class, or sizes that need `--image-size`.
     """
     source = sources.open_source(config.data, config.data_root, split)
     if source.num_classes < 2:
         raise ValueError(
             f"--data {config.data} has the single class {source.class_names[0]!r}; two or more are needed."
         )
-    _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
-    size = _image_size(source, config)
+    if like is None:
+        _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
+    elif source.class_names != like.class_names:
+        raise ValueError(f"--data {config.data}: the {split} images have other classes than the training images.")
+    size = _image_size(source, config) if like is None else like.image_size
     data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         data.images = _decode_all(data).to(device)
+    if like is not None:
+        return replace(data, mean=like.mean, std=like.std)
+    if data.resident:
         first_bad = next(iter(data.bad.values()), "")
         _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {first_bad}")
     mean, std = source.constants or _measure_constants(data)
@@ -182,10 +194,19 @@ def _refuse_empty_class(source: Source, labels: np.ndarray, config: DataConfig, 
         raise ValueError(f"--data {config.data}: class {name!r} has no readable {source.split} images; {remedy}.")
 
 
-def augment_batch(images: Tensor, data: ImageData, config: DataConfig, *, rng: np.random.Generator) -> Tensor:
+def augment_batch(
+    images: Tensor,
+    data: ImageData,
+    config: DataConfig,
+    *,
+    rng: np.random.Generator,
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+    cutout: int = 0,
+) -> Tensor:
     """The training transform: crop (up to 64 px) or RandomResizedCrop, flip, normalise. uint8 in, float32 out.
 
-    RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph.
+    RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph. Colours are
+    jittered before normalising, Cutout blanks a square of so many pixels after it; see `augment`.
     """
     if data.stem == "cifar":
         images = augment.random_crop(images, config.crop_padding, rng=rng)
@@ -193,7 +214,10 @@ def augment_batch(images: Tensor, data: ImageData, config: DataConfig, *, rng: n
         images = augment.random_resized_crop(images, rng=rng)
     if config.flip:
         images = augment.random_flip(images, rng=rng)
-    return data.normalise(images)
+    if any(color_jitter):
+        images = augment.color_jitter(images, color_jitter, rng=rng)
+    images = data.normalise(images)
+    return augment.cutout(images, cutout, rng=rng) if cutout else images
 
 
 def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tuple[int, ...]) -> list[np.ndarray]:

@@ -77,8 +77,11 @@ class Run:
         device: torch.device | str = "cpu",
         amp: str = "off",
         channels_last: bool = False,
+        checkpoints: str = "checkpoints",
     ):
+        """`checkpoints` is the subfolder of what stages resume from; "." where those files are results themselves."""
         self.folder = Path(folder)
+        self._checkpoints = checkpoints
         self.device, self.amp, self.channels_last = torch.device(device), amp, channels_last
         self.costs = {stage: StageCost() for stage in stages}
         self.records: dict[str, Any] = {}
@@ -148,13 +151,13 @@ class Run:
         return self.stopping or time.monotonic() - self._checkpoint_time > SECONDS_BETWEEN_CHECKPOINTS
 
     def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        files.save_tensors(self.path(f"checkpoints/{name}.pt"), {"key": dict(key), **state})
+        files.save_tensors(self.path(f"{self._checkpoints}/{name}.pt"), {"key": dict(key), **state})
         self._checkpoint_time = time.monotonic()
         self.write_cost()
 
     def load_checkpoint(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The state to go on from, None where there is none. Raises StageMismatchError for one of another command."""
-        path = self.path(f"checkpoints/{name}.pt")
+        path = self.path(f"{self._checkpoints}/{name}.pt")
         if not path.exists():
             return None
         state = files.load_tensors(path)  # on the CPU: whoever takes a tensor up moves it to its device
@@ -162,9 +165,9 @@ class Run:
         return state
 
     def remove_checkpoint(self, name: str) -> None:
-        self.path(f"checkpoints/{name}.pt").unlink(missing_ok=True)
+        self.path(f"{self._checkpoints}/{name}.pt").unlink(missing_ok=True)
         with suppress(OSError):
-            self.path("checkpoints").rmdir()
+            self.path(self._checkpoints).rmdir()
 
     def clear(self, names: tuple[str, ...]) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
@@ -212,8 +215,14 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageCost]:
-        """Bill the time of the block to stage `name`; image passes are added to what it yields."""
+        """Bill the time of the block to stage `name`; image passes are added to what it yields.
+
+        A stage inside another one interrupts the other's bill.
+        """
         self.write_records()
+        outer = self._billing
+        if outer is not None:
+            self.write_cost()
         cost = self.costs[name]
         cost.skipped = False
         self._billing = (cost, time.monotonic())
@@ -221,7 +230,7 @@ class Run:
             yield cost
         finally:
             self.write_cost()
-            self._billing = None
+            self._billing = None if outer is None else (outer[0], time.monotonic())
 
     _billing: tuple[StageCost, float] | None = None
 

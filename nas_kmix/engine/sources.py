@@ -128,6 +128,20 @@ def open_source(data: str, root: Path, split: str) -> Source:
     )
 
 
+def splits_of(data: str) -> tuple[str, ...]:
+    """Which of train, val and test `--data` has, as far as names tell; `open_source` says what is wrong with it."""
+    splits, path = ("train", "val", "test"), Path(data)
+    if data == "digits" or data in CIFAR_CONSTANTS:
+        return ("train", "test")
+    if path.is_dir():
+        return tuple(split for split in splits if (path / split).is_dir())
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return tuple(split for split in splits if f"{split}_images" in archive.files)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError):
+        return ()
+
+
 def source_of(dataset: Any) -> Source:
     """Somebody else's data set of (image, label) pairs as a Source, its transforms left aside.
 

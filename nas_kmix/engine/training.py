@@ -1,7 +1,7 @@
 """The one supervised training loop: a model and resident or streamed images in, a trained model out.
 
-It knows no method: how a batch is mixed is a function handed to it, and what is saved at the end is the caller's.
-Batch order and augmentation are functions of (seed, epoch, step), so resuming needs no random state.
+It knows no method: how a batch is mixed and how the model is evaluated are functions handed to it. Batch order,
+augmentation and drop-path are functions of (seed, epoch, step), so resuming needs no random state.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from nas_kmix.engine.data import DataConfig, ImageData, augment_batch, epoch_batches
+from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches
+from nas_kmix.engine.learner import Learner, Recipe
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 
+LINEAR_TAIL = 5  # last epochs of the linear schedule, at a fifth of its slope
 # (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
 Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
-ORDER, AUGMENT = 1, 2  # random streams: a draw of one never shifts a draw of another
+ORDER, AUGMENT, DROP_PATH = 1, 2, 3  # random streams: a draw of one never shifts a draw of another
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class TrainConfig:
     batch_size: int = 64
     lr: float = 0.25
     """Learning rate at the start."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: x0.1 after each of `milestones`; cosine: to zero over all epochs."""
+    schedule: Literal["step", "cosine", "linear"] = "step"
+    """step: x0.1 after each of `milestones`; cosine: to zero over all epochs; linear: likewise, its last five epochs
+    share what is left of the slope (PC-DARTS's on ImageNet)."""
     milestones: tuple[float, ...] = (0.75, 0.9)
     """Shares of the epochs after which `step` divides the rate by ten (225 and 270 of 300)."""
     momentum: float = 0.9
@@ -51,11 +53,44 @@ class TrainConfig:
             )
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """The rate throughout `epoch`, counted from 0."""
+def learning_rate(config: TrainConfig, epoch: int, warmup_epochs: int = 0) -> float:
+    """The rate throughout `epoch`, counted from 0. It rises to `config.lr` in the `warmup_epochs` first epochs."""
+    if epoch < warmup_epochs:
+        return config.lr * (epoch + 1) / warmup_epochs
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / config.epochs))
+    if config.schedule == "linear":
+        tail = min(LINEAR_TAIL, config.epochs // 2)
+        steep = config.epochs - tail
+        if epoch < steep:
+            return config.lr * (steep - epoch) / steep
+        return config.lr * (config.epochs - epoch) / (steep * tail)
     return config.lr * 0.1 ** sum(epoch >= round(share * config.epochs) for share in config.milestones)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a model is evaluated while it trains: `evaluate` turns it into metrics, e.g. val_accuracy and test_accuracy.
+
+    `select` names the metric whose highest value chooses the epoch that best.pt keeps; None chooses no epoch.
+    """
+
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    select: str | None
+    every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`model` is the one to use, the averaged one where an average was kept.
+
+    last and best: the metrics of the last epoch and of the chosen one, with its number, from 0, as `epoch`.
+    """
+
+    model: nn.Module
+    last: dict[str, float] | None
+    best: dict[str, float] | None
 
 
 def train(
@@ -68,75 +103,82 @@ def train(
     run: Run,
     stage: str,
     key: Mapping[str, Any],
-) -> None:
-    """Train `model` in place on all good images of `data`, resuming from the checkpoint of `stage` if there is one.
+    recipe: Recipe | None = None,
+    indices: np.ndarray | None = None,
+    validation: Validation | None = None,
+    checkpoint: str | None = None,
+    content: Mapping[str, Any] | None = None,
+) -> Trained:
+    """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
-    The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`.
-    Raises NonFiniteLossError, StoppedError (its state saved) and StageMismatchError.
+    The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`, by
+    which the checkpoint goes too unless `checkpoint` names it; `content` is stored in it besides. With a `validation`
+    that selects, `best` is a checkpoint of the same kind. Raises NonFiniteLossError, StoppedError (its state saved)
+    and StageMismatchError.
     """
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
-    )
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
-    images = data.good()
-    steps = math.ceil(len(images) / config.batch_size)
+    recipe = recipe or Recipe()
+    learner = Learner(model, config, recipe, run)
+    indices = data.good() if indices is None else indices
+    steps = math.ceil(len(indices) / config.batch_size)
+    steps = min(steps, recipe.limit_steps or steps)
     meter = Meter(run.device)
+    last = best = None
     first_epoch = first_step = 0
-    if (state := run.load_checkpoint(stage, key)) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty if the run so far had no use for one
-            scaler.load_state_dict(state["scaler"])
+    if (state := run.load_checkpoint(checkpoint or stage, key)) is not None:
+        learner.load_state_dict(state)
         meter.load_state_dict(state["meter"])
         first_epoch, first_step = state["epoch"], state["step"]
+        last, best = state.get("last"), state.get("best")
 
-    def save(epoch: int, step: int) -> None:
+    def prepare(batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        rng = np.random.default_rng([config.seed, AUGMENT, epoch, step])
+        extra = {"color_jitter": recipe.color_jitter, "cutout": recipe.cutout}
+        inputs = augment_batch(batch.images, data, data_config, rng=rng, **extra)
+        inputs, soft_labels = mix(inputs, batch.labels, rng)
+        if not (probability := recipe.drop_path * epoch / config.epochs):
+            return inputs, soft_labels, None
+        seed = np.random.default_rng([config.seed, DROP_PATH, epoch, step]).integers(2**63)
+        generator = torch.Generator().manual_seed(int(seed))
+        return inputs, soft_labels, model.draw_drop_path(len(inputs), probability, generator=generator)
+
+    def save(name: str, epoch: int, step: int) -> None:
         meter.check(stage, epoch)
-        training = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        run.save_checkpoint(stage, key, {**training, "meter": meter.state_dict(), "epoch": epoch, "step": step})
+        results = {} if validation is None else {"last": last, "best": best}
+        position = {"meter": meter.state_dict(), "epoch": epoch, "step": step}
+        run.save_checkpoint(name, key, {**(content or {}), **learner.state_dict(), **results, **position})
 
     progress = run.progress(stage, steps * config.epochs, done=first_epoch * steps + first_step)
     with run.stage(stage) as cost:
         model.train()
         for epoch in range(first_epoch, config.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch)
-            plan = epoch_batches(images, config.batch_size, steps, seed=(config.seed, ORDER, epoch))
+            lr = learning_rate(config, epoch, recipe.warmup_epochs)
+            learner.set_lr(lr)
+            plan = epoch_batches(indices, config.batch_size, steps, seed=(config.seed, ORDER, epoch))
             for step, batch in enumerate(data.batches(plan[first_step:]), start=first_step):
-                if len(batch.indices) == 0:  # every file of it was bad
+                n = len(batch.indices)
+                if n == 0:  # every file of it was bad
                     continue
-                rng = np.random.default_rng([config.seed, AUGMENT, epoch, step])
-                inputs = augment_batch(batch.images, data, data_config, rng=rng)
-                loss = _step(model, optimizer, scaler, *mix(inputs, batch.labels, rng), run)
-                meter.add(step, len(inputs), loss=loss * len(inputs))
-                cost.images_forward += len(inputs)
-                cost.images_backward += len(inputs)
+                loss = learner.step(*prepare(batch, epoch, step))
+                meter.add(step, n, loss=loss * n)
+                cost.images_forward += n
+                cost.images_backward += n
                 progress.update(note=f"epoch {epoch + 1}/{config.epochs}{meter.note(stage, epoch, step)}")
                 if run.checkpoint_due() and step + 1 < steps:
-                    save(epoch, step + 1)
+                    save(checkpoint or stage, epoch, step + 1)
                     run.raise_if_stopping()
             meter.check(stage, epoch)
-            run.log(stage, epoch, lr=learning_rate(config, epoch), loss=meter.means()["loss"])
+            metrics, improved = {}, False
+            if validation is not None and ((epoch + 1) % validation.every == 0 or epoch + 1 == config.epochs):
+                metrics = validation.evaluate(learner.evaluated)
+                last = {"epoch": epoch, **metrics}
+                improved = validation.select is not None and (
+                    best is None or metrics[validation.select] > best[validation.select]
+                )
+                best = last if improved else best
+            run.log(stage, epoch, lr=lr, loss=meter.means()["loss"], **metrics)
             meter, first_step = Meter(run.device), 0
-            save(epoch + 1, 0)
+            for name in ("best",) * improved + (checkpoint or stage,):
+                save(name, epoch + 1, 0)
             run.raise_if_stopping()
     progress.close()
-
-
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    images: Tensor,
-    soft_labels: Tensor,
-    run: Run,
-) -> Tensor:
-    """One step of SGD; returns the mean loss, on the device."""
-    with run.autocast():
-        logits = model(run.layout(images))
-    loss = F.cross_entropy(logits.float(), soft_labels)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss
+    return Trained(learner.evaluated, last, best)

@@ -1,0 +1,46 @@
+"""Accuracy and loss of a classifier on a split, every image exactly once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.run import Run
+
+TOP = 5  # the second accuracy that is customary, where there are more classes than that
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageData, *, run: Run, batch_size: int = 256, indices: np.ndarray | None = None
+) -> dict[str, float]:
+    """Evaluate in evaluation mode on `indices` of `data`, by default on all good images; the mode is put back.
+
+    Returns `loss` (cross-entropy in nats, hard labels), `accuracy` and, with more than five classes, `accuracy_top5`,
+    as means over the images, in [0, 1]. Bad files count neither way.
+    """
+    indices = data.good() if indices is None else indices
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
+    count = 0
+    for batch in data.batches(np.array_split(indices, max(1, math.ceil(len(indices) / batch_size)))):
+        if len(batch.indices) == 0:  # every file of it was bad
+            continue
+        with run.autocast():
+            logits = model(run.layout(data.normalise(batch.images)))
+        logits = logits.float()
+        top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == batch.labels[:, None]  # (N, 5)
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        sums += torch.stack([loss, top[:, 0].sum(), top.sum()])
+        count += len(batch.indices)
+    model.train(was_training)
+    if count == 0:
+        raise ValueError(f"{data.source.name}: not one image of the split {data.source.split} can be read.")
+    loss, first, fifth = (sums / count).tolist()
+    return {"loss": loss, "accuracy": first} | ({"accuracy_top5": fifth} if data.num_classes > TOP else {})

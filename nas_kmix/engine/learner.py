@@ -1,0 +1,166 @@
+"""One optimisation step and everything that it changes: weights, their average, optimiser, loss scale.
+
+In:  images and soft labels of one batch.
+Out: the mean loss; and, as plain content, what a checkpoint needs to take the next step as if nothing had happened.
+
+A network may return (logits, auxiliary logits) while it trains, and may offer `draw_drop_path(batch_size, probability,
+generator=)`, whose result it takes as a second argument; nothing else is asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nas_kmix.engine.run import Run
+
+
+class Optimisation(Protocol):
+    """The fields of a training's config that the optimiser is made from."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training adds to plain SGD. The defaults add nothing."""
+
+    nesterov: bool = True
+    warmup_epochs: int = 0
+    """First epochs, through which the learning rate rises linearly."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient of all weights together."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over all classes."""
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary head's loss, where the network has such a head."""
+    drop_path: float = 0.0
+    """Probability that an operation's output is dropped for an image, reached linearly: p * epoch / epochs."""
+    cutout: int = 0
+    """Side in pixels of the square that is blanked at random (DeVries & Taylor 2017)."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """How far brightness, contrast, saturation and hue change at random, as in torchvision's ColorJitter."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and kept."""
+    accumulate: int = 1
+    """Parts in which a batch is computed, one after the other, to save memory; BatchNorm sees each on its own."""
+    limit_steps: int | None = None
+    """At most so many steps per epoch."""
+
+    def __post_init__(self):
+        for name in ("label_smoothing", "drop_path"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"--{_flag(name)} must be at least 0 and below 1, not {getattr(self, name)}.")
+        for name in ("warmup_epochs", "cutout", "auxiliary_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{_flag(name)} must be 0 or more, not {getattr(self, name)}.")
+        if self.grad_clip is not None and not self.grad_clip > 0.0:
+            raise ValueError(f"--grad-clip must be above 0, not {self.grad_clip}; leave it out not to clip.")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise ValueError(f"--ema must lie strictly between 0 and 1, not {self.ema}; leave it out for no average.")
+        if self.accumulate < 1 or (self.limit_steps is not None and self.limit_steps < 1):
+            raise ValueError("--accumulate and --limit-steps must be at least 1.")
+        if min(self.color_jitter) < 0.0 or self.color_jitter[3] > 0.5:
+            raise ValueError(f"--color-jitter takes four numbers from 0, the hue's up to 0.5, not {self.color_jitter}.")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Learner:
+    """A model in training with SGD. `model` is the caller's own, trained in place."""
+
+    def __init__(self, model: nn.Module, config: Optimisation, recipe: Recipe, run: Run):
+        self.model, self.recipe, self._run = model, recipe, run
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=recipe.nesterov,
+        )
+        self._scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
+        self._average: AveragedModel | None = None
+        if recipe.ema is not None:
+            # Buffers too: running statistics of the unaveraged weights would not fit the averaged ones.
+            averaging = get_ema_multi_avg_fn(recipe.ema)
+            self._average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network to evaluate and keep: the average of the weights if there is one."""
+        return self.model if self._average is None else self._average.module
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None) -> Tensor:
+        """One step of SGD on images (N, 3, S, S) and soft labels (N, classes); returns the mean loss, on the device.
+
+        `drop_path` (layers, edges, N) is a draw of the network's own.
+        """
+        total = images.new_zeros((), dtype=soft_labels.dtype)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in np.array_split(np.arange(len(images)), min(self.recipe.accumulate, len(images))):
+            rows = slice(part[0], part[-1] + 1)
+            mask = None if drop_path is None else drop_path[:, :, rows]
+            loss, objective = self._losses(images[rows], soft_labels[rows], mask)
+            share = len(part) / len(images)
+            self._scaler.scale(objective * share).backward()
+            total = total + loss.detach() * share
+        if self.recipe.grad_clip is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+        return total
+
+    def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of the logits, and the objective, which is that plus the auxiliary head's share."""
+        with self._run.autocast():
+            images = self._run.layout(images)
+            outputs = self.model(images) if drop_path is None else self.model(images, drop_path)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = self._cross_entropy(logits, soft_labels)
+        objective = loss
+        for extra in auxiliary:
+            objective = objective + self.recipe.auxiliary_weight * self._cross_entropy(extra, soft_labels)
+        return loss, objective
+
+    def _cross_entropy(self, logits: Tensor, soft_labels: Tensor) -> Tensor:
+        """In the labels' precision, whatever autocast chose for the logits."""
+        return F.cross_entropy(logits.to(soft_labels.dtype), soft_labels, label_smoothing=self.recipe.label_smoothing)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain content; `model` is the state of `evaluated`."""
+        state = {
+            "model": self.evaluated.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+        if self._average is not None:
+            state["unaveraged"] = self.model.state_dict()
+            state["averaged_steps"] = int(self._average.n_averaged)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.evaluated.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty if the run so far had no use for one
+            self._scaler.load_state_dict(state["scaler"])
+        if self._average is not None:
+            self.model.load_state_dict(state["unaveraged"])
+            self._average.n_averaged.fill_(state["averaged_steps"])

@@ -1,0 +1,271 @@
+"""train_eval.py on generated images: schedules as its metrics tell them, resumes, checkpoints, refusals, exports."""
+
+import json
+import math
+import shlex
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import train_eval
+from darts_space import CifarNetwork, cost, load_network, read_genotype
+from nas_kmix.engine import files
+from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
+
+SMALL = shlex.split("--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
+SHORT = shlex.split("--epochs 3 --batch-size 16 --drop-path .3 --cutout 8 --ema .8 --color-jitter .4 .4 .4 .2")
+
+
+def draw(n, seed=0):
+    """Noise with one brighter channel, which tells the class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    images = rng.integers(0, 130, (n, 32, 32, 3))
+    images[np.arange(n), :, :, labels] += 100
+    return {"images": images.astype(np.uint8), "labels": labels}
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """48 training, 13 validation and 10 test images of three classes."""
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    splits = {"train": draw(48), "val": draw(13, 1), "test": draw(10, 2)}
+    np.savez(path, **{f"{split}_{name}": value for split, arrays in splits.items() for name, value in arrays.items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_only(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train_only.npz"
+    np.savez(path, **{f"train_{name}": value for name, value in draw(48).items()})
+    return path
+
+
+def run(data, out, *flags):
+    return train_eval.run(train_eval.parse([*SMALL, "--data", str(data), "--out", str(out), *map(str, flags)]))
+
+
+def rows(folder):
+    lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def stop_after(monkeypatch, epoch):
+    """A signal comes in while the metrics of this epoch are written."""
+    log = Run.log
+
+    def stopping(self, stage, at, **values):
+        log(self, stage, at, **values)
+        if at == epoch:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", stopping)
+
+
+def weights(path):
+    return files.hash_tensors(torch.load(path, weights_only=True)["model"])
+
+
+@pytest.fixture(scope="module")
+def alone(npz, tmp_path_factory):
+    """A run that nobody disturbed: its folder and its result."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, run(npz, folder, *SHORT)
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_learning_rate_of_the_imagenet_preset_also_across_a_resume(train_only, tmp_path, monkeypatch):
+    flags = shlex.split("--preset imagenet --image-size 32 --limit-steps 1 --val-share 0 --batch-size 4 --no-auxiliary")
+    stop_after(monkeypatch, 100)
+    with pytest.raises(StoppedError):
+        run(train_only, tmp_path, *flags)
+    assert len(rows(tmp_path)) == 101
+    result = run(train_only, tmp_path, *flags)
+    found = [float(row["lr"]) for row in rows(tmp_path)]
+    warm_up = [0.5 * (epoch + 1) / 5 for epoch in range(5)]
+    slope = [0.5 * (245 - epoch) / 245 for epoch in range(5, 245)]
+    tail = [0.5 * (250 - epoch) / (245 * 5) for epoch in range(245, 250)]
+    np.testing.assert_allclose(found, warm_up + slope + tail, rtol=1e-6)
+    listed = {0: 0.1, 4: 0.5, 5: 0.4897959, 124: 0.2469388, 244: 0.0020408, 245: 0.0020408, 249: 0.0004082}
+    assert {epoch: pytest.approx(found[epoch], abs=5e-8) for epoch in listed} == listed
+    assert result["best"] is None and not (tmp_path / "best.pt").exists()
+
+
+def test_every_learning_rate_of_the_cifar_preset(train_only, tmp_path):
+    """A tenth of its epochs, for time."""
+    run(
+        train_only,
+        tmp_path,
+        *shlex.split("--preset cifar --epochs 60 --limit-steps 1 --val-share 0 --batch-size 4 --no-auxiliary"),
+    )
+    expected = [0.0125 * (1 + math.cos(math.pi * epoch / 60)) for epoch in range(60)]
+    np.testing.assert_allclose([float(row["lr"]) for row in rows(tmp_path)], expected, rtol=1e-6)
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(npz, alone):
+    folder, result = alone
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} == {
+        *(".lock", "config.json", "env.json", "cost.json", "metrics.csv"),
+        *("last.pt", "best.pt", "result.json"),
+    }
+    table = rows(folder)
+    measured = [f"{split}_{name}" for split in ("val", "test") for name in ("loss", "accuracy")]
+    assert list(table[0]) == ["stage", "epoch", "lr", "loss", *measured]
+    for where in ("last", "best"):
+        row = table[result[where]["epoch"]]
+        assert {name: pytest.approx(float(row[name]), rel=1e-6) for name in measured} == {
+            name: result[where][name] for name in measured
+        }
+    accuracies = [float(row["val_accuracy"]) for row in table]
+    assert result["last"]["epoch"] == 2 and result["best"]["epoch"] == int(np.argmax(accuracies))
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert cost(load_network(folder / "last.pt"), 32).items() <= result.items()
+    bill = files.read_json(folder / "cost.json")["stages"]
+    assert (bill["train"]["images_backward"], bill["evaluation"]["images_forward"]) == (3 * 48, 3 * 23)
+
+
+def test_last_and_best_are_the_networks_that_were_measured(npz, alone):
+    """Computed here image by image; with an average, it is the averaged network."""
+    folder, result = alone
+    for name in ("last", "best"):
+        model = load_network(folder / f"{name}.pt")
+        train = load_data(DataConfig(data=str(npz)))
+        for split in ("val", "test"):
+            data = load_data(DataConfig(data=str(npz)), split=split, like=train)
+            losses, correct = [], []
+            for image, label in zip(data.images, data.labels, strict=True):
+                mean, std = (torch.tensor(constant).view(3, 1, 1) for constant in (train.mean, train.std))
+                pixels = (image.double() / 255 - mean) / std
+                logits = model(pixels.float()[None])[0].detach().double()
+                losses.append(-float(logits.log_softmax(0)[label]))
+                correct.append(int(logits.argmax()) == label)
+            assert result[name][f"{split}_accuracy"] == pytest.approx(np.mean(correct))
+            assert result[name][f"{split}_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_stopped_and_resumed_it_ends_the_same(npz, alone, tmp_path, monkeypatch, epoch):
+    stop_after(monkeypatch, epoch)
+    with pytest.raises(StoppedError):
+        run(npz, tmp_path, *SHORT)
+    monkeypatch.undo()
+    result = run(npz, tmp_path, *SHORT)
+    folder, expected = alone
+    assert (tmp_path / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        assert weights(tmp_path / name) == weights(folder / name)
+    timings = ("train_s", "images_per_second", "folder")
+    assert all(result[name] == expected[name] for name in expected if name not in timings)
+
+
+def test_images_are_held_out_where_there_is_no_val(train_only, tmp_path):
+    result = run(train_only, tmp_path, "--epochs", 1, "--val-share", 0.25)
+    assert result["train_images"] == 36 and "val_accuracy" in result["best"] and "test_accuracy" not in result["best"]
+
+
+def test_training_on_fewer_images(npz, tmp_path):
+    assert run(npz, tmp_path, "--epochs", 1, "--train-images", 10)["train_images"] == 10
+
+
+def test_evaluation_only_gives_the_numbers_of_training(npz, alone):
+    folder, result = alone
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    argv = ["--device", "cpu", "--data", str(npz), "--eval-only", str(folder / "best.pt"), "--out", str(folder / "new")]
+    found = train_eval.run(train_eval.parse(argv))
+    assert found["images"] == {"val": 13, "test": 10}
+    assert all(found[name] == value for name, value in result["best"].items() if name != "epoch")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_backbone_is_trained_and_its_checkpoint_evaluated(npz, tmp_path):
+    flags = ["--device", "cpu", "--threads", "1", "--data", str(npz)]
+    argv = [*flags, "--backbone", "tiny", "--epochs", "1", "--mix", "dcutmix", "--drop-path", ".2"]
+    result = train_eval.run(train_eval.parse([*argv, "--out", str(tmp_path)]))
+    found = train_eval.run(train_eval.parse([*flags, "--eval-only", str(tmp_path / "last.pt")]))
+    assert found["test_loss"] == result["last"]["test_loss"] and result["network"]["backbone"] == "tiny"
+
+
+def test_a_budget_chooses_the_channels(npz, tmp_path):
+    genotype, budget = read_genotype("PC_DARTS_cifar"), 4_000_000
+    widths = {c: cost(CifarNetwork(genotype, c, 3, 3), 32)["macs_published"] for c in (2, 4, 6, 8)}
+    fitting = max(c for c, macs in widths.items() if macs <= budget)
+    assert 2 < fitting < 8
+    result = run(npz, tmp_path, "--epochs", 1, "--max-macs", "4M", "--macs-convention", "published")
+    assert (result["network"]["channels"], result["macs_published"]) == (fitting, widths[fitting])
+
+
+# -- exports -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_exported_program_agrees_with_the_model(npz, alone, tmp_path):
+    folder, _ = alone
+    argv = ["--device", "cpu", "--data", str(npz), "--eval-only", str(folder / "best.pt")]
+    train_eval.run(train_eval.parse([*argv, "--export", str(tmp_path / "net.pt2")]))
+    program, model = torch.export.load(tmp_path / "net.pt2").module(), load_network(folder / "best.pt")
+    data = load_data(DataConfig(data=str(npz)))
+    for n in (1, 7):
+        images = data.normalise(data.images[:n])
+        torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused_and_nothing_changes(npz, alone, tmp_path, capsys):
+    folder, _ = alone
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(StageMismatchError, match=r"lr was 0\.1, now 0\.2"):
+        run(npz, folder, *SHORT, "--lr", 0.2)
+    argv = [*SMALL, "--data", str(npz), "--out", str(folder), *SHORT, "--seed", "3"]
+    assert train_eval.main(argv) == 2
+    assert "seed was 0, now 3" in (said := capsys.readouterr().err) and "--fresh" in said
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--genotype", "nobody"], "nobody"),
+        (["--backbone", "tiny", "--genotype", "PC_DARTS_cifar"], "one of --genotype"),
+        ([], "one of --genotype"),
+        (["--backbone", "tiny", "--max-macs", "1M"], "--max-macs"),
+        (["--genotype", "PC_DARTS_cifar", "--max-macs", "many"], "many"),
+        (["--genotype", "PC_DARTS_cifar", "--train-images", "1000"], "--train-images 1000"),
+        (["--genotype", "PC_DARTS_cifar", "--val-share", "1"], "--val-share"),
+        (["--genotype", "PC_DARTS_cifar", "--image-size", "100"], "128"),
+        (["--eval-only", "nowhere.pt"], "nowhere.pt"),
+        (["--eval-only", "nowhere.pt", "--backbone", "tiny"], "--eval-only"),
+    ],
+)
+def test_flags_that_make_no_sense_end_with_a_sentence(flags, named, npz, tmp_path, capsys):
+    argv = ["--device", "cpu", "--data", str(npz), "--out", str(tmp_path / "out"), *flags]
+    assert train_eval.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and named in said and "Traceback" not in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+@pytest.mark.parametrize("name", ["last.pt", "foreign.pt", "text.pt"])
+def test_a_damaged_or_foreign_checkpoint_is_named(name, npz, alone, tmp_path, capsys):
+    content = (alone[0] / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    argv = ["--device", "cpu", "--data", str(npz), "--eval-only", str(tmp_path / name)]
+    assert train_eval.main(argv) == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_to_resume_from_is_named(npz, alone, tmp_path, capsys):
+    content = (alone[0] / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    assert train_eval.main([*SMALL, "--data", str(npz), "--out", str(tmp_path), *SHORT]) == 2
+    assert f"{tmp_path / 'last.pt'} is cut short" in capsys.readouterr().err

@@ -1,0 +1,379 @@
+"""Train or evaluate the network of a genotype, or a backbone: images in, `last.pt`, `best.pt` and `metrics.csv` out.
+
+    python train_eval.py --genotype runs/digits/genotype.json --out runs/digits-net      # digits, a minute on a laptop
+    python train_eval.py --preset cpu --genotype PC_DARTS_cifar --data cifar100 --out runs/net
+    python train_eval.py --preset cifar --genotype runs/c100/genotype.json --data cifar100 --out runs/full  # for a GPU
+    python train_eval.py --preset imagenet --genotype PC_DARTS_image --data /data/imagenet --max-macs 600M --out runs/in
+    python train_eval.py --eval-only runs/net/best.pt --data cifar100
+
+The same command again resumes. `best.pt` is the epoch with the highest accuracy on the split `val`, or on a held-out
+share of the training images where there is none; test images are only reported on. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+from darts_space import build_network, cost, load_network, parse_macs, read_genotype, widest
+from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
+from nas_kmix.backbones import build_backbone
+from nas_kmix.engine import cli, files
+from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.device import DeviceConfig, environment, pick_device
+from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.export import export_model
+from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.run import Run, stage_key
+from nas_kmix.engine.sources import splits_of
+from nas_kmix.engine.training import TrainConfig, Trained, Validation, train
+from nas_kmix.proxy import split_halves
+from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
+from nas_kmix.scorer import make_mix
+
+STAGES = ("train", "evaluation")
+RESULTS = ("last.pt", "best.pt", "result.json")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What is trained. The defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2)."""
+
+    genotype: str | None = None
+    """A file (JSON or legacy text), the name of a published genotype, or the text itself."""
+    backbone: str | None = None
+    """Instead of a genotype: a network of `nas_kmix.backbones`, e.g. pyramidnet110."""
+    channels: int = 36
+    """Width of the first cell's nodes."""
+    layers: int = 20
+    """Cells."""
+    auxiliary: bool = True
+    """Train with a second classifier on the cell at two thirds of the depth."""
+    max_macs: str | None = None
+    """Take the most channels, an even number, that cost at most so many multiply-adds, e.g. 600M."""
+    macs_convention: Literal["strict", "published"] = "strict"
+    """How --max-macs counts: convolutions and linear layers, or BatchNorms and ReLUs too as in the papers' tables."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(TrainConfig):
+    """SGD, its schedule and the mixing of images."""
+
+    mix: Literal["none", "dmixup", "dcutmix"] = "none"
+    mix_k: int = 5
+    """Images in a mix, at least 2."""
+    mix_alpha: float = 0.2
+    """Concentration of the Dirichlet distribution that the shares are drawn from."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+
+
+Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --training.epochs
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
+
+    preset: Literal["quick", "cpu", "cifar", "imagenet"] = "quick"
+    """quick: digits in a minute | cpu: small and short | cifar, imagenet: PC-DARTS's, for GPUs."""
+    out: Path = Path("runs/train")
+    """The run folder."""
+    seed: int = 0
+    """Of the weights, the order of the images, their augmentation, and which ones are held out."""
+    val_share: float = 0.1
+    """Share of each class's training images to hold out where the data has no split `val`; 0 chooses no best epoch."""
+    train_images: int | None = None
+    """Train on so many images only, drawn by class from those that are not held out."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    fresh: bool = False
+    """Remove what an earlier run left in --out and start over."""
+    eval_only: Path | None = None
+    """Evaluate this last.pt, best.pt or scorer.pt on the splits val and test of --data, and train nothing."""
+    export: Path | None = None
+    """Also write the network there as a torch.export program for batches of any size."""
+    network: Annotated[NetworkConfig, Flat] = field(default_factory=NetworkConfig)
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    training: Annotated[TrainingConfig, Flat] = field(default_factory=TrainingConfig)
+    recipe: Annotated[Recipe, Flat] = field(default_factory=Recipe)
+    device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
+
+
+PRESETS: dict[str, Config] = {
+    # The embedded digits, which must not be mirrored.
+    "quick": Config(
+        network=NetworkConfig(channels=4, layers=5),
+        input=DataConfig(data="digits", flip=False, crop_padding=2),
+        training=TrainingConfig(epochs=5, batch_size=32, lr=0.1, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(grad_clip=5.0),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # To compare genotypes on a laptop: too short for drop-path and cutout to help.
+    "cpu": Config(
+        preset="cpu",
+        network=NetworkConfig(channels=8, layers=8),
+        input=DataConfig(data="cifar100"),
+        training=TrainingConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(grad_clip=5.0),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # PC-DARTS section 4.2. Expect 2.57 +- 0.07 % test error on CIFAR-10 with PC_DARTS_cifar (its Table 1).
+    "cifar": Config(
+        preset="cifar",
+        input=DataConfig(data="cifar10"),
+        training=TrainingConfig(epochs=600, batch_size=96, lr=0.025, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(nesterov=False, grad_clip=5.0, cutout=16, drop_path=0.3),
+    ),
+    # PC-DARTS section 4.3. Expect 24.2 % top-1 error with PC_DARTS_image, 25.1 % with PC_DARTS_cifar (its Table 2).
+    "imagenet": Config(
+        preset="imagenet",
+        network=NetworkConfig(channels=48, layers=14),
+        input=DataConfig(data="imagenet", image_size=224),
+        training=TrainingConfig(epochs=250, batch_size=1024, lr=0.5, schedule="linear", weight_decay=3e-5),
+        recipe=Recipe(
+            nesterov=False, warmup_epochs=5, grad_clip=5.0, label_smoothing=0.1, color_jitter=(0.4, 0.4, 0.4, 0.2)
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a split."""
+
+    data: ImageData
+    indices: np.ndarray
+
+
+Evaluated = dict[str, Part]  # by the name of the split, val before test
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train or evaluate, and return what the last line of the output says.
+
+    Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
+    """
+    _check_flags(config)
+    device = pick_device(config.device)
+    options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
+    folder = Run(config.out, stages=STAGES, device=device, checkpoints=".", **options)
+    data = load_data(config.input, device=device, workers=config.device.workers)
+    if config.eval_only is not None:
+        return _evaluate_checkpoint(config, data, folder)
+    with folder:
+        training, evaluated = _divide(config, data)
+        model = _build(config, data)
+        result = {"network": _describe(model, config, data), "seed": config.seed, **cost(model, data.image_size)}
+        if config.fresh:
+            folder.clear(RESULTS)
+        folder.records = {"config.json": asdict(config), "env.json": environment(device)}
+        folder.say(
+            f"{data.source.name}: {len(training.indices)} training images of {data.num_classes} classes, "
+            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {device}; "
+            f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
+        )
+        trained = _train(config, model, training, evaluated, folder)
+        result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
+        result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
+        files.write_json(folder.path("result.json"), result)
+        if config.export is not None:
+            export_model(trained.model, _examples(data, training.indices), config.export)
+        return result
+
+
+def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluated, folder: Run) -> Trained:
+    """The supervised loop with this command's settings, and checkpoints that describe themselves."""
+    data, recipe = training.data, config.recipe
+    if config.network.backbone is not None:
+        recipe = replace(recipe, drop_path=0.0)  # it has no paths to drop
+    network = _describe(model, config, data)
+    settings = {
+        **asdict(config.training),
+        **asdict(recipe),
+        "network": network,
+        "seed": config.seed,
+        **{name: getattr(config, name) for name in ("val_share", "train_images", "eval_every")},
+        **{name: getattr(config.input, name) for name in ("flip", "crop_padding")},
+    }
+    fingerprints = {name: part.data.fingerprint for name, part in evaluated.items()}
+    content = {
+        "format": BACKBONE_FORMAT if config.network.genotype is None else NETWORK_FORMAT,
+        "network": network,
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+    }
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        with folder.stage("evaluation") as cost:
+            cost.images_forward += sum(len(part.indices) for part in evaluated.values())
+            return _measure(model, evaluated, folder)
+
+    return train(
+        folder.layout(model.to(folder.device)),
+        data,
+        replace(config.training, seed=config.seed),
+        config.input,
+        mix=make_mix(config.training, data.num_classes),
+        run=folder,
+        stage="train",
+        key=stage_key("train", settings, {"data": data.fingerprint, **fingerprints}),
+        recipe=recipe,
+        indices=training.indices,
+        validation=Validation(measure, "val_accuracy" if "val" in evaluated else None, config.eval_every),
+        checkpoint="last",
+        content=content,
+    )
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def _divide(config: Config, data: ImageData) -> tuple[Part, Evaluated]:
+    """The training images, and those of val (a split, or held out here) and test."""
+    indices = data.good()
+    evaluated = _other_splits(config, data)
+    if "val" not in evaluated and config.val_share > 0.0:
+        indices, held_out = split_halves(indices, data.labels[indices], config.val_share, seed=config.seed)
+        if len(held_out) == 0:
+            raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
+        evaluated = {"val": Part(data, held_out), **evaluated}
+    if config.train_images is not None:
+        if config.train_images > len(indices):
+            raise ValueError(f"--train-images {config.train_images} is more than the {len(indices)} that there are.")
+        if config.train_images < len(indices):
+            share = config.train_images / len(indices)
+            _, indices = split_halves(indices, data.labels[indices], share, seed=config.seed)
+    return Part(data, indices), evaluated
+
+
+def _other_splits(config: Config, data: ImageData) -> Evaluated:
+    evaluated = {}
+    for split in ("val", "test"):
+        if split in splits_of(config.input.data):
+            part = load_data(config.input, split=split, device=data.device, workers=config.device.workers, like=data)
+            evaluated[split] = Part(part, part.good())
+    return evaluated
+
+
+def _examples(data: ImageData, indices: np.ndarray) -> torch.Tensor:
+    """Seven normalised images, fewer where there are fewer."""
+    return data.normalise(data.fetch(indices[:7]).images)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def _build(config: Config, data: ImageData) -> nn.Module:
+    """The network with the weights that the seed gives it."""
+    settings = config.network
+    if settings.genotype is None:
+        return build_backbone(settings.backbone, num_classes=data.num_classes, stem=data.stem, seed=config.seed)
+    genotype, channels = read_genotype(settings.genotype), settings.channels
+    shape = {"kind": data.stem, "layers": settings.layers, "num_classes": data.num_classes}
+    if settings.max_macs is not None:
+        budget, convention = parse_macs(settings.max_macs), settings.macs_convention
+        channels = widest(genotype, budget, input_size=data.image_size, convention=convention, **shape)
+    description = {**shape, "genotype": genotype.to_json(), "channels": channels, "auxiliary": settings.auxiliary}
+    return build_network(description, generator=torch.Generator().manual_seed(config.seed))
+
+
+def _describe(model: nn.Module, config: Config, data: ImageData) -> dict[str, Any]:
+    """The network as plain data, from which its file builds it again."""
+    if config.network.genotype is not None:
+        return model.description()
+    return {"backbone": config.network.backbone, "num_classes": data.num_classes, "stem": data.stem}
+
+
+def _load(path: Path, data: ImageData) -> tuple[nn.Module, ImageData]:
+    """The network of a checkpoint, and the images normalised as it was trained."""
+    state = files.load_tensors(path)
+    if state.get("format") == NETWORK_FORMAT:
+        model = load_network(path)
+    elif state.get("format") == BACKBONE_FORMAT:
+        network = state["network"]
+        model = build_backbone(network["backbone"], num_classes=network["num_classes"], stem=network["stem"])
+        model.load_state_dict(state["model"])
+    else:
+        raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
+    if tuple(state["class_names"]) != data.class_names:
+        raise ValueError(f"{path} was trained on other classes than those of --data {data.source.name}.")
+    return model, replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def _measure(model: nn.Module, evaluated: Evaluated, folder: Run) -> dict[str, float]:
+    """val_loss, val_accuracy, …, test_accuracy."""
+    metrics = {}
+    for split, part in evaluated.items():
+        found = evaluate(model, part.data, indices=part.indices, run=folder)
+        metrics |= {f"{split}_{name}": value for name, value in found.items()}
+    return metrics
+
+
+def _evaluate_checkpoint(config: Config, data: ImageData, folder: Run) -> dict[str, Any]:
+    """Nothing is written but what --export asks for."""
+    model, data = _load(config.eval_only, data)
+    model = folder.layout(model.to(folder.device)).eval()
+    evaluated = _other_splits(config, data)
+    if not evaluated:
+        raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
+    images = {split: len(part.indices) for split, part in evaluated.items()}
+    metrics = _measure(model, evaluated, folder)
+    if config.export is not None:
+        export_model(model, _examples(data, data.good()), config.export)
+    return {"checkpoint": str(config.eval_only), "images": images, **metrics}
+
+
+def _speed(folder: Run) -> dict[str, float]:
+    """Seconds of training, without evaluation, over all invocations, and training images per second."""
+    spent = folder.costs["train"]
+    return {"train_s": round(spent.wall_s, 1), "images_per_second": round(spent.images_backward / spent.wall_s, 1)}
+
+
+def _check_flags(config: Config) -> None:
+    """Refuse flags that contradict each other."""
+    network = config.network
+    if config.eval_only is None and (network.genotype is None) == (network.backbone is None):
+        raise ValueError("Give one of --genotype FILE|NAME|TEXT and --backbone NAME: that is what is trained.")
+    if config.eval_only is not None and (network.genotype is not None or network.backbone is not None):
+        raise ValueError("--eval-only reads the network from its file; leave --genotype and --backbone out.")
+    if network.max_macs is not None and network.genotype is None:
+        raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
+    if not 0.0 <= config.val_share < 1.0:
+        raise ValueError(f"--val-share must be at least 0 and below 1, not {config.val_share}.")
+    if config.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, not {config.seed}.")
+    if config.eval_every < 1 or (config.train_images is not None and config.train_images < 1):
+        raise ValueError("--eval-every and --train-images must be at least 1.")
+
+
+def parse(argv: Sequence[str]) -> Config:
+    return cli.parse(PRESETS, argv, __doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and turn every expected failure into one sentence. Exit codes: 0, 1, 2 (bad usage), 130 and 143 (signals)."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def work() -> None:
+        print(json.dumps(run(parse(argv))))
+
+    return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
