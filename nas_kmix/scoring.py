@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas_kmix.engine import files
-from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.mixing import box_plan, boxes_from_uniforms, mix_labels, paste
@@ -212,10 +212,9 @@ def score_dataset(
     NonFiniteLossError.
     """
     key = scoring_key(model, data, config)
-    pool_rows, pool = _partner_pool(data, config)
-    if len(pool_rows) < config.k:
-        raise ValueError(f"Scoring mixes {config.k} different images, but only {len(pool_rows)} can be read.")
-    pool_labels = torch.as_tensor(data.labels[pool_rows], device=data.device)
+    sources = _Sources.of(data, config)
+    if len(sources.pool) < config.k:
+        raise ValueError(f"Scoring mixes {config.k} different images, but only {len(sources.pool)} can be read.")
     wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
     shards = [wanted[i : i + IMAGES_PER_SHARD] for i in range(0, len(wanted), IMAGES_PER_SHARD)]
     was_training = model.training
@@ -225,11 +224,10 @@ def score_dataset(
         for batch in data.batches(shards):
             if len(batch.indices) == 0:  # not one file of it can be read
                 continue
-            draws = _draw(batch.indices, pool_rows, (data.image_size,) * 2, config)
-            losses = [
-                _anchor_losses(model, data, batch, part, pool, pool_labels, config, run)
-                for part in draws.batches(config.batch_size)
-            ]
+            sources.take_anchors(batch)
+            draws = _draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
+            parts = draws.batches(config.batch_size)
+            losses = [_anchor_losses(model, data, sources, part, config, run) for part in parts]
             losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
@@ -261,19 +259,13 @@ class _Draws:
             yield _Draws(self.anchor[rows], self.partners[rows], self.boxes[rows])
 
 
-def _anchor_losses(model, data, batch, draws, pool, pool_labels, config, run) -> Tensor:
+def _anchor_losses(model, data, sources: _Sources, draws: _Draws, config, run) -> Tensor:
     """Losses float32 (R,) of the given mixes."""
-    # Anchors come first and the pool behind them, as one stack of sources without copying the pool.
-    anchors = torch.as_tensor(draws.anchor, device=data.device)
-    chosen, where = np.unique(draws.partners, return_inverse=True)
-    chosen = torch.as_tensor(chosen, device=data.device)
-    sources = torch.cat([batch.images.index_select(0, anchors), pool.index_select(0, chosen)])
-    labels = torch.cat([batch.labels[anchors], pool_labels[chosen]])
-    own = np.arange(len(anchors))
-    partners = np.column_stack([own, len(own) + where.reshape(draws.partners.shape)])
-    plan = box_plan(partners, draws.boxes, tuple(sources.shape[-2:]), device=data.device)
+    anchors = sources.anchor_rows[draws.anchor]
+    partners = np.column_stack([anchors, sources.first_partner + draws.partners])
+    plan = box_plan(partners, draws.boxes, tuple(sources.images.shape[-2:]), device=data.device)
 
-    images = data.normalise(paste(sources, plan))
+    images = data.normalise(paste(sources.images, plan))
     if run is None:
         logits = model(images)
     else:
@@ -281,8 +273,8 @@ def _anchor_losses(model, data, batch, draws, pool, pool_labels, config, run) ->
             logits = model(run.layout(images))
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     if config.loss == "anchor":
-        return F.nll_loss(log_probabilities, batch.labels[anchors], reduction="none")
-    soft = mix_labels(labels, plan.partners, plan.weights, data.num_classes)
+        return F.nll_loss(log_probabilities, sources.labels[plan.partners[:, 0]], reduction="none")
+    soft = mix_labels(sources.labels, plan.partners, plan.weights, data.num_classes)
     losses = -(soft * log_probabilities).sum(dim=1)
     if config.loss == "minus_entropy":
         losses = losses + torch.special.xlogy(soft, soft).sum(dim=1)
@@ -339,14 +331,48 @@ def _draw_partners(uniforms: np.ndarray, indices: np.ndarray, pool_rows: np.ndar
     return np.where(pool_rows[rows[:, :-1]] == indices[:, None], rows[:, -1:], rows[:, :-1])
 
 
-def _partner_pool(data: ImageData, config: ScoringConfig) -> tuple[np.ndarray, Tensor]:
-    """Who may be pasted: dataset indices (P,), ascending, and their images uint8 (P, 3, S, S)."""
-    if data.images is not None:
-        rows = data.good()
-        return rows, data.images if len(rows) == len(data) else data.images[torch.as_tensor(rows, device=data.device)]
-    rows = _pool_of_streamed(len(data), config)
-    batches = list(data.batches(np.array_split(rows, -(-len(rows) // IMAGES_PER_SHARD))))
-    return np.concatenate([b.indices for b in batches]), torch.cat([b.images for b in batches])
+@dataclass
+class _Sources:
+    """The images that mixes are made of, anchors and partners in one tensor.
+
+    pool: dataset indices (P,) of the possible partners, ascending; images: uint8 (R, 3, S, S) and labels: int64 (R,),
+    partner p in row `first_partner + p` and the i-th of the present anchors in row `anchor_rows[i]`.
+    """
+
+    pool: np.ndarray
+    images: Tensor
+    labels: Tensor
+    first_partner: int
+    anchor_rows: np.ndarray
+
+    @staticmethod
+    def of(data: ImageData, config: ScoringConfig) -> _Sources:
+        """All good images of a resident set; of a streamed one, a drawn pool with room for a shard of anchors."""
+        none = np.empty(0, dtype=np.int64)
+        if data.images is not None:
+            pool = data.good()
+            rows = torch.as_tensor(pool, device=data.device)
+            images = data.images if len(pool) == len(data) else data.images[rows]
+            return _Sources(pool, images, torch.as_tensor(data.labels[pool], device=data.device), 0, none)
+        rows = _pool_of_streamed(len(data), config)
+        room, size = min(IMAGES_PER_SHARD, len(data)), data.image_size
+        images = torch.zeros(room + len(rows), 3, size, size, dtype=torch.uint8, device=data.device)
+        labels = torch.zeros(room + len(rows), dtype=torch.int64, device=data.device)
+        pool, end = [], room
+        for batch in data.batches(np.array_split(rows, -(-len(rows) // IMAGES_PER_SHARD))):
+            pool.append(batch.indices)
+            start, end = end, end + len(batch.indices)
+            images[start:end], labels[start:end] = batch.images, batch.labels
+        return _Sources(np.concatenate(pool), images[:end], labels[:end], room, none)
+
+    def take_anchors(self, batch: Batch) -> None:
+        """Make the images of `batch` the present anchors."""
+        n = len(batch.indices)
+        if self.first_partner == 0:  # they are in the pool already
+            self.anchor_rows = np.searchsorted(self.pool, batch.indices)
+            return
+        self.anchor_rows = np.arange(n)
+        self.images[:n], self.labels[:n] = batch.images, batch.labels
 
 
 def _pool_of_streamed(n: int, config: ScoringConfig) -> np.ndarray:
