@@ -176,9 +176,11 @@ def mix_labels(labels: Tensor, partners: Tensor, weights: Tensor, num_classes: i
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"labels must be a 1-D tensor of class indices, not {labels.dtype} {tuple(labels.shape)}.")
     _check_range(labels, num_classes)
-    # A sum of one-hot rows: scatter_add sums in no fixed order on a GPU, and a matrix product is rounded by autocast.
-    one_hot = F.one_hot(labels[partners].long(), num_classes)  # (N, K, C)
-    return (weights.float().unsqueeze(2) * one_hot).sum(dim=1)
+    # One source after another: within one, no element of a row is met twice, so that a GPU too sums in a fixed order.
+    soft = torch.zeros(len(partners), num_classes, device=labels.device)
+    for label, weight in zip(labels.long()[partners].split(1, dim=1), weights.float().split(1, dim=1), strict=True):
+        soft.scatter_add_(1, label, weight)
+    return soft
 
 
 class _Mixer:
@@ -288,7 +290,7 @@ def box_plan(
 
 
 def _check_range(labels: Tensor, num_classes: int) -> None:
-    # On a GPU this would be a sync point; there one_hot itself asserts.
+    # On a GPU this would be a sync point; there scatter_add itself asserts.
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"labels must lie in [0, num_classes={num_classes}).")
 
