@@ -2,11 +2,11 @@
 
 DCutMix (eqs. 1-5 of the paper) breaks a stick of length one into K pieces `phi ~ Dir(alpha, ..., alpha)`
 and pastes K - 1 nested boxes, the k-th inside the (k-1)-th, so that source k shows in a share `phi_k` of the
-pixels. DMixup (eq. 2) is the weighted sum `sum_k phi_k x_k`.
+pixels. Saliency-DCutMix (SM) centres every box on the most salient pixel of its source. DMixup (eq. 2) is the weighted
+sum `sum_k phi_k x_k`.
 
-Drawing is apart from applying: `draw_phi`, `stick_lengths` and `nested_boxes` are NumPy on the CPU, where a plan
-is small and equal for every device; `owner_map`, `paste` and `blend` are torch where the images are. The
-`MixPlan` between them is what scoring, pictures and tests share.
+Drawing is apart from applying: a mixer's `plan` draws (the geometry is in `boxes.py`), `paste` and `blend` are torch
+where the images are. The `MixPlan` between them is what scoring, pictures and tests share.
 
 Three deviations from the paper's Algorithm 1, each a mistake there: sources are always the unmixed images (it
 shuffles images that are already mixed, whose labels are then wrong), the last source's weight is counted for
@@ -15,18 +15,27 @@ K = 2 too, and `v_k ~ Beta(a, (K-k) a)` as a finite Dirichlet demands, not Beta(
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Size = tuple[int, int]  # height, width in pixels
-FEW_SOURCES = 3  # up to here, masks paste faster than a gather
-INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from nas_kmix.boxes import (
+    Size,
+    box_sides,
+    centred_boxes,
+    check_mix,
+    draw_phi,
+    nested_boxes,
+    owner_map,
+    pixel_shares,
+    stick_lengths,
+)
+from nas_kmix.saliency import SALIENCY, peaks
+
+FEW_SOURCES = 3  # up to here, masks paste bytes faster than a gather
 
 
 @dataclass(frozen=True)
@@ -43,92 +52,14 @@ class MixPlan:
     owner: Tensor | None
 
 
-def draw_phi(n: int, k: int, alpha: float, *, rng: np.random.Generator) -> np.ndarray:
-    """Draw `n` rows of `phi ~ Dir(alpha, ..., alpha)` over `k` sources: float64 (N, K), rows sum to one."""
-    _check_mix(k, alpha)
-    return rng.dirichlet(np.full(k, float(alpha)), size=n)
-
-
-def stick_lengths(phi: np.ndarray) -> np.ndarray:
-    """Turn shares into stick lengths, eq. (3): `v_k = phi_k / prod_{j<k} (1 - v_j)`, float64 (N, K-1) in [0, 1].
-
-    The product telescopes to `sum_{j>=k} phi_j`, the stick that is left. Once nothing is left the length is one: the
-    boxes that follow are empty.
-    """
-    phi = np.asarray(phi, dtype=np.float64)
-    left = phi[:, ::-1].cumsum(axis=1)[:, :0:-1]  # (N, K-1), before source k breaks off its piece
-    return np.divide(phi[:, :-1], left, out=np.ones_like(left), where=left > 0.0).clip(max=1.0)
-
-
-def nested_boxes(
-    v: np.ndarray, size: Size, *, rng: np.random.Generator, centers: np.ndarray | None = None
-) -> np.ndarray:
-    """Place box k inside box k-1 (box 0 is the image), eqs. (4) and (5): int64 (N, K-1, 4) as y, x, h, w.
-
-    Sides are `round(previous side * sqrt(1 - v_k))`, half to even. Without `centers` the offset is uniform over
-    all legal integer positions, both ends included. With `centers`, (N, K-1, 2) as y, x, the box is centred
-    there and then shifted, never shrunk, by as little as keeps it inside box k-1.
-    """
-    v = np.asarray(v, dtype=np.float64)
-    if centers is None:
-        return boxes_from_uniforms(v, size, rng.random((*v.shape, 2)))
-    sides = _box_sides(v, size)
-    origins = np.zeros_like(sides)
-    for k in range(v.shape[1]):
-        wanted = np.asarray(centers)[:, k] - sides[:, k + 1] // 2
-        origins[:, k + 1] = wanted.clip(origins[:, k], origins[:, k] + sides[:, k] - sides[:, k + 1])
-    return np.concatenate([origins, sides], axis=2)[:, 1:]
-
-
-def boxes_from_uniforms(v: np.ndarray, size: Size, uniforms: np.ndarray) -> np.ndarray:
-    """`nested_boxes` with its randomness given: `uniforms` (N, K-1, 2) in [0, 1) choose the offsets y, x."""
-    sides = _box_sides(v, size)
-    room = sides[:, :-1] - sides[:, 1:]  # (N, K-1, 2), the largest legal offset
-    origins = np.floor(uniforms * (room + 1)).astype(np.int64).cumsum(axis=1)
-    return np.concatenate([origins, sides[:, 1:]], axis=2)
-
-
-def _box_sides(v: np.ndarray, size: Size) -> np.ndarray:
-    """Heights and widths of box 0 (the image) to box K-1: int64 (N, K, 2)."""
-    sides = np.empty((v.shape[0], v.shape[1] + 1, 2), dtype=np.int64)
-    sides[:, 0] = size
-    for k, shrink in enumerate(np.sqrt(1.0 - v).T):
-        sides[:, k + 1] = np.rint(sides[:, k] * shrink[:, None])
-    return sides
-
-
-def owner_map(boxes: np.ndarray, size: Size, *, device: torch.device | str | None = None) -> Tensor:
-    """Which source each pixel shows: uint8 (N, H, W), 0 the outermost source and K-1 the innermost.
-
-    As the boxes are nested, the owner of a pixel is the number of boxes that contain it.
-    """
-    boxes = torch.as_tensor(boxes, device=device)
-    y, x, h, w = boxes.unsqueeze(-1).unbind(2)  # (N, K-1, 1) each
-    rows = torch.arange(size[0], device=boxes.device)
-    columns = torch.arange(size[1], device=boxes.device)
-    inside_rows = ((rows >= y) & (rows < y + h)).float()  # (N, K-1, H)
-    inside_columns = ((columns >= x) & (columns < x + w)).float()  # (N, K-1, W)
-    # A sum over k of outer products is a batched matrix product; small integers are exact in float32.
-    return torch.bmm(inside_rows.transpose(1, 2), inside_columns).to(torch.uint8)
-
-
-def pixel_shares(boxes: np.ndarray, size: Size) -> np.ndarray:
-    """The exact share of pixels that each source shows: float64 (N, K), rows sum to one."""
-    areas = boxes[..., 2] * boxes[..., 3]  # (N, K-1)
-    whole = np.full((len(boxes), 1), size[0] * size[1])
-    none = np.zeros((len(boxes), 1), dtype=np.int64)
-    outer, inner = np.concatenate([whole, areas], axis=1), np.concatenate([areas, none], axis=1)
-    return (outer - inner) / (size[0] * size[1])
-
-
 def paste(sources: Tensor, plan: MixPlan) -> Tensor:
     """Show source `partners[n, owner[n, y, x]]` at every pixel: (P, C, H, W) to (N, C, H, W).
 
     The sources may come from anywhere (the batch, a pool); dtype and memory format are kept.
     """
     p, c, h, w = sources.shape
-    k = plan.partners.shape[1]
-    if k <= FEW_SOURCES and not _is_channels_last(sources):
+    few = plan.partners.shape[1] <= FEW_SOURCES
+    if few and sources.element_size() == 1 and not _is_channels_last(sources):
         return _paste_masked(sources, plan)
     shown = plan.partners.gather(1, plan.owner.flatten(1).long())  # (N, H * W), rows into the sources
     if _is_channels_last(sources):
@@ -140,14 +71,13 @@ def paste(sources: Tensor, plan: MixPlan) -> Tensor:
 
 
 def _paste_masked(sources: Tensor, plan: MixPlan) -> Tensor:
-    """Source by source, by bit masks: whole images are fetched, which is faster than single pixels while K is small."""
-    bits = sources.view(INTEGER_OF_BYTES[sources.element_size()])
-    mixed = bits.index_select(0, plan.partners[:, 0])
+    """Bytes, source by source, by bit masks: whole images are fetched, faster than single pixels while K is small."""
+    mixed = sources.index_select(0, plan.partners[:, 0])
     for k in range(1, plan.partners.shape[1]):
-        mask = (plan.owner == k).to(bits.dtype).neg_().unsqueeze(1)  # all bits set where source k shows
-        difference = bits.index_select(0, plan.partners[:, k]).bitwise_xor_(mixed)
+        mask = (plan.owner == k).to(sources.dtype).neg_().unsqueeze(1)  # all bits set where source k shows
+        difference = sources.index_select(0, plan.partners[:, k]).bitwise_xor_(mixed)
         mixed.bitwise_xor_(difference.bitwise_and_(mask))
-    return mixed.view(sources.dtype)
+    return mixed
 
 
 def blend(sources: Tensor, plan: MixPlan) -> Tensor:
@@ -156,14 +86,17 @@ def blend(sources: Tensor, plan: MixPlan) -> Tensor:
     Summed in float32 at least; integer images are rounded half to even.
     """
     work = torch.promote_types(sources.dtype, torch.float32)
-    weights = plan.weights.to(work)[:, :, None, None, None]
-    mixed = weights[:, 0] * sources.index_select(0, plan.partners[:, 0])
-    for k in range(1, plan.partners.shape[1]):
-        mixed += weights[:, k] * sources.index_select(0, plan.partners[:, k])
+    # One pass over the sources: images are rows of a table, and a mix is a weighted bag of rows. Whole pixels lie
+    # together in channels_last, which a permuted view keeps.
+    last = _is_channels_last(sources)
+    table = sources.permute(0, 2, 3, 1) if last else sources
+    mixed = F.embedding_bag(
+        plan.partners, table.flatten(1).to(work), mode="sum", per_sample_weights=plan.weights.to(work)
+    ).view(-1, *table.shape[1:])
     if not sources.is_floating_point():
         mixed = mixed.round_()
-    memory_format = torch.channels_last if _is_channels_last(sources) else torch.contiguous_format
-    return mixed.to(sources.dtype).contiguous(memory_format=memory_format)
+    mixed = mixed.to(sources.dtype)
+    return mixed.permute(0, 3, 1, 2) if last else mixed
 
 
 def mix_labels(labels: Tensor, partners: Tensor, weights: Tensor, num_classes: int) -> Tensor:
@@ -183,27 +116,35 @@ def mix_labels(labels: Tensor, partners: Tensor, weights: Tensor, num_classes: i
     return soft
 
 
-class _Mixer:
-    """The call that DCutMix and DMixup share, after torchvision's contract for CutMix and MixUp.
+def apply_plan(images: Tensor, labels: Tensor, plan: MixPlan, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mix images (P, C, H, W) and labels (P,) by a plan: images (N, C, H, W) and soft labels (N, num_classes)."""
+    mixed = blend(images, plan) if plan.owner is None else paste(images, plan)
+    return mixed, mix_labels(labels, plan.partners, plan.weights, num_classes)
 
-    k: number of sources; alpha: Dirichlet concentration of each; p: probability that a batch is mixed at all,
-    one draw per batch; seed: of the generator used where the call brings none.
+
+@dataclass(kw_only=True, eq=False)
+class Mixer:
+    """The call that all mixers share, after torchvision's contract for CutMix and MixUp.
+
+    A mixer says in `plan` what goes where.
     """
 
-    def __init__(self, *, k: int, alpha: float, num_classes: int, p: float = 1.0, seed: int = 0):
-        _check_mix(k, alpha)
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"p is the probability of mixing a batch and must lie in [0, 1], not {p}.")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, not {num_classes}.")
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {seed}.")
-        self.k, self.alpha, self.num_classes, self.p, self.seed = k, alpha, num_classes, p, seed
-        self._own_rng: np.random.Generator | None = None
-        self._own_worker: int | None = None
+    num_classes: int
+    """Columns of the soft labels."""
+    p: float = 1.0
+    """Probability that a batch is mixed at all, one draw per batch."""
+    seed: int = 0
+    """Of the generator used where the call brings none."""
+    _own_rng: np.random.Generator | None = field(default=None, init=False, repr=False)
+    _own_worker: int | None = field(default=None, init=False, repr=False)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(k={self.k}, alpha={self.alpha:g}, p={self.p:g})"
+    def __post_init__(self):
+        if not 0.0 <= self.p <= 1.0:
+            raise ValueError(f"p is the probability of mixing a batch and must lie in [0, 1], not {self.p}.")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {self.num_classes}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}.")
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, rng: np.random.Generator | None = None
@@ -216,9 +157,15 @@ class _Mixer:
         rng = self._generator() if rng is None else rng
         if rng.random() >= self.p:
             return images, F.one_hot(labels.long(), self.num_classes).float()
-        plan = self.plan(len(images), images.shape[-2:], rng=rng, device=images.device)
-        mixed = blend(images, plan) if plan.owner is None else paste(images, plan)
-        return mixed, mix_labels(labels, plan.partners, plan.weights, self.num_classes)
+        return self.mix(images, labels, rng)
+
+    def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The call without its checks and the draw of `p`."""
+        return apply_plan(images, labels, self.plan(images, rng=rng), self.num_classes)
+
+    def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
+        """Draw how a batch (N, C, H, W) is mixed; on the device of the images."""
+        raise NotImplementedError
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         if images.ndim != 4 or len(images) == 0:
@@ -242,64 +189,99 @@ class _Mixer:
             self._own_worker = key
         return self._own_rng
 
-    def _partners(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Column 0 is the image itself, every other one a permutation of the batch."""
-        return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(self.k - 1)], axis=1)
+
+def permutations(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Partners int64 (N, K): column 0 is the image itself, every other one a permutation of the batch."""
+    return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(k - 1)], axis=1)
 
 
-class DCutMix(_Mixer):
+@dataclass(kw_only=True, eq=False)
+class DCutMix(Mixer):
     """K-image CutMix: nested boxes cut by stick-breaking; label weights are exact pixel shares."""
 
-    def plan(
-        self,
-        n: int,
-        size: Sequence[int],
-        *,
-        rng: np.random.Generator,
-        device: torch.device | str | None = None,
-    ) -> MixPlan:
-        """Draw phi, boxes and partners for `n` images of `size` (H, W)."""
-        size = (operator.index(size[0]), operator.index(size[1]))
+    k: int
+    """Number of sources, at least 2."""
+    alpha: float
+    """Dirichlet concentration of each."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mix(self.k, self.alpha)
+
+    def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
+        """Draw phi, boxes and partners."""
+        n, size = len(images), tuple(images.shape[2:])
         boxes = nested_boxes(stick_lengths(draw_phi(n, self.k, self.alpha, rng=rng)), size, rng=rng)
-        return box_plan(self._partners(n, rng), boxes, size, device=device)
+        return box_plan(permutations(n, self.k, rng), boxes, size, device=images.device)
 
 
-class DMixup(_Mixer):
+@dataclass(kw_only=True, eq=False)
+class SaliencyDCutMix(Mixer):
+    """DCutMix whose boxes are centred on the most salient pixel of the image that they show (SM, "Saliency-DCutMix").
+
+    Boxes keep the sizes that stick-breaking gives them and are shifted as little as nesting asks: a peak outside the
+    previous box is missed.
+    """
+
+    k: int
+    """Number of sources, at least 2."""
+    alpha: float
+    """Dirichlet concentration of each."""
+    saliency: str = "fine_grained"
+    """A name of `nas_kmix.saliency.SALIENCY`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mix(self.k, self.alpha)
+        if self.saliency not in SALIENCY:
+            raise ValueError(f"there is no saliency {self.saliency!r}: choose one of {', '.join(SALIENCY)}.")
+
+    def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
+        """Draw phi and partners, find the peaks, and place the boxes."""
+        n, size = len(images), tuple(images.shape[2:])
+        sides = box_sides(stick_lengths(draw_phi(n, self.k, self.alpha, rng=rng)), size)
+        partners = torch.as_tensor(permutations(n, self.k, rng), device=images.device)
+        centers = peaks(SALIENCY[self.saliency](images))[partners[:, 1:]]  # (N, K-1, 2)
+        owner = owner_map(centred_boxes(sides, centers), size, device=images.device)
+        return MixPlan(partners, _share_weights(sides[:, 1:], size, images.device), owner)
+
+
+@dataclass(kw_only=True, eq=False)
+class DMixup(Mixer):
     """K-image Mixup: a sum of K images weighted by phi, and of their labels likewise."""
 
-    def plan(
-        self,
-        n: int,
-        size: Sequence[int],
-        *,
-        rng: np.random.Generator,
-        device: torch.device | str | None = None,
-    ) -> MixPlan:
-        """Draw phi and partners for `n` images; `size` is not used, as a blend has no geometry."""
-        phi = draw_phi(n, self.k, self.alpha, rng=rng)
-        partners = torch.as_tensor(self._partners(n, rng), device=device)
-        return MixPlan(partners, torch.as_tensor(phi, dtype=torch.float32, device=device), None)
+    k: int
+    """Number of sources, at least 2."""
+    alpha: float
+    """Dirichlet concentration of each."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mix(self.k, self.alpha)
+
+    def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
+        """Draw phi and partners."""
+        phi = draw_phi(len(images), self.k, self.alpha, rng=rng)
+        partners = torch.as_tensor(permutations(len(images), self.k, rng), device=images.device)
+        return MixPlan(partners, torch.as_tensor(phi, dtype=torch.float32, device=images.device), None)
 
 
 def box_plan(
     partners: np.ndarray, boxes: np.ndarray, size: Size, *, device: torch.device | str | None = None
 ) -> MixPlan:
     """The plan of a DCutMix whose partners (N, K) and boxes (N, K-1, 4) have been drawn."""
-    shares = torch.as_tensor(pixel_shares(boxes, size), dtype=torch.float32, device=device)
-    return MixPlan(torch.as_tensor(partners, device=device), shares, owner_map(boxes, size, device=device))
+    weights = _share_weights(boxes[..., 2:], size, device)
+    return MixPlan(torch.as_tensor(partners, device=device), weights, owner_map(boxes, size, device=device))
+
+
+def _share_weights(sides: np.ndarray, size: Size, device: torch.device | str | None) -> Tensor:
+    return torch.as_tensor(pixel_shares(sides, size), dtype=torch.float32, device=device)
 
 
 def _check_range(labels: Tensor, num_classes: int) -> None:
     # On a GPU this would be a sync point; there scatter_add itself asserts.
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"labels must lie in [0, num_classes={num_classes}).")
-
-
-def _check_mix(k: int, alpha: float) -> None:
-    if k < 2:
-        raise ValueError(f"k is the number of images to mix and must be at least 2, not {k}.")
-    if not 0.0 < alpha < float("inf"):
-        raise ValueError(f"alpha is the Dirichlet concentration and must be positive and finite, not {alpha}.")
 
 
 def _is_channels_last(images: Tensor) -> bool:

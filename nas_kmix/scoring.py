@@ -24,11 +24,12 @@ from scipy import special, stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nas_kmix.boxes import boxes_from_uniforms
 from nas_kmix.engine import files
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run, stage_key
-from nas_kmix.mixing import box_plan, boxes_from_uniforms, mix_labels, paste
+from nas_kmix.mixing import box_plan, mix_labels, paste
 
 Measure = Literal["cv", "mean", "std"]
 FORMAT = "nas_kmix/scores"

@@ -18,18 +18,10 @@ from scipy import stats
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from nas_kmix.mixing import (
-    DCutMix,
-    DMixup,
-    MixPlan,
-    blend,
-    draw_phi,
-    mix_labels,
-    nested_boxes,
-    owner_map,
-    paste,
-    stick_lengths,
-)
+from nas_kmix.boxes import box_sides, centred_boxes, draw_phi, nested_boxes, owner_map, stick_lengths
+from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.mixing import DCutMix, DMixup, MixPlan, SaliencyDCutMix, blend, mix_labels, paste
+from nas_kmix.saliency import SALIENCY, fine_grained, peaks
 
 HW = (20, 32)  # height != width, so that a swap shows
 CHANNELS = 3
@@ -38,7 +30,8 @@ CLASSES = 4  # fewer classes than sources, so that weights must add up
 ALL_K = range(2, 10)
 DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FORMATS = [torch.contiguous_format, torch.channels_last]
-MIXERS = [DCutMix, DMixup]
+MIXERS = [DCutMix, DMixup, SaliencyDCutMix]
+PASTING = [DCutMix, SaliencyDCutMix]
 P_VALUE = 1e-4  # the generators are seeded: a test passes or fails for good
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dcutmix_areas.json").read_text())["cases"]
 
@@ -50,6 +43,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def blank(n, hw=HW):
+    """A batch for plans that look at nothing but its shape."""
+    return torch.zeros(n, 1, *hw)
 
 
 def rng(seed=0):
@@ -153,9 +151,9 @@ def inside(box, outer):
     return top <= y and left <= x and y + h <= top + height and x + w <= left + width
 
 
-def random_boxes(n, k, alpha=1.0, hw=HW, centers=None):
+def random_boxes(n, k, alpha=1.0, hw=HW):
     v = stick_lengths(draw_phi(n, k, alpha, rng=rng(k)))
-    return v, nested_boxes(v, hw, rng=rng(n), centers=centers)
+    return v, nested_boxes(v, hw, rng=rng(n))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -329,10 +327,10 @@ def test_half_of_32_pixels_has_a_hundred_origins():
     assert boxes[:, 0, :2].min() == 0 and (boxes[:, 0, :2].max(0) == 9).all()
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [DCutMix, DMixup])
 @pytest.mark.parametrize(("k", "alpha"), [(2, 1.0), (3, 2.0), (5, 1.0)])
 def test_weights_of_a_plan_are_dirichlet(mixer, k, alpha):
-    plan = mixer(k=k, alpha=alpha, num_classes=2).plan(1_000, (128, 96), rng=rng(k))
+    plan = mixer(k=k, alpha=alpha, num_classes=2).plan(blank(1_000, (128, 96)), rng=rng(k))
     for source in range(k):  # rounding moves a share by about 1 % at this size, less than the test resolves
         weights = plan.weights[:, source].double().numpy()
         assert stats.ks_1samp(weights, stats.beta(alpha, (k - 1) * alpha).cdf).statistic < 0.07
@@ -347,7 +345,9 @@ def test_weights_of_a_plan_are_dirichlet(mixer, k, alpha):
 def test_centred_boxes_are_shifted_as_little_as_nesting_asks(seed):
     n, k = 60, 4
     centers = np.stack([rng(seed).integers(0, side, (n, k - 1)) for side in HW], axis=-1)
-    _, boxes = random_boxes(n, k, alpha=0.8, centers=centers)
+    sides = box_sides(stick_lengths(draw_phi(n, k, 0.8, rng=rng(k))), HW)
+    boxes = centred_boxes(sides, torch.from_numpy(centers)).numpy()
+    assert boxes.dtype == np.int64 and np.array_equal(boxes[:, :, 2:], sides[:, 1:])
     shifted = 0
     for image in range(n):
         outer = (0, 0, *HW)
@@ -365,12 +365,10 @@ def test_centred_boxes_are_shifted_as_little_as_nesting_asks(seed):
     assert 0 < shifted < n * (k - 1)
 
 
-def test_centred_boxes_need_no_luck():
-    centers = np.array([[[10, 16], [0, 31]]] * 5)
-    v = np.array([[0.5, 0.5]] * 5)
-    boxes = nested_boxes(v, HW, rng=rng(0), centers=centers)
-    assert (boxes == [[10 - 7, 16 - 11, 14, 23], [3, 5 + 23 - 16, 10, 16]]).all()
-    assert np.array_equal(boxes, nested_boxes(v, HW, rng=rng(1), centers=centers))
+def test_centred_boxes_by_hand():
+    sides = box_sides(np.array([[0.5, 0.5]]), HW)
+    boxes = centred_boxes(sides, torch.tensor([[[10, 16], [0, 31]]]))
+    assert boxes.tolist() == [[[10 - 7, 16 - 11, 14, 23], [3, 5 + 23 - 16, 10, 16]]]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -381,7 +379,7 @@ def test_centred_boxes_need_no_luck():
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_plan_pairs_each_image_with_permutations_of_the_batch(mixer, n):
     for k in ALL_K:
-        plan = mixer(k=k, alpha=1.0, num_classes=2).plan(n, HW, rng=rng(k))
+        plan = mixer(k=k, alpha=1.0, num_classes=2).plan(blank(n), rng=rng(k))
         assert plan.partners.shape == plan.weights.shape == (n, k)
         assert plan.partners.dtype == torch.int64 and plan.weights.dtype == torch.float32
         assert plan.partners[:, 0].tolist() == list(range(n))
@@ -393,7 +391,7 @@ def test_plan_pairs_each_image_with_permutations_of_the_batch(mixer, n):
 
 def test_plan_of_dcutmix_weighs_by_exact_pixel_share():
     for k in ALL_K:
-        plan = DCutMix(k=k, alpha=0.5, num_classes=2).plan(40, HW, rng=rng(k))
+        plan = DCutMix(k=k, alpha=0.5, num_classes=2).plan(blank(40), rng=rng(k))
         assert plan.owner.dtype == torch.uint8 and plan.owner.shape == (40, *HW)
         for owner, weights in zip(plan.owner.numpy(), plan.weights.numpy(), strict=True):
             assert np.array_equal(weights, slow_shares(owner, k))
@@ -406,7 +404,7 @@ def test_plan_of_dcutmix_weighs_by_exact_pixel_share():
 
 
 def test_plan_of_dmixup_draws_weights_per_image_and_no_boxes():
-    plan = DMixup(k=3, alpha=1.0, num_classes=2).plan(40, HW, rng=rng())
+    plan = DMixup(k=3, alpha=1.0, num_classes=2).plan(blank(40), rng=rng())
     assert plan.owner is None
     assert len(plan.weights.unique(dim=0)) == 40
 
@@ -414,10 +412,11 @@ def test_plan_of_dmixup_draws_weights_per_image_and_no_boxes():
 @pytest.mark.parametrize("hw", [HW, (32, 32), (1, 5)])
 @pytest.mark.parametrize("n", [1, 2, 9])
 @pytest.mark.parametrize("k", ALL_K)
-def test_labels_of_dcutmix_agree_with_the_origin_of_every_pixel(k, n, hw):
+@pytest.mark.parametrize("mixer", PASTING)
+def test_labels_agree_with_the_origin_of_every_pixel(mixer, k, n, hw):
     area = hw[0] * hw[1]
     images = located_images(n, hw)
-    mixed, soft = DCutMix(k=k, alpha=1.0, num_classes=n)(images, torch.arange(n), rng=rng(k))
+    mixed, soft = mixer(k=k, alpha=1.0, num_classes=n)(images, torch.arange(n), rng=rng(k))
     origin = mixed.long() // (CHANNELS * area)  # (N, C, H, W): the source image of each value
     assert torch.equal(mixed.long() % (CHANNELS * area), images[:1].long().expand_as(mixed))  # none moved
     assert (origin == origin[:, :1]).all()  # whole pixels
@@ -494,6 +493,71 @@ def test_autocast_does_not_round_the_mix(mixer):
         cast = mix(images, labels, rng=rng())
     for ours, theirs in zip(plain, cast, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Saliency-DCutMix
+
+
+@pytest.mark.parametrize("saliency", SALIENCY)
+@pytest.mark.parametrize("k", [2, 3, 5, 9])
+def test_patches_lie_around_the_peaks_of_their_sources(k, saliency):
+    """The maps have oracles of their own in test_saliency."""
+    n = 30
+    images = random_images(n)
+    dots = peaks(SALIENCY[saliency](images)).numpy()
+    plan = SaliencyDCutMix(k=k, alpha=1.0, num_classes=2, saliency=saliency).plan(images, rng=rng(k))
+    sides = box_sides(stick_lengths(draw_phi(n, k, 1.0, rng=rng(k))), HW)  # phi is the first of its draws
+    covered = 0
+    for image in range(n):
+        boxes, outer = [], (0, 0, *HW)
+        for source in range(1, k):
+            dot = dots[plan.partners[image, source]].tolist()
+            h, w = sides[image, source].tolist()
+            # Along each axis the nearest legal position, searched for.
+            box = [
+                min(range(low, low + room - side + 1), key=lambda at, c=c, side=side: abs(at - (c - side // 2)))
+                for c, low, room, side in zip(dot, outer[:2], outer[2:], (h, w), strict=True)
+            ] + [h, w]
+            if h and w and inside((*dot, 1, 1), outer):
+                assert inside((*dot, 1, 1), box)
+                covered += 1
+            boxes.append(box)
+            outer = box
+        owner = slow_owner(np.array(boxes), HW)
+        assert np.array_equal(plan.owner[image].numpy(), owner)
+        assert np.array_equal(plan.weights[image].numpy(), slow_shares(owner, k))
+    assert covered >= n  # the first patch always, unless it is empty
+
+
+def test_an_unknown_saliency_is_named():
+    with pytest.raises(ValueError, match="no saliency 'deep': choose one of fine_grained, spectral_residual"):
+        SaliencyDCutMix(k=3, alpha=1.0, num_classes=2, saliency="deep")
+
+
+@pytest.mark.parametrize("source", ["digits", "cifar100"])
+def test_patches_of_real_images_cover_the_peak_where_nesting_allows_it(source, request, record_property):
+    """All of them; how often nesting does: the first patch always, later ones less, as their peak lies anywhere."""
+    if source == "digits":
+        images = load_data(DataConfig(data="digits")).images[:600]
+    else:
+        images = load_data(DataConfig(data=str(request.getfixturevalue("real_cifar100")))).images[:600]
+    n, size = len(images), tuple(images.shape[2:])
+    at = peaks(fine_grained(images)).numpy()
+    allowed, patches = np.zeros(4), np.zeros(4)
+    plan = SaliencyDCutMix(k=5, alpha=1.0, num_classes=2).plan(images, rng=rng())
+    for image in range(n):
+        for source_k in range(1, 5):
+            within = [plan.owner[image].numpy() >= k for k in (source_k - 1, source_k)]  # the boxes k-1 and k
+            if within[1].any():
+                y, x = at[plan.partners[image, source_k]]
+                patches[source_k - 1] += 1
+                allowed[source_k - 1] += within[0][y, x]
+                assert within[1][y, x] == within[0][y, x]
+    shares = allowed / patches
+    record_property("peaks covered by patch 1 to 4", shares.round(3).tolist())
+    print(f"{source} at {size}: of patches 1 to 4, {shares.round(2)} cover the peak of their source")
+    assert shares[0] == 1.0 and (np.diff(shares) < 0).all() and shares[3] > 0.1
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -627,7 +691,7 @@ def test_a_gpu_makes_the_mix_of_a_cpu(mixer):
     for ours, theirs in zip(on_cpu, on_gpu, strict=True):
         assert theirs.device.type == "cuda"
         torch.testing.assert_close(ours, theirs.cpu())
-    plan = mix.plan(9, HW, rng=rng(), device="cuda")
+    plan = mix.plan(images.cuda(), rng=rng())
     assert {plan.partners.device.type, plan.weights.device.type} == {"cuda"}
 
 

@@ -1,0 +1,135 @@
+"""The augmentations that the paper compares with, as published: Mixup, CutMix, Cutout and Manifold Mixup.
+
+The first three are called like the mixers of `mixing.py`. Mixup and CutMix draw one lambda per batch, CutMix one box.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nas_kmix.boxes import owner_map
+from nas_kmix.mixing import Mixer, MixPlan, box_plan, permutations
+
+
+@dataclass(kw_only=True, eq=False)
+class Mixup(Mixer):
+    """lambda x + (1 - lambda) x', and of the labels likewise (Zhang et al., ICLR 2018)."""
+
+    alpha: float = 1.0
+    """lambda ~ Beta(alpha, alpha)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_alpha(self.alpha)
+
+    def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
+        """Draw lambda and partners."""
+        share = rng.beta(self.alpha, self.alpha)
+        weights = torch.tensor([share, 1.0 - share], device=images.device).expand(len(images), 2)
+        return MixPlan(torch.as_tensor(permutations(len(images), 2, rng), device=images.device), weights, None)
+
+
+@dataclass(kw_only=True, eq=False)
+class CutMix(Mixer):
+    """A box of another image, of 1 - lambda of the area before the border clips it (Yun et al., ICCV 2019).
+
+    The label weights are those of the clipped box.
+    """
+
+    alpha: float = 1.0
+    """lambda ~ Beta(alpha, alpha)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_alpha(self.alpha)
+
+    def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
+        """Draw lambda, the centre of the box and partners."""
+        size = np.array(images.shape[2:])
+        halves = (size * np.sqrt(1.0 - rng.beta(self.alpha, self.alpha))).astype(np.int64) // 2
+        box = _clipped_boxes(rng.integers(0, size)[None], halves, halves, size)  # (1, 1, 4)
+        plan = box_plan(permutations(len(images), 2, rng), box, tuple(size.tolist()), device=images.device)
+        return MixPlan(plan.partners, plan.weights.expand(len(images), -1), plan.owner.expand(len(images), -1, -1))
+
+
+@dataclass(kw_only=True, eq=False)
+class Cutout(Mixer):
+    """A square of every image is set to zero, the mean of normalised images (DeVries & Taylor, 2017).
+
+    Its centre is uniform and the border clips it; labels stay as they are.
+    """
+
+    size: int = 16
+    """Side of the square in pixels."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"size is the side of the cut-out square in pixels, at least 1, not {self.size}.")
+
+    def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The call without its checks and the draw of `p`."""
+        size = np.array(images.shape[2:])
+        centers = rng.integers(0, size, size=(len(images), 2))
+        boxes = _clipped_boxes(centers, self.size // 2, self.size - self.size // 2, size)
+        cut = owner_map(boxes, tuple(size.tolist()), device=images.device).bool()
+        # A clone keeps the memory format, which masked_fill out of place does not.
+        return images.clone().masked_fill_(cut.unsqueeze(1), 0), F.one_hot(labels.long(), self.num_classes).float()
+
+
+def manifold_mixup(
+    model: nn.Module, images: Tensor, labels: Tensor, rng: np.random.Generator, *, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mixup at the input or after a stage of the network, drawn per batch (Verma et al., ICML 2019).
+
+    Args:
+        model: a network with `stage_ends`, the names of the layers whose outputs may be mixed: all of `BACKBONES`.
+        images: (N, C, H, W).
+        labels: class indices (N,).
+        rng: draws lambda ~ Beta(alpha, alpha), the layer and the partners.
+        alpha: 1 is Mixup's on CIFAR-100 in the CutMix paper.
+
+    Returns:
+        The network's logits (N, classes) and soft labels float32 (N, classes) to train it by.
+
+    Raises:
+        ValueError: a network without `stage_ends`, or an alpha that is not positive.
+    """
+    _check_alpha(alpha)
+    if not hasattr(model, "stage_ends"):
+        raise ValueError(
+            f"Manifold Mixup mixes after the layers named in `stage_ends`, which {type(model).__name__} lacks: "
+            "choose one of nas_kmix.backbones, or another --mix."
+        )
+    share = rng.beta(alpha, alpha)
+    layer = rng.choice(["", *model.stage_ends])  # the empty name stands for the input
+    partners = torch.as_tensor(rng.permutation(len(images)), device=images.device)
+
+    def mix(x: Tensor) -> Tensor:
+        return torch.lerp(x.index_select(0, partners), x, share)
+
+    if layer == "":
+        logits = model(mix(images))
+    else:
+        hook = model.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: mix(output))
+        try:
+            logits = model(images)
+        finally:
+            hook.remove()
+    return logits, mix(F.one_hot(labels.long(), logits.shape[1]).float())
+
+
+def _clipped_boxes(centers: np.ndarray, before: np.ndarray | int, after: np.ndarray | int, size: np.ndarray):
+    """Boxes from `before` pixels before their centre (N, 2) to `after` behind it, within the image: (N, 1, 4)."""
+    start, end = (centers - before).clip(0, size), (centers + after).clip(0, size)
+    return np.concatenate([start, end - start], axis=1)[:, None]
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0.0 < alpha < float("inf"):
+        raise ValueError(f"alpha of the Beta distribution must be positive and finite, not {alpha}.")
