@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nas_kmix.boxes import owner_map
+from nas_kmix.engine.augment import cutout
 from nas_kmix.mixing import Mixer, MixPlan, box_plan, permutations
 
 
@@ -52,7 +52,9 @@ class CutMix(Mixer):
         """Draw lambda, the centre of the box and partners."""
         size = np.array(images.shape[2:])
         halves = (size * np.sqrt(1.0 - rng.beta(self.alpha, self.alpha))).astype(np.int64) // 2
-        box = _clipped_boxes(rng.integers(0, size)[None], halves, halves, size)  # (1, 1, 4)
+        center = rng.integers(0, size)
+        start, end = (center - halves).clip(0), (center + halves).clip(max=size)
+        box = np.concatenate([start, end - start])[None, None]  # (1, 1, 4), for all images
         plan = box_plan(permutations(len(images), 2, rng), box, tuple(size.tolist()), device=images.device)
         return MixPlan(plan.partners, plan.weights.expand(len(images), -1), plan.owner.expand(len(images), -1, -1))
 
@@ -74,12 +76,7 @@ class Cutout(Mixer):
 
     def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The call without its checks and the draw of `p`."""
-        size = np.array(images.shape[2:])
-        centers = rng.integers(0, size, size=(len(images), 2))
-        boxes = _clipped_boxes(centers, self.size // 2, self.size - self.size // 2, size)
-        cut = owner_map(boxes, tuple(size.tolist()), device=images.device).bool()
-        # A clone keeps the memory format, which masked_fill out of place does not.
-        return images.clone().masked_fill_(cut.unsqueeze(1), 0), F.one_hot(labels.long(), self.num_classes).float()
+        return cutout(images, self.size, rng=rng), F.one_hot(labels.long(), self.num_classes).float()
 
 
 def manifold_mixup(
@@ -122,12 +119,6 @@ def manifold_mixup(
         finally:
             hook.remove()
     return logits, mix(F.one_hot(labels.long(), logits.shape[1]).float())
-
-
-def _clipped_boxes(centers: np.ndarray, before: np.ndarray | int, after: np.ndarray | int, size: np.ndarray):
-    """Boxes from `before` pixels before their centre (N, 2) to `after` behind it, within the image: (N, 1, 4)."""
-    start, end = (centers - before).clip(0, size), (centers + after).clip(0, size)
-    return np.concatenate([start, end - start], axis=1)[:, None]
 
 
 def _check_alpha(alpha: float) -> None:

@@ -92,4 +92,5 @@ def cutout(images: Tensor, length: int, *, rng: np.random.Generator) -> Tensor:
     rows = np.arange(h) - corner[:, :1]  # (N, H), counted from the square's first row
     columns = np.arange(w) - corner[:, 1:]  # (N, W)
     inside = ((rows >= 0) & (rows < length))[:, :, None] & ((columns >= 0) & (columns < length))[:, None, :]
-    return images.masked_fill(torch.as_tensor(inside, device=images.device)[:, None], 0.0)
+    # A clone keeps the memory format, which masked_fill out of place does not.
+    return images.clone().masked_fill_(torch.as_tensor(inside, device=images.device)[:, None], 0)
