@@ -423,6 +423,7 @@ def score_stage(model: nn.Module, data: ImageData, config: ScoringConfig, *, run
             score_dataset(model, data, config, indices=wanted, run=run, on_shard=on_shard)
         progress.close()
         table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
+        run.write_cost()  # before the result, so that one that stands has been paid for
         table.save(path)
         run.remove_checkpoint("scoring")
     return table

@@ -151,9 +151,9 @@ class Run:
         return self.stopping or time.monotonic() - self._checkpoint_time > SECONDS_BETWEEN_CHECKPOINTS
 
     def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        self.write_cost()  # first: killed between the two, a run has paid for work that it repeats, never the reverse
         files.save_tensors(self.path(f"{self._checkpoints}/{name}.pt"), {"key": dict(key), **state})
         self._checkpoint_time = time.monotonic()
-        self.write_cost()
 
     def load_checkpoint(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The state to go on from, None where there is none. Raises StageMismatchError for one of another command."""
