@@ -1,0 +1,181 @@
+"""Genotypes retrained on real images: CIFAR-100 and Imagenette, a cell per network and seed.
+
+    python -m studies.transfer                                # all cells that results.jsonl lacks, one after the other
+    python -m studies.transfer --only small/first_run/0       # one of them
+    python -m studies.transfer --summary                      # the table of the README, from results.jsonl
+
+small: C=8, 8 layers, 10,000 images of CIFAR-100, 15 epochs: PC_DARTS_cifar, the genotype of studies/first_run, and three
+random genotypes of about its cost, three seeds each. full: PC_DARTS_cifar with C=16 on all 50,000 images for 10 epochs.
+imagenette: the ImageNet network of PC_DARTS_image at 224 px, three seeds. A finished cell appends its line to
+results.jsonl and is skipped from then on. After --minutes a cell saves its state and the program ends with code 75; the
+same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGTERM, raise_signal
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+import train_eval
+from darts_space import CifarNetwork, Genotype, cost, random_genotype, read_genotype
+from nas_kmix.engine import files
+from nas_kmix.engine.device import environment
+from nas_kmix.engine.run import StoppedError
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results.jsonl"
+SEEDS = range(3)
+RANDOM_GENOTYPES = 3
+COST_TOLERANCE = 0.1  # how far a random genotype's multiply-adds may be from those of PC_DARTS_cifar
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+SMALL = "--preset cpu --train-images 10000 --val-share 0.02 --eval-every 5"
+FULL = "--preset cpu --channels 16 --epochs 10 --val-share 0"
+IMAGENETTE = (
+    "--preset imagenet --channels 12 --layers 8 --epochs 20 --batch-size 32 --lr 0.1 --schedule cosine "
+    "--warmup-epochs 1 --eval-every 5 --channels-last"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which cells, on which copies of the data."""
+
+    cifar100: str = "cifar100"
+    """CIFAR-100 as --data of train_eval.py takes it."""
+    imagenette: str = "data/imagenette"
+    """Imagenette as train|val/CLASS/*."""
+    out: Path = Path("runs/transfer")
+    """Where the run folders lie."""
+    only: str | None = None
+    """The cells whose names begin so."""
+    minutes: float = 28.0
+    """Time for a cell, after which it saves its state and the program ends."""
+    summary: bool = False
+    """Print the results that there are, and train nothing."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: `name` is kind/network/seed."""
+
+    name: str
+    genotype: Genotype
+    flags: str
+    data: str
+
+    def command(self, out: Path) -> list[str]:
+        seed = self.name.rsplit("/", 1)[1]
+        place = ["--data", self.data, "--out", str(out / self.name.replace("/", "-")), "--seed", seed]
+        return [*self.flags.split(), "--genotype", self.genotype.to_text(), *place, "--threads", "1", "--device", "cpu"]
+
+
+def genotypes() -> dict[str, Genotype]:
+    """The five that are compared on CIFAR-100."""
+    published = read_genotype("PC_DARTS_cifar")
+    found = {"PC_DARTS_cifar": published, "first_run": Genotype.load(FOLDER.parent / "first_run" / "genotype.json")}
+    target, rng = _macs(published), np.random.default_rng(0)
+    while len(found) < 2 + RANDOM_GENOTYPES:
+        genotype = random_genotype(rng)
+        if abs(_macs(genotype) / target - 1.0) <= COST_TOLERANCE:
+            found[f"random_{len(found) - 2}"] = genotype
+    return found
+
+
+def _macs(genotype: Genotype) -> int:
+    return cost(CifarNetwork(genotype, 8, 8, 100, generator=torch.Generator()), 32)["macs"]
+
+
+def cells(config: Config) -> list[Cell]:
+    small = [
+        Cell(f"small/{name}/{seed}", genotype, SMALL, config.cifar100)
+        for seed in SEEDS
+        for name, genotype in genotypes().items()
+    ]
+    imagenet = read_genotype("PC_DARTS_image")
+    return [
+        *small,
+        *(Cell(f"imagenette/PC_DARTS_image/{seed}", imagenet, IMAGENETTE, config.imagenette) for seed in SEEDS),
+        Cell("full/PC_DARTS_cifar/0", read_genotype("PC_DARTS_cifar"), FULL, config.cifar100),
+    ]
+
+
+def read_results() -> list[dict[str, Any]]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
+    """Train, and return the line: the result, the curve and where it was made. Raises StoppedError at its time."""
+    argv = cell.command(out)
+    result = train_eval.run(train_eval.parse(argv))
+    folder = Path(result.pop("folder"))
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = [{k: float(v) for k, v in row.items() if v and k != "stage"} for row in csv.DictReader(file)]
+    where = environment(torch.device("cpu"))
+    made = {name: where[name] for name in ("packages", "processor", "threads", "commit")}
+    return {"cell": cell.name, "command": argv, **result, "curve": rows, "made": made}
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Mean ± standard deviation over the seeds, as a Markdown table."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[result["cell"].rsplit("/", 1)[0]].append(result)
+    lines = [
+        "| cell | seeds | M multiply-adds | last accuracy | best accuracy | images/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, group in groups.items():
+        split = "test" if "test_accuracy" in group[0]["last"] else "val"
+        columns = [_spread([100 * result["last"][f"{split}_accuracy"] for result in group], " %")]
+        chosen = [result["best"] for result in group if result["best"] is not None]
+        columns.append(_spread([100 * best[f"{split}_accuracy"] for best in chosen], " %") if chosen else "–")
+        columns.append(_spread([result["images_per_second"] for result in group], ""))
+        lines.append(f"| {name} ({split}) | {len(group)} | {group[0]['macs'] / 1e6:.1f} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], unit: str) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}{unit}"
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    if config.summary:
+        print(summary(read_results()))
+        return 0
+    for cell in cells(config):
+        done = {result["cell"] for result in read_results()}
+        if cell.name in done or not cell.name.startswith(config.only or ""):
+            continue
+        print(f"=== {cell.name}", flush=True)
+        timer = threading.Timer(60.0 * config.minutes, raise_signal, [SIGTERM])
+        timer.daemon = True
+        timer.start()
+        try:
+            line = json.dumps(run_cell(cell, config.out))
+        except StoppedError:
+            print(f"{cell.name} is saved; the same command goes on with it")
+            return TRY_AGAIN
+        finally:
+            timer.cancel()
+        files.write_text(RESULTS, "".join(json.dumps(result) + "\n" for result in read_results()) + line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
