@@ -44,10 +44,13 @@ class ReLUConvBN(nn.Sequential):
 
 
 class FactorizedReduce(nn.Module):
-    """Halves H and W by two 1x1 stride-2 convolutions, one on the even pixels, one on the odd ones.
+    """Halves H and W by two 1x1 convolutions, one of the even pixels, one of the odd ones.
 
     (N, in_channels, H, W) -> (N, out_channels, ceil(H / 2), ceil(W / 2)), out_channels even. An odd H or W lacks
     the last odd pixel; a zero stands in, so that the size is that of all other strided operations.
+
+    The pixels are taken by slicing: 1x1 convolutions with a stride, in channels_last and with few channels, write past
+    a buffer of oneDNN's on CPUs (uxlfoundation/oneDNN issue 6035), which ends in wrong gradients or a crash.
     """
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool):
@@ -55,16 +58,16 @@ class FactorizedReduce(nn.Module):
         if out_channels % 2:
             raise ValueError(f"FactorizedReduce makes two equal halves, so {out_channels} channels must be even.")
         self.relu = nn.ReLU()
-        self.conv_even = nn.Conv2d(in_channels, out_channels // 2, kernel_size=1, stride=2, bias=False)
-        self.conv_odd = nn.Conv2d(in_channels, out_channels // 2, kernel_size=1, stride=2, bias=False)
+        self.conv_even = nn.Conv2d(in_channels, out_channels // 2, kernel_size=1, bias=False)
+        self.conv_odd = nn.Conv2d(in_channels, out_channels // 2, kernel_size=1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
-        odd = x[:, :, 1:, 1:]
+        even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
         if x.shape[2] % 2 or x.shape[3] % 2:
             odd = F.pad(odd, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return self.bn(torch.cat([self.conv_even(x), self.conv_odd(odd)], dim=1))
+        return self.bn(torch.cat([self.conv_even(even), self.conv_odd(odd)], dim=1))
 
 
 def depthwise_separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:

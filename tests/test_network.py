@@ -411,6 +411,13 @@ def test_channels_last_images_give_the_same_result(kind, size):
     assert seen == [True], "the layout is kept up to the last cell"
 
 
+@pytest.mark.parametrize("kind", ["cifar", "imagenet"])
+def test_no_pointwise_convolution_has_a_stride(kind):
+    """oneDNN overruns a buffer in their backward pass in channels_last (see FactorizedReduce)."""
+    pointwise = [m for m in build(kind).modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert pointwise and all(module.stride == (1, 1) for module in pointwise)
+
+
 def test_bf16_autocast_stays_near_float32():
     model = build(dtype=torch.float32, channels=8)
     images = draw_images(8, 3, 32, 32, dtype=torch.float32)

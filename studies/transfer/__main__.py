@@ -4,9 +4,9 @@
     python -m studies.transfer --only small/first_run/0       # one of them
     python -m studies.transfer --summary                      # the table of the README, from results.jsonl
 
-small: C=8, 8 layers, 10,000 images of CIFAR-100, 15 epochs: PC_DARTS_cifar, the genotype of studies/first_run, and three
-random genotypes of about its cost, three seeds each. full: PC_DARTS_cifar with C=16 on all 50,000 images for 10 epochs.
-imagenette: the ImageNet network of PC_DARTS_image at 224 px, three seeds. A finished cell appends its line to
+small: C=8, 8 layers, 10,000 images of CIFAR-100, 15 epochs: PC_DARTS_cifar, the genotype of studies/first_run and
+three random genotypes of about its cost, three seeds each. full: PC_DARTS_cifar with C=16 on all 50,000 images for 10
+epochs. imagenette: the ImageNet network of PC_DARTS_image at 224 px, three seeds. A finished cell appends its line to
 results.jsonl and is skipped from then on. After --minutes a cell saves its state and the program ends with code 75; the
 same command goes on from there.
 """
@@ -43,7 +43,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 SMALL = "--preset cpu --train-images 10000 --val-share 0.02 --eval-every 5"
 FULL = "--preset cpu --channels 16 --epochs 10 --val-share 0"
 IMAGENETTE = (
-    "--preset imagenet --channels 12 --layers 8 --epochs 20 --batch-size 32 --lr 0.1 --schedule cosine "
+    "--preset imagenet --channels 12 --layers 8 --epochs 40 --batch-size 32 --lr 0.1 --schedule cosine "
     "--warmup-epochs 1 --eval-every 5 --channels-last"
 )
 
