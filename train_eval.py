@@ -24,8 +24,9 @@ import torch
 import tyro
 from torch import nn
 
-from darts_space import build_network, cost, load_network, parse_macs, read_genotype, widest
+from darts_space import build_network, cost, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
+from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
@@ -296,22 +297,6 @@ def _describe(model: nn.Module, config: Config, data: ImageData) -> dict[str, An
     return {"backbone": config.network.backbone, "num_classes": data.num_classes, "stem": data.stem}
 
 
-def _load(path: Path, data: ImageData) -> tuple[nn.Module, ImageData]:
-    """The network of a checkpoint, and the images normalised as it was trained."""
-    state = files.load_tensors(path)
-    if state.get("format") == NETWORK_FORMAT:
-        model = load_network(path)
-    elif state.get("format") == BACKBONE_FORMAT:
-        network = state["network"]
-        model = build_backbone(network["backbone"], num_classes=network["num_classes"], stem=network["stem"])
-        model.load_state_dict(state["model"])
-    else:
-        raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
-    if tuple(state["class_names"]) != data.class_names:
-        raise ValueError(f"{path} was trained on other classes than those of --data {data.source.name}.")
-    return model, replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
-
-
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
@@ -326,8 +311,8 @@ def _measure(model: nn.Module, evaluated: Evaluated, folder: Run) -> dict[str, f
 
 def _evaluate_checkpoint(config: Config, data: ImageData, folder: Run) -> dict[str, Any]:
     """Nothing is written but what --export asks for."""
-    model, data = _load(config.eval_only, data)
-    model = folder.layout(model.to(folder.device)).eval()
+    trained = load_classifier(config.eval_only)
+    model, data = folder.layout(trained.model.to(folder.device)), trained.prepare(data)
     evaluated = _other_splits(config, data)
     if not evaluated:
         raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")

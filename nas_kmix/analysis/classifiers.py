@@ -1,0 +1,64 @@
+"""Trained classifiers as analyses need them: a run folder or a checkpoint in, network, preparation and images out.
+
+Genotypes' networks and backbones alike: `last.pt` and `best.pt` of train_eval.py, `scorer.pt` of search.py. Files are
+only read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from darts_space import load_network
+from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
+from nas_kmix.backbones import build_backbone
+from nas_kmix.engine import files
+from nas_kmix.engine.data import ImageData
+from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network in evaluation mode, on the CPU, and how the images that it was trained on were prepared."""
+
+    path: Path
+    model: nn.Module
+    network: dict[str, Any]
+    """Its description as plain data."""
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+
+    def prepare(self, data: ImageData) -> ImageData:
+        """The same images, normalised as this network expects. Raises ValueError where they have other classes."""
+        if self.class_names != data.class_names:
+            raise ValueError(f"{self.path} was trained on other classes than those of --data {data.source.name}.")
+        return replace(data, mean=self.mean, std=self.std)
+
+    def same_architecture(self, other: Classifier) -> bool:
+        """Whether the networks differ in their weights alone; the auxiliary head is part of training only."""
+        first, second = ({**each.network, "auxiliary": None} for each in (self, other))
+        return first == second
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Read a checkpoint. Raises ValueError naming the file if it is damaged or of another kind."""
+    state = files.load_tensors(path)
+    try:
+        if state.get("format") == NETWORK_FORMAT:
+            model = load_network(path)
+        elif state.get("format") == BACKBONE_FORMAT:
+            network = state["network"]
+            model = build_backbone(network["backbone"], num_classes=network["num_classes"], stem=network["stem"])
+            model.load_state_dict(state["model"])
+        else:
+            raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
+        names = ("class_names", "mean", "std")
+        constants = {name: tuple(state[name]) for name in names}
+        return Classifier(path, model.eval(), state["network"], **constants, image_size=state["image_size"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); train it anew.") from error
