@@ -17,11 +17,14 @@ A genotype becomes a `CifarNetwork` or an `ImageNetNetwork`, with a `cost` and, 
 from darts_space.bilevel import BilevelConfig, Search, StepResult, cosine_lr, scaled_lr
 from darts_space.budget import parse_macs, widest
 from darts_space.checkpoint import build_network, load_network, network_checkpoint
+from darts_space.conversion import from_plain, to_plain
 from darts_space.derivation import Diagnostics, derive, diagnose
 from darts_space.genotype import GENOTYPES, PRIMITIVES, Genotype, random_genotype, read_genotype
 from darts_space.network import CifarNetwork, ImageNetNetwork, Network, cost
+from darts_space.plain import PlainSuperNet
 from darts_space.primitives import build_operation
-from darts_space.supernet import ARCHITECTURE_NAMES, SuperNet
+from darts_space.search_network import ARCHITECTURE_NAMES
+from darts_space.supernet import SuperNet
 
 __all__ = [
     "ARCHITECTURE_NAMES",
@@ -33,6 +36,7 @@ __all__ = [
     "Genotype",
     "ImageNetNetwork",
     "Network",
+    "PlainSuperNet",
     "Search",
     "StepResult",
     "SuperNet",
@@ -42,11 +46,13 @@ __all__ = [
     "cost",
     "derive",
     "diagnose",
+    "from_plain",
     "load_network",
     "network_checkpoint",
     "parse_macs",
     "random_genotype",
     "read_genotype",
     "scaled_lr",
+    "to_plain",
     "widest",
 ]

@@ -39,6 +39,15 @@ def node_rows(node: int) -> range:
     return range(start, start + 2 + node)
 
 
+STATES = ((0, 1), (2,), (3,), (4,))
+"""The states that send edges, in the order in which they become known; the two inputs are known together."""
+
+
+def edge_rows(states: tuple[int, ...]) -> list[int]:
+    """Rows in the alpha and beta tables of the edges that leave `states`: by state, then by the node they enter."""
+    return [node_rows(node)[state] for state in states for node in range(max(0, state - 1), NODES)]
+
+
 def checked_edges(cell: str, edges: Any) -> tuple[Edge, ...]:
     """The eight edges of the "normal" or "reduce" cell as tuples; any flaw is a ValueError."""
     if not isinstance(edges, list | tuple) or len(edges) != 2 * NODES:

@@ -3,191 +3,264 @@
 In:  images (N, 3, H, W), float, normalised; H and W divisible by 4 (CIFAR stem) or by 32 (ImageNet stem).
 Out: logits (N, num_classes); a `Genotype` once the architecture parameters have been learnt.
 
-The reading order is the paper's (PC-DARTS):
-- `PartialChannelEdge`, section 3.2: an edge sends the first 1/K of its channels through all operations, mixed by
-  softmax(alpha) (equation 1), and lets the others bypass them (equation 2). A channel shuffle afterwards, as in
-  the published code, brings the bypassed channels to the front too, where the next edge mixes them.
-- `Cell`, section 3.3: a node is the sum of its incoming edges, weighted by softmax(beta) over them.
-- `SuperNet`: stem, cells, global average pool, linear. All cells of one type share alpha and beta.
+The mathematics is PC-DARTS's, which `darts_space.plain` spells out edge by edge. Here a cell is computed state by
+state: whatever leaves a state, to all nodes after it, is computed together (`StateEdges`), because all of these edges
+read the same first 1/K of the channels and nothing else of the cell.
 
-With `partial=1, edge_normalisation=False` the whole is DARTS. Deviations from the published code, none of which
-changes a value: the softmaxes are taken once per forward pass instead of once per cell, and the ImageNet network
-runs each edge once (the published script runs it twice).
+- One depthwise convolution serves both kernel sizes on all edges: the 3x3 filters sit in a 5x5 frame of zeros.
+- One matrix is all that comes after it: the pointwise convolutions, their BatchNorms, the mixing weights
+  softmax(alpha) (equation 1) and softmax(beta) (section 3.3), and the sum over the edges into a node
+  (`darts_space.fused`).
+- A pool is the same tensor on all edges.
+- The other channels bypass (equation 2): again a matrix, of beta alone. The channel shuffle is the order in which a
+  node writes its channels down.
 
-This is the plain form, one operation at a time: written to be read, and the reference for faster ones.
+Inside a cell tensors are (N, H, W, C), which outside are channels_last. `from_plain` and `to_plain` convert the state
+dicts of the two forms into each other.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from darts_space.cell import EDGES, NODES, PRIMITIVES, node_rows
-from darts_space.derivation import Diagnostics, derive, diagnose, normalised_betas
-from darts_space.genotype import Genotype
-from darts_space.primitives import (
-    FactorizedReduce,
-    ReLUConvBN,
-    build_operation,
-    build_stems,
-    initialised_from,
+from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
+from darts_space.conversion import from_plain
+from darts_space.fused import batch_to_space, depthwise, normalised_mix, pointwise_convolution, space_to_batch
+from darts_space.plain import PlainSuperNet
+from darts_space.primitives import FactorizedReduce, ReLUConvBN
+from darts_space.search_network import SearchNetwork
+
+MOMENTUM = 0.1  # of the running statistics, nn.BatchNorm2d's
+MIXED = tuple(
+    map(
+        PRIMITIVES.index,
+        ("max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"),
+    )
 )
-
-STEM_MULTIPLIER = 3  # the stem is this many times wider than the first cell's nodes
-ARCHITECTURE_NAMES = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
-
-
-def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave the `groups` equal blocks of channels of x (N, C, H, W): 0 1 2 3 becomes 0 2 1 3 for two."""
-    n, c, h, w = x.shape
-    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+"""The operations that end in a BatchNorm whatever the stride; the skip connection does so only with stride 2."""
+SKIP = PRIMITIVES.index("skip_connect")
 
 
-class PartialChannelEdge(nn.Module):
-    """One edge: (N, C, H, W) and its eight mixing weights -> (N, C, H / stride, W / stride)."""
+class StateEdges(nn.Module):
+    """All edges that leave one state (or both input states, S = 2) for the T nodes after it: E = S * T edges.
 
-    def __init__(self, channels: int, stride: int, partial: int):
+    (N, H, W, S * C) -> what these edges add to the mixed and to the bypassing channels of each of the T nodes:
+    (N, H / stride, W / stride, T, C / K) and (N, H / stride, W / stride, T, C / K, K - 1).
+
+    Axes of channels are in the order (kernel size, state, node, channel), as far as there are several of each.
+    """
+
+    def __init__(self, states: tuple[int, ...], channels: int, partial: int, stride: int):
         super().__init__()
-        self.partial = partial
-        self.mixed_channels = channels // partial
-        self.operations = nn.ModuleList()
-        for name in PRIMITIVES:
-            operation = build_operation(name, self.mixed_channels, stride, affine=False)
-            if "pool" in name:  # as published: the convolutions end in a BatchNorm, so the pools need one to compare
-                operation = nn.Sequential(operation, nn.BatchNorm2d(self.mixed_channels, affine=False))
-            self.operations.append(operation)
-        self.bypass = nn.MaxPool2d(2, 2) if stride == 2 else nn.Identity()
+        self.rows = edge_rows(states)
+        self.sources, self.targets = len(states), len(self.rows) // len(states)
+        self.partial, self.stride = partial, stride
+        self.mixed = channels // partial
+        e, c = len(self.rows), self.mixed
+        # The first axis: the two blocks of the separable convolutions, then the one of the dilated convolutions.
+        self.depthwise_3x3 = nn.Parameter(torch.empty(3, e, c, 3, 3))
+        self.depthwise_5x5 = nn.Parameter(torch.empty(3, e, c, 5, 5))
+        self.pointwise = nn.Parameter(torch.empty(3, 2, e, c, c))  # kernel size, edge, output, input
+        # The first axis: the two pools, the three blocks with either kernel size, with stride 2 the skip connection.
+        rows = 8
+        if stride == 2:
+            self.skip = nn.Parameter(torch.empty(2, e, c // 2, c))  # of the even pixels, of the odd ones
+            rows = 9
+        self.register_buffer("running_mean", torch.zeros(rows, e, c))
+        self.register_buffer("running_var", torch.ones(rows, e, c))
+        for name, pattern in self._patterns().items():
+            self.register_buffer(name, pattern.contiguous(), persistent=False)
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        mixed = x[:, : self.mixed_channels]
-        mixed = sum(weight * operation(mixed) for weight, operation in zip(weights, self.operations, strict=True))
-        if self.partial == 1:
-            return mixed
-        bypass = self.bypass(x[:, self.mixed_channels :])
-        return channel_shuffle(torch.cat([mixed, bypass], dim=1), self.partial)
+    def _patterns(self) -> dict[str, Tensor]:
+        """Zeros and ones: which entries of the matrices in `forward` there are."""
+        s, t, c, k = self.sources, self.targets, self.mixed, self.partial
+        copy = torch.eye(s * c).view(s * c, s, 1, c).expand(s * c, s, t, c).flatten(1)  # of a state for each node
+        patterns = {
+            "copy_twice": copy.repeat(1, 2),
+            "copy_both": torch.block_diag(copy, copy),
+            "own_block": torch.eye(2 * s * t)[:, None, :, None],
+            "own_node": torch.eye(t * c).view(t, c, t, c),
+            "own_channel": torch.eye(k * c).view(k, c, k, c).transpose(2, 3)[:, :, None],
+        }
+        if self.stride == 2:
+            patterns["own_half"] = torch.eye(2 * s).view(2, s, 1, 2, s).permute(0, 1, 2, 4, 3)[..., None, :, None]
+        return patterns
+
+    def forward(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """`weights` (6 + K, S, T): of the operations `MIXED`, of the skip connection, and K - 1 times the edge's."""
+        t, c, k = self.targets, self.mixed, self.partial
+        front, behind = x.unflatten(3, (self.sources, k * c)).split([c, (k - 1) * c], dim=4)
+        front, behind = front.flatten(3), behind.flatten(3)
+        first, second, dilated = self._depthwise_filters()
+        first_pointwise, second_pointwise, dilated_pointwise = self._pointwise_matrices()
+        pools_mix, separable_mix, dilated_mix = self._mixing_matrices(weights[:6])
+        norms = _Norms(self)
+
+        pools = torch.cat(
+            [
+                F.max_pool2d(front.permute(0, 3, 1, 2), 3, self.stride, 1).permute(0, 2, 3, 1),
+                F.avg_pool2d(
+                    front.permute(0, 3, 1, 2), 3, self.stride, 1, count_include_pad=False
+                ).permute(0, 2, 3, 1),
+            ],
+            dim=3,
+        )
+        mixed = norms(pools, self.copy_both, pools_mix)
+
+        front = F.relu(front)
+        copies = front @ self.copy_twice.to(x.dtype)
+        separable = norms(depthwise(copies, first, self.stride), first_pointwise, None)
+        mixed = mixed + norms(depthwise(separable, second), second_pointwise, separable_mix)
+        if self.stride == 2:  # every second pixel of every second pixel
+            mixed = mixed + norms(depthwise(copies[:, ::2, ::2], dilated), dilated_pointwise, dilated_mix)
+        elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
+            phases = depthwise(space_to_batch(copies), dilated)
+            mixed = mixed + batch_to_space(norms(phases, dilated_pointwise, dilated_mix))
+        else:
+            mixed = mixed + norms(depthwise(copies, dilated, dilation=2), dilated_pointwise, dilated_mix)
+
+        if self.stride == 2:
+            mixed = mixed + norms(_even_and_odd(front), self._skip_matrix(), self._mixing_matrices(weights[6:7])[0])
+            behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1) if k > 1 else mixed[..., :0]
+            bypass = self._passing(behind, weights[7:], self.own_channel[1:, ..., 1:])
+            mixed = mixed.unflatten(3, (t, c))
+        else:
+            passing = self._passing(x, weights[6:], self.own_channel)
+            mixed, bypass = mixed.unflatten(3, (t, c)) + passing[..., 0], passing[..., 1:]
+        norms.track()
+        return mixed, bypass
+
+    def _depthwise_filters(self) -> tuple[Tensor, ...]:
+        """Of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""
+        framed = torch.stack([F.pad(self.depthwise_3x3, (1, 1, 1, 1)), self.depthwise_5x5], dim=1)
+        return framed.flatten(1, 3)[:, :, None].unbind(0)
+
+    def _pointwise_matrices(self) -> tuple[Tensor, ...]:
+        """Of each of the three blocks, with one block of the matrix for each convolution."""
+        matrices = self.pointwise.flatten(1, 2).transpose(2, 3)[:, :, :, None] * self.own_block
+        return matrices.flatten(3, 4).flatten(1, 2).unbind(0)
+
+    def _mixing_matrices(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Of each pair of operations (a single one for the skip connection), from its edges' channels to the nodes'."""
+        pairs = (weights.shape[0] + 1) // 2
+        matrices = weights.reshape(pairs, -1, self.targets, 1, 1, 1) * self.own_node
+        return matrices.flatten(4).flatten(1, 3).unbind(0)
+
+    def _skip_matrix(self) -> Tensor:
+        """The two halves of FactorizedReduce, from the even and the odd pixels of each state to its edges' channels."""
+        s, t, c = self.sources, self.targets, self.mixed
+        weight = self.skip.view(2, s, t, c // 2, c).permute(0, 1, 4, 2, 3)[:, :, :, None, :, None]
+        return (weight * self.own_half).reshape(2 * s * c, s * t * c)
+
+    def _passing(self, x: Tensor, weights: Tensor, own_channel: Tensor) -> Tensor:
+        """What reaches the nodes unchanged but for a weight (blocks, S, T) per block of C / K channels and edge.
+
+        x (N, H, W, S * blocks * C / K) -> (N, H, W, T, C / K, blocks): the axis order is the channel shuffle.
+        """
+        blocks, s, t = weights.shape
+        matrix = weights.transpose(0, 1)[:, :, None, :, None, None] * own_channel
+        matrix = matrix.reshape(s * blocks * self.mixed, t * self.mixed * blocks)
+        return (x @ matrix.to(x.dtype)).unflatten(3, (t, self.mixed, blocks))
 
 
-class Cell(nn.Module):
+class _Norms:
+    """The BatchNorms of one pass through a `StateEdges`, in the order of its running statistics."""
+
+    def __init__(self, edges: StateEdges):
+        self.edges = edges
+        self.row = 0
+        self.used: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, pointwise: Tensor, mix: Tensor | None) -> Tensor:
+        """BatchNorm(x @ pointwise) @ mix, see `normalised_mix`."""
+        edges = self.edges
+        rows = slice(self.row, self.row + pointwise.shape[1] // edges.running_mean[0].numel())
+        self.row = rows.stop
+        if not edges.training:
+            running = edges.running_mean[rows].flatten(), edges.running_var[rows].flatten()
+            return normalised_mix(x, pointwise, mix, running)[0]
+        y, statistics = normalised_mix(x, pointwise, mix, None)
+        self.used.append(statistics)
+        self.pixels = x.shape[:3].numel()
+        return y
+
+    @torch.no_grad()
+    def track(self) -> None:
+        """Move the running statistics, as nn.BatchNorm2d does (towards the unbiased variance)."""
+        if self.edges.training:
+            mean, var = (torch.cat(parts).view_as(self.edges.running_mean) for parts in zip(*self.used, strict=True))
+            self.edges.running_mean.lerp_(mean, MOMENTUM)
+            self.edges.running_var.lerp_(var * (self.pixels / (self.pixels - 1)), MOMENTUM)
+
+
+def _even_and_odd(x: Tensor) -> Tensor:
+    """What FactorizedReduce reads: even pixels, then odd ones, as channels; zeros after an odd H or W."""
+    odd = F.pad(x[:, 1::2, 1::2], (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return torch.cat([x[:, ::2, ::2], odd], dim=3)
+
+
+class FusedCell(nn.Module):
     """Two states in, four nodes, their concatenation (N, 4 * channels, H, W) out; H and W halved if `reduces`."""
 
     def __init__(
         self, in_channels: tuple[int, int], channels: int, partial: int, reduces: bool, previous_reduces: bool
     ):
         super().__init__()
-        # Where the cell before reduced, the state from two cells before is still twice as large.
-        preprocess0 = FactorizedReduce if previous_reduces else ReLUConvBN
+        preprocess0 = FactorizedReduce if previous_reduces else ReLUConvBN  # see PlainCell
         self.preprocess0 = preprocess0(in_channels[0], channels, affine=False)
         self.preprocess1 = ReLUConvBN(in_channels[1], channels, affine=False)
-        self.edges = nn.ModuleList()  # in the order of the alpha and beta tables
-        for node in range(NODES):
-            for state in range(2 + node):
-                stride = 2 if reduces and state < 2 else 1
-                self.edges.append(PartialChannelEdge(channels, stride, partial))
+        strides = [2 if reduces and 0 in states else 1 for states in STATES]
+        self.edges = nn.ModuleList(
+            StateEdges(states, channels, partial, stride) for states, stride in zip(STATES, strides, strict=True)
+        )
 
-    def forward(self, state0: Tensor, state1: Tensor, alphas: Tensor, betas: Tensor) -> Tensor:
-        """`alphas` (14, 8) and `betas` (14,) are weights, the softmaxes already taken."""
+    def forward(self, state0: Tensor, state1: Tensor, *weights: Tensor) -> Tensor:
+        """`weights`: what each of the four `StateEdges` takes; beta is in them already."""
         states = [self.preprocess0(state0), self.preprocess1(state1)]
-        for node in range(NODES):
-            rows = node_rows(node)
-            edges = [betas[row] * self.edges[row](state, alphas[row]) for row, state in zip(rows, states, strict=True)]
-            states.append(sum(edges))
-        return torch.cat(states[2:], dim=1)
+        state = torch.cat([state.permute(0, 2, 3, 1) for state in states], dim=3)
+        nodes: list[Tensor] = []
+        mixed: list[list[Tensor]] = [[] for _ in range(NODES)]
+        bypass: list[list[Tensor]] = [[] for _ in range(NODES)]
+        for node, (edges, weight) in enumerate(zip(self.edges, weights, strict=True)):
+            for later, parts in enumerate(zip(*(part.unbind(3) for part in edges(state, weight)), strict=True), node):
+                mixed[later].append(parts[0])
+                bypass[later].append(parts[1])
+            # A node is the sum of its edges. The shuffle: the mixed channels and the bypassing ones by turns.
+            state = torch.cat([_sum(mixed[node])[..., None], _sum(bypass[node])], dim=4).flatten(3)
+            nodes.append(state)
+        return torch.cat(nodes, dim=3).permute(0, 3, 1, 2)
 
 
-class SuperNet(nn.Module):
-    """The search network. `arch_parameters()` are alpha and beta, `weight_parameters()` all others."""
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
-    def __init__(
-        self,
-        channels: int = 16,
-        num_classes: int = 10,
-        layers: int = 8,
-        partial: int = 4,
-        stem: str = "cifar",
-        edge_normalisation: bool = True,
-        *,
-        generator: torch.Generator | None = None,
-    ):
-        """Build and initialise.
 
-        `channels` is the width of the first cell's nodes, divisible by `partial`, the paper's K: 4 on CIFAR, 2 on
-        ImageNet. `layers` counts the cells; those at layers // 3 and 2 * layers // 3 halve H and W and double
-        the width. `edge_normalisation=False` sums a node's edges unweighted and leaves beta unused.
+class SuperNet(SearchNetwork):
+    """The search network. `arch_parameters()` are alpha and beta, `weight_parameters()` all others.
 
-        `generator` (a CPU one) fixes weights, alpha and beta; without it PyTorch's own is used, as in any module.
-        """
-        super().__init__()
-        if layers < 3:
-            raise ValueError(f"The supernet needs at least 3 layers to hold both kinds of cell, not {layers}.")
-        if partial < 1 or channels < 1 or channels % partial:
-            raise ValueError(
-                f"The {channels} channels cannot be divided into {partial} equal parts; choose channels that are a "
-                "multiple of partial."
-            )
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"There is no stem {stem!r}; use 'cifar' or 'imagenet'.")
-        if stem == "imagenet" and channels % 2:
-            raise ValueError(f"The imagenet stem halves its width, so {channels} channels must be even.")
-        self.stem = stem
-        self.edge_normalisation = edge_normalisation
-        self.input_multiple = 4 if stem == "cifar" else 32
+    Starts with the weights that `PlainSuperNet` draws from the same generator.
+    """
 
-        with initialised_from(generator):
-            self._build_layers(channels, num_classes, layers, partial)
-            for name in ARCHITECTURE_NAMES:
-                shape = (EDGES, len(PRIMITIVES)) if name.startswith("alphas") else (EDGES,)
-                self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(shape)))
+    cell = FusedCell
 
-    def _build_layers(self, channels: int, num_classes: int, layers: int, partial: int) -> None:
-        width = STEM_MULTIPLIER * channels
-        self.stem0, self.stem1 = build_stems(self.stem, width)
-        self.reductions = (layers // 3, 2 * layers // 3)
-        self.cells = nn.ModuleList()
-        in_channels = (width, width)
-        previous_reduces = self.stem == "imagenet"  # stem1 halves the resolution of stem0
-        for index in range(layers):
-            reduces = index in self.reductions
-            channels *= 2 if reduces else 1
-            self.cells.append(Cell(in_channels, channels, partial, reduces, previous_reduces))
-            in_channels = (in_channels[1], NODES * channels)
-            previous_reduces = reduces
-        self.classifier = nn.Linear(in_channels[1], num_classes)
+    def __init__(self, *args, generator: torch.Generator | None = None, **kwargs):
+        super().__init__(*args, **kwargs, generator=torch.Generator())
+        self.load_state_dict(from_plain(PlainSuperNet(*args, **kwargs, generator=generator).state_dict()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, num_classes)."""
-        if images.dim() != 4 or images.shape[2] % self.input_multiple or images.shape[3] % self.input_multiple:
-            raise ValueError(
-                f"The {self.stem} supernet takes images (N, 3, H, W) with H and W divisible by "
-                f"{self.input_multiple}, not {tuple(images.shape)}; resize or pad them."
-            )
-        weights = {True: self._mixing_weights("reduce"), False: self._mixing_weights("normal")}
-        state0 = self.stem0(images)
-        state1 = self.stem1(state0)
-        for index, cell in enumerate(self.cells):
-            state0, state1 = state1, cell(state0, state1, *weights[index in self.reductions])
-        return self.classifier(state1.mean(dim=(2, 3)))
+        return super().forward(images.contiguous(memory_format=torch.channels_last))
 
-    def _mixing_weights(self, cell: str) -> tuple[Tensor, Tensor]:
-        """Operation weights (14, 8) and edge weights (14,) of one type of cell."""
-        alphas, betas = getattr(self, f"alphas_{cell}"), getattr(self, f"betas_{cell}")
-        return alphas.softmax(1), normalised_betas(betas) if self.edge_normalisation else torch.ones_like(betas)
-
-    def arch_parameters(self) -> list[nn.Parameter]:
-        """The architecture parameters in use: both alphas, and both betas under edge normalisation."""
-        names = ARCHITECTURE_NAMES if self.edge_normalisation else ARCHITECTURE_NAMES[:2]
-        return [getattr(self, name) for name in names]
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """All parameters but alpha and beta."""
-        return [parameter for name, parameter in self.named_parameters() if name not in ARCHITECTURE_NAMES]
-
-    def genotype(self) -> Genotype:
-        """The genotype of the present alpha and beta."""
-        return derive(**self._tables(), edge_normalisation=self.edge_normalisation)
-
-    def diagnostics(self) -> Diagnostics:
-        """Margins, entropies and skip connections of the present alpha and beta."""
-        return diagnose(**self._tables(), edge_normalisation=self.edge_normalisation)
-
-    def _tables(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ARCHITECTURE_NAMES}
+    def _mixing_weights(self, cell: str) -> tuple[Tensor, ...]:
+        """For each of the `STATES`, the weights of its edges (6 + K, S, T)."""
+        alphas, betas = super()._mixing_weights(cell)
+        table = torch.cat([(alphas * betas[:, None]).t()[[*MIXED, SKIP]], betas.expand(self.partial - 1, EDGES)])
+        table = table[:, [row for states in STATES for row in edge_rows(states)]]
+        sizes = [len(edge_rows(states)) for states in STATES]
+        return tuple(
+            part.unflatten(1, (len(states), -1)) for part, states in zip(table.split(sizes, 1), STATES, strict=True)
+        )

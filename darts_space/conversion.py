@@ -1,0 +1,104 @@
+"""State dicts of the plain and of the fast supernet, converted into each other.
+
+In:  the state dict of a `PlainSuperNet` or of a `SuperNet`, or any dict with these names and shapes.
+Out: the other one's, with the same values: copies of the edges' tensors, all others as they are.
+
+The plain form has a tensor for each operation of each edge; the fast form stacks those of all edges that leave a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from darts_space.cell import PRIMITIVES, STATES, edge_rows
+
+_POOLS = [PRIMITIVES.index(name) for name in ("max_pool_3x3", "avg_pool_3x3")]
+_SEPARABLE = [PRIMITIVES.index(name) for name in ("sep_conv_3x3", "sep_conv_5x5")]
+_DILATED = [PRIMITIVES.index(name) for name in ("dil_conv_3x3", "dil_conv_5x5")]
+_SKIP = PRIMITIVES.index("skip_connect")
+_BLOCKS = ((_SEPARABLE, 1), (_SEPARABLE, 5), (_DILATED, 1))
+"""Operations of each depthwise-separable block, and where in them its convolution is; pointwise and norm follow."""
+_STATISTICS = ("running_mean", "running_var")
+
+
+def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the `SuperNet` that computes what the `PlainSuperNet` with this state computes."""
+    result = {name: value for name, value in state.items() if ".edges." not in name}
+    for cell in _cells(state):
+        for group, states in enumerate(STATES):
+            parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
+            for edge, row in enumerate(edge_rows(states)):
+                for name, index, plain_name in _correspondence(edge):
+                    if (value := state.get(f"{cell}.edges.{row}.operations.{plain_name}")) is not None:
+                        parts.setdefault(name, {})[index] = _compact(name, value)
+            for name, values in parts.items():
+                result[f"{cell}.edges.{group}.{name}"] = _stacked(values)
+    return result
+
+
+def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the `PlainSuperNet` that computes what the `SuperNet` with this state computes."""
+    result = {name: value for name, value in state.items() if ".edges." not in name}
+    for cell in _cells(state):
+        batches = state[f"{cell}.preprocess1.2.num_batches_tracked"]  # every norm has seen the same
+        for group, states in enumerate(STATES):
+            for edge, row in enumerate(edge_rows(states)):
+                for name, index, plain_name in _correspondence(edge):
+                    stacked = state.get(f"{cell}.edges.{group}.{name}")
+                    if stacked is None or index[0] >= len(stacked):  # only strided edges have weights in their skip
+                        continue
+                    plain = f"{cell}.edges.{row}.operations.{plain_name}"
+                    result[plain] = _convolution(name, stacked[index]).clone()
+                    if name == "running_var":
+                        result[plain.replace(name, "num_batches_tracked")] = batches.clone()
+    return result
+
+
+def _cells(state: dict[str, Tensor]) -> list[str]:
+    return sorted({".".join(name.split(".")[:2]) for name in state if name.startswith("cells.")})
+
+
+def _correspondence(edge: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Where the tensors of one edge are: name in the fast form and index in that tensor, name in the plain form."""
+    for size, operation in enumerate(_POOLS):
+        yield from _norm(size, edge, f"{operation}.1")
+    for block, (operations, position) in enumerate(_BLOCKS):
+        for size, operation in enumerate(operations):
+            depthwise = ("depthwise_3x3", "depthwise_5x5")[size]
+            yield depthwise, (block, edge), f"{operation}.{position}.weight"
+            yield "pointwise", (block, size, edge), f"{operation}.{position + 1}.weight"
+            yield from _norm(2 + 2 * block + size, edge, f"{operation}.{position + 2}")
+    for half, name in enumerate(("conv_even", "conv_odd")):
+        yield "skip", (half, edge), f"{_SKIP}.{name}.weight"
+    yield from _norm(8, edge, f"{_SKIP}.bn")
+
+
+def _norm(row: int, edge: int, plain_name: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    for name in ("running_mean", "running_var"):
+        yield name, (row, edge), f"{plain_name}.{name}"
+
+
+def _compact(name: str, value: Tensor) -> Tensor:
+    """A convolution's weight without its axes of length one."""
+    if name.startswith("depthwise"):
+        return value.squeeze(1)
+    return value.flatten(1) if name in ("pointwise", "skip") else value
+
+
+def _convolution(name: str, value: Tensor) -> Tensor:
+    """The inverse of `_compact`."""
+    if name.startswith("depthwise"):
+        return value.unsqueeze(1)
+    return value[:, :, None, None] if name in ("pointwise", "skip") else value
+
+
+def _stacked(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """One tensor with each part at its index."""
+    some = next(iter(parts.values()))
+    sizes = [1 + max(places) for places in zip(*parts, strict=True)]
+    result = some.new_empty(*sizes, *some.shape)
+    for index, value in parts.items():
+        result[index] = value
+    return result

@@ -1,0 +1,179 @@
+"""Two operations of the supernet that PyTorch has, but not in a form that is fast enough: both differentiable.
+
+`depthwise` is a 5x5 depthwise convolution. `normalised_mix` is what follows every convolution and every pool in a
+supernet, up to the sum over a node's edges, as one matrix:
+
+    y = sum_o mix_o * BatchNorm(x @ pointwise)_o = (x - mean(x)) @ (pointwise / sqrt(var + eps)) @ mix
+
+A pointwise convolution, a BatchNorm without learnt scale and a weighted sum are all linear once the variance is known,
+and the variance of x @ pointwise follows from the covariance of x: var = diag(pointwise^T cov(x) pointwise). So
+neither the pointwise convolution's result nor the normalised one ever exists; x is read twice and only x is kept.
+
+Tensors are (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1 convolution is a matrix
+product over the last axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+EPSILON = 1e-5  # nn.BatchNorm2d's
+
+
+def pointwise_convolution(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, H, W, A) @ matrix (A, B) + bias (B,), in the dtype of x.
+
+    As a convolution, since on a CPU that adds the bias on the way, where `addmm` takes three times as long.
+    """
+    weight = matrix.t()[:, :, None, None].to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+
+
+def normalised_mix(
+    x: Tensor, pointwise: Tensor, mix: Tensor | None, statistics: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """BatchNorm(x @ pointwise) @ mix, and the mean and (biased) variance (Z,) that normalised it.
+
+    x is (N, H, W, A), pointwise (A, Z), mix (Z, B); with None for `mix` the result is relu(BatchNorm(x @ pointwise)),
+    as between the two blocks of a separable convolution. `statistics` are the running mean and
+    variance to normalise by in evaluation; None, while training, takes those of x @ pointwise itself.
+    """
+    if statistics is None:
+        if x.shape[:3].numel() == 1:
+            raise ValueError(
+                "BatchNorm cannot normalise a single pixel while training; use a larger batch or larger images."
+            )
+        y, mean, var = _NormalisedMix.apply(x, pointwise, mix)
+        return y, (mean, var)
+    mean, var = statistics
+    scaled = pointwise * (var + EPSILON).rsqrt()
+    shift = -mean * (var + EPSILON).rsqrt()
+    if mix is None:
+        return F.relu(pointwise_convolution(x, scaled, shift)), statistics
+    return pointwise_convolution(x, scaled @ mix, shift @ mix), statistics
+
+
+class _NormalisedMix(torch.autograd.Function):
+    """The training form. Its backward pass is that of BatchNorm, again without leaving the space of matrices."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, pointwise: Tensor, mix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        count = x.shape[:3].numel()
+        pixels = x.flatten(1, 2).to(pointwise.dtype)  # (N, H * W, A)
+        mean = pixels.mean((0, 1))
+        # Per image first: in float32 a sum of many short sums is more accurate than one long one.
+        gram = torch.bmm(pixels.transpose(1, 2), pixels).sum(0)
+        covariance = torch.addr(gram, mean, mean, beta=1 / count, alpha=-1)
+        projected = covariance @ pointwise
+        var = (pointwise * projected).sum(0)
+        inverse = (var + EPSILON).rsqrt()
+        scaled = pointwise * inverse
+        matrix = scaled if mix is None else scaled @ mix
+        y = pointwise_convolution(x, matrix, -(mean @ matrix))
+        if mix is None:
+            y.relu_()
+        ctx.save_for_backward(x, mean, projected, inverse, scaled, matrix, mix, y if mix is None else None)
+        mean_z = mean @ pointwise
+        ctx.mark_non_differentiable(mean_z, var)
+        ctx.set_materialize_grads(False)
+        return y, mean_z, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, mean, projected, inverse, scaled, matrix, mix, rectified = ctx.saved_tensors
+        grad = grad.contiguous()
+        if rectified is not None:
+            grad = torch.ops.aten.threshold_backward(grad, rectified, 0)
+        count = x.shape[:3].numel()
+        pixels, grad_pixels = x.flatten(0, 2), grad.flatten(0, 2)
+        grad_sum = grad_pixels.sum(0, dtype=mean.dtype)
+        # By `matrix`, with x centred: (x - mean)^T grad.
+        grad_matrix = torch.addr((pixels.t() @ grad_pixels).to(mean.dtype), mean, grad_sum, alpha=-1)
+        grad_mix = scaled.t() @ grad_matrix if ctx.needs_input_grad[2] else None
+        grad_scaled = grad_matrix if mix is None else grad_matrix @ mix.t()
+        # BatchNorm: from each normalised channel's gradient its mean and its correlation with the channel are taken.
+        correlation = (scaled * grad_scaled).sum(0) / count
+        grad_pointwise = None
+        if ctx.needs_input_grad[1]:
+            grad_pointwise = (grad_scaled - projected * (count * inverse * correlation)) * inverse
+        back = (scaled * correlation) @ scaled.t()
+        bias = torch.addmv(mean @ back, matrix, grad_sum, alpha=-1 / count)
+        grad_x = pointwise_convolution(grad, matrix.t(), bias)
+        grad_x.flatten(0, 2).addmm_(pixels, back.to(x.dtype), alpha=-1)
+        return grad_x, grad_pointwise, grad_mix
+
+
+def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    """Depthwise 5x5 convolution that keeps H and W but for the stride: x (N, H, W, C), weight (C, 1, 5, 5)."""
+    return _Depthwise.apply(x, weight.to(x.dtype), stride, dilation)
+
+
+class _Depthwise(torch.autograd.Function):
+    """The backward pass is PyTorch's, except for the weights' gradient on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape, ctx.stride, ctx.dilation = x.shape, stride, dilation
+        x = x.permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        stride, dilation = ctx.stride, ctx.dilation
+        grad = grad.contiguous().permute(0, 3, 1, 2)
+        by_input = by_weight = None
+        if ctx.needs_input_grad[0]:
+            like = grad.new_empty(()).expand(ctx.shape) if x is None else x
+            by_input = _by_input(grad, like.permute(0, 3, 1, 2), weight, stride, dilation).permute(0, 2, 3, 1)
+        if ctx.needs_input_grad[1]:
+            # oneDNN's fast kernel takes filters of any height, but only up to three wide: fifteen times as fast.
+            narrow = grad.device.type == "cpu" and dilation == 1
+            by_weight = (_by_weight_in_columns if narrow else _by_weight)(grad, x, weight, stride, dilation)
+        return by_input, by_weight, None, None
+
+
+def _by_input(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [2 * dilation] * 2, [dilation] * 2, False, [0, 0], len(weight),
+        [True, False, False],
+    )[0]  # fmt: skip
+
+
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, padding_w: int = 2) -> Tensor:
+    return torch.ops.aten.convolution_backward(
+        grad, x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [2 * dilation, padding_w * dilation], [dilation] * 2,
+        False, [0, 0], len(weight), [False, True, False],
+    )[1]  # fmt: skip
+
+
+def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    """The middle columns 1..3 of the filter as one that is three wide; 0 and 4 by moving x a pixel right and left."""
+    column = x.new_zeros(()).expand(*x.shape[:2], 1, x.shape[3])
+    right = torch.cat([column, x[:, :, :-1]], dim=2)
+    left = torch.cat([x[:, :, 1:], column], dim=2)
+    narrow = weight[..., :3]
+    first, middle, last = (_by_weight(grad, moved, narrow, stride, dilation, padding_w=1) for moved in (right, x, left))
+    return torch.cat([first[..., :1], middle, last[..., 2:]], dim=3)
+
+
+def space_to_batch(x: Tensor) -> Tensor:
+    """The four (N, H / 2, W / 2, C) images of every second pixel as one batch of 4 N; H and W are even.
+
+    A convolution of dilation 2 over an image is one of dilation 1 over each of them.
+    """
+    n, h, w, c = x.shape
+    return x.view(n, h // 2, 2, w // 2, 2, c).permute(2, 4, 0, 1, 3, 5).reshape(4 * n, h // 2, w // 2, c)
+
+
+def batch_to_space(x: Tensor) -> Tensor:
+    """The inverse of `space_to_batch`."""
+    n, h, w, c = x.shape
+    return x.reshape(2, 2, n // 4, h, w, c).permute(2, 3, 0, 4, 1, 5).reshape(n // 4, 2 * h, 2 * w, c)

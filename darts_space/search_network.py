@@ -1,0 +1,129 @@
+"""What the plain and the fast supernet share: alpha and beta, stems, the row of cells, the classifier.
+
+In:  images (N, 3, H, W), float, normalised; H and W divisible by 4 (CIFAR stem) or by 32 (ImageNet stem).
+Out: logits (N, num_classes); a `Genotype` once the architecture parameters have been learnt.
+
+What differs is the cell, of which a subclass names the class (PC-DARTS section 3; the published code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from darts_space.cell import EDGES, NODES, PRIMITIVES
+from darts_space.derivation import Diagnostics, derive, diagnose, normalised_betas
+from darts_space.genotype import Genotype
+from darts_space.primitives import build_stems, initialised_from
+
+STEM_MULTIPLIER = 3  # the stem is this many times wider than the first cell's nodes
+ARCHITECTURE_NAMES = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
+
+
+class SearchNetwork(nn.Module):
+    """The search network. `arch_parameters()` are alpha and beta, `weight_parameters()` all others.
+
+    Subclasses name their `cell`, built as cell(in_channels, channels, partial, reduces, previous_reduces) and called
+    as cell(state0, state1, *mixing weights).
+    """
+
+    cell: ClassVar[Callable[..., nn.Module]]
+
+    def __init__(
+        self,
+        channels: int = 16,
+        num_classes: int = 10,
+        layers: int = 8,
+        partial: int = 4,
+        stem: str = "cifar",
+        edge_normalisation: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ):
+        """Build and initialise.
+
+        `channels` is the width of the first cell's nodes, divisible by `partial`, the paper's K: 4 on CIFAR, 2 on
+        ImageNet. `layers` counts the cells; those at layers // 3 and 2 * layers // 3 halve H and W and double
+        the width. `edge_normalisation=False` sums a node's edges unweighted and leaves beta unused.
+
+        `generator` (a CPU one) fixes weights, alpha and beta; without it PyTorch's own is used, as in any module.
+        """
+        super().__init__()
+        if layers < 3:
+            raise ValueError(f"The supernet needs at least 3 layers to hold both kinds of cell, not {layers}.")
+        if partial < 1 or channels < 1 or channels % partial:
+            raise ValueError(
+                f"The {channels} channels cannot be divided into {partial} equal parts; choose channels that are a "
+                "multiple of partial."
+            )
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f"There is no stem {stem!r}; use 'cifar' or 'imagenet'.")
+        if stem == "imagenet" and channels % 2:
+            raise ValueError(f"The imagenet stem halves its width, so {channels} channels must be even.")
+        self.stem = stem
+        self.partial = partial
+        self.edge_normalisation = edge_normalisation
+        self.input_multiple = 4 if stem == "cifar" else 32
+
+        with initialised_from(generator):
+            self._build_layers(channels, num_classes, layers)
+            for name in ARCHITECTURE_NAMES:
+                shape = (EDGES, len(PRIMITIVES)) if name.startswith("alphas") else (EDGES,)
+                self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(shape)))
+
+    def _build_layers(self, channels: int, num_classes: int, layers: int) -> None:
+        width = STEM_MULTIPLIER * channels
+        self.stem0, self.stem1 = build_stems(self.stem, width)
+        self.reductions = (layers // 3, 2 * layers // 3)
+        self.cells = nn.ModuleList()
+        in_channels = (width, width)
+        previous_reduces = self.stem == "imagenet"  # stem1 halves the resolution of stem0
+        for index in range(layers):
+            reduces = index in self.reductions
+            channels *= 2 if reduces else 1
+            self.cells.append(self.cell(in_channels, channels, self.partial, reduces, previous_reduces))
+            in_channels = (in_channels[1], NODES * channels)
+            previous_reduces = reduces
+        self.classifier = nn.Linear(in_channels[1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> logits (N, num_classes)."""
+        if images.dim() != 4 or images.shape[2] % self.input_multiple or images.shape[3] % self.input_multiple:
+            raise ValueError(
+                f"The {self.stem} supernet takes images (N, 3, H, W) with H and W divisible by "
+                f"{self.input_multiple}, not {tuple(images.shape)}; resize or pad them."
+            )
+        weights = {True: self._mixing_weights("reduce"), False: self._mixing_weights("normal")}
+        state0 = self.stem0(images)
+        state1 = self.stem1(state0)
+        for index, cell in enumerate(self.cells):
+            state0, state1 = state1, cell(state0, state1, *weights[index in self.reductions])
+        return self.classifier(state1.mean(dim=(2, 3)))
+
+    def _mixing_weights(self, cell: str) -> tuple[Tensor, Tensor]:
+        """Operation weights (14, 8) and edge weights (14,) of one type of cell."""
+        alphas, betas = getattr(self, f"alphas_{cell}"), getattr(self, f"betas_{cell}")
+        return alphas.softmax(1), normalised_betas(betas) if self.edge_normalisation else torch.ones_like(betas)
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """The architecture parameters in use: both alphas, and both betas under edge normalisation."""
+        names = ARCHITECTURE_NAMES if self.edge_normalisation else ARCHITECTURE_NAMES[:2]
+        return [getattr(self, name) for name in names]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """All parameters but alpha and beta."""
+        return [parameter for name, parameter in self.named_parameters() if name not in ARCHITECTURE_NAMES]
+
+    def genotype(self) -> Genotype:
+        """The genotype of the present alpha and beta."""
+        return derive(**self._tables(), edge_normalisation=self.edge_normalisation)
+
+    def diagnostics(self) -> Diagnostics:
+        """Margins, entropies and skip connections of the present alpha and beta."""
+        return diagnose(**self._tables(), edge_normalisation=self.edge_normalisation)
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ARCHITECTURE_NAMES}
