@@ -34,34 +34,40 @@ def pointwise_convolution(x: Tensor, matrix: Tensor, bias: Tensor | None = None)
 
 
 def normalised_mix(
-    x: Tensor, pointwise: Tensor, mix: Tensor | None, statistics: tuple[Tensor, Tensor] | None
+    x: Tensor,
+    pointwise: Tensor,
+    mix: Tensor | None = None,
+    *,
+    rectify: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """BatchNorm(x @ pointwise) @ mix, and the mean and (biased) variance (Z,) that normalised it.
 
-    x is (N, H, W, A), pointwise (A, Z), mix (Z, B); with None for `mix` the result is relu(BatchNorm(x @ pointwise)),
-    as between the two blocks of a separable convolution. `statistics` are the running mean and
-    variance to normalise by in evaluation; None, while training, takes those of x @ pointwise itself.
+    x is (N, H, W, A), pointwise (A, Z), mix (Z, B) or None for the identity; `rectify` appends a ReLU. `statistics`
+    are the running mean and variance to normalise by in evaluation; None, while training, takes those of
+    x @ pointwise itself.
     """
     if statistics is None:
         if x.shape[:3].numel() == 1:
             raise ValueError(
                 "BatchNorm cannot normalise a single pixel while training; use a larger batch or larger images."
             )
-        y, mean, var = _NormalisedMix.apply(x, pointwise, mix)
+        y, mean, var = _NormalisedMix.apply(x, pointwise, mix, rectify)
         return y, (mean, var)
     mean, var = statistics
     scaled = pointwise * (var + EPSILON).rsqrt()
     shift = -mean * (var + EPSILON).rsqrt()
-    if mix is None:
-        return F.relu(pointwise_convolution(x, scaled, shift)), statistics
-    return pointwise_convolution(x, scaled @ mix, shift @ mix), statistics
+    if mix is not None:
+        scaled, shift = scaled @ mix, shift @ mix
+    y = pointwise_convolution(x, scaled, shift)
+    return F.relu(y) if rectify else y, statistics
 
 
 class _NormalisedMix(torch.autograd.Function):
     """The training form. Its backward pass is that of BatchNorm, again without leaving the space of matrices."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, pointwise: Tensor, mix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x: Tensor, pointwise: Tensor, mix: Tensor | None, rectify: bool) -> tuple[Tensor, Tensor, Tensor]:
         count = x.shape[:3].numel()
         pixels = x.flatten(1, 2).to(pointwise.dtype)  # (N, H * W, A)
         mean = pixels.mean((0, 1))
@@ -74,9 +80,9 @@ class _NormalisedMix(torch.autograd.Function):
         scaled = pointwise * inverse
         matrix = scaled if mix is None else scaled @ mix
         y = pointwise_convolution(x, matrix, -(mean @ matrix))
-        if mix is None:
+        if rectify:
             y.relu_()
-        ctx.save_for_backward(x, mean, projected, inverse, scaled, matrix, mix, y if mix is None else None)
+        ctx.save_for_backward(x, mean, projected, inverse, scaled, matrix, mix, y if rectify else None)
         mean_z = mean @ pointwise
         ctx.mark_non_differentiable(mean_z, var)
         ctx.set_materialize_grads(False)
@@ -84,7 +90,7 @@ class _NormalisedMix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, mean, projected, inverse, scaled, matrix, mix, rectified = ctx.saved_tensors
         grad = grad.contiguous()
         if rectified is not None:
@@ -105,7 +111,7 @@ class _NormalisedMix(torch.autograd.Function):
         bias = torch.addmv(mean @ back, matrix, grad_sum, alpha=-1 / count)
         grad_x = pointwise_convolution(grad, matrix.t(), bias)
         grad_x.flatten(0, 2).addmm_(pixels, back.to(x.dtype), alpha=-1)
-        return grad_x, grad_pointwise, grad_mix
+        return grad_x, grad_pointwise, grad_mix, None
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:

@@ -21,6 +21,7 @@ dicts of the two forms into each other.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 
 from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
 from darts_space.conversion import from_plain
-from darts_space.fused import batch_to_space, depthwise, normalised_mix, pointwise_convolution, space_to_batch
+from darts_space.fused import batch_to_space, depthwise, normalised_mix, space_to_batch
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
 from darts_space.search_network import SearchNetwork
@@ -103,9 +104,7 @@ class StateEdges(nn.Module):
         pools = torch.cat(
             [
                 F.max_pool2d(front.permute(0, 3, 1, 2), 3, self.stride, 1).permute(0, 2, 3, 1),
-                F.avg_pool2d(
-                    front.permute(0, 3, 1, 2), 3, self.stride, 1, count_include_pad=False
-                ).permute(0, 2, 3, 1),
+                F.avg_pool2d(front.permute(0, 3, 1, 2), 3, self.stride, 1, count_include_pad=False).permute(0, 2, 3, 1),
             ],
             dim=3,
         )
@@ -113,7 +112,7 @@ class StateEdges(nn.Module):
 
         front = F.relu(front)
         copies = front @ self.copy_twice.to(x.dtype)
-        separable = norms(depthwise(copies, first, self.stride), first_pointwise, None)
+        separable = norms(depthwise(copies, first, self.stride), first_pointwise, rectify=True)
         mixed = mixed + norms(depthwise(separable, second), second_pointwise, separable_mix)
         if self.stride == 2:  # every second pixel of every second pixel
             mixed = mixed + norms(depthwise(copies[:, ::2, ::2], dilated), dilated_pointwise, dilated_mix)
@@ -168,33 +167,52 @@ class StateEdges(nn.Module):
 
 
 class _Norms:
-    """The BatchNorms of one pass through a `StateEdges`, in the order of its running statistics."""
+    """The BatchNorms of one pass through a `StateEdges` (or the only one of an nn.BatchNorm2d).
 
-    def __init__(self, edges: StateEdges):
-        self.edges = edges
+    They come in the order of their running statistics, whose first axis is cut into as many as each call needs.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
         self.row = 0
         self.used: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, x: Tensor, pointwise: Tensor, mix: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, pointwise: Tensor, mix: Tensor | None = None, *, rectify: bool = False) -> Tensor:
         """BatchNorm(x @ pointwise) @ mix, see `normalised_mix`."""
-        edges = self.edges
-        rows = slice(self.row, self.row + pointwise.shape[1] // edges.running_mean[0].numel())
-        self.row = rows.stop
-        if not edges.training:
-            running = edges.running_mean[rows].flatten(), edges.running_var[rows].flatten()
-            return normalised_mix(x, pointwise, mix, running)[0]
-        y, statistics = normalised_mix(x, pointwise, mix, None)
+        module = self.module
+        running = None
+        if not module.training:
+            rows = slice(self.row, self.row + pointwise.shape[1] // module.running_mean[0].numel())
+            running = module.running_mean[rows].flatten(), module.running_var[rows].flatten()
+            self.row = rows.stop
+        y, statistics = normalised_mix(x, pointwise, mix, rectify=rectify, statistics=running)
         self.used.append(statistics)
         self.pixels = x.shape[:3].numel()
         return y
 
     @torch.no_grad()
     def track(self) -> None:
-        """Move the running statistics, as nn.BatchNorm2d does (towards the unbiased variance)."""
-        if self.edges.training:
-            mean, var = (torch.cat(parts).view_as(self.edges.running_mean) for parts in zip(*self.used, strict=True))
-            self.edges.running_mean.lerp_(mean, MOMENTUM)
-            self.edges.running_var.lerp_(var * (self.pixels / (self.pixels - 1)), MOMENTUM)
+        """While training, move the running statistics as nn.BatchNorm2d does (towards the unbiased variance)."""
+        if self.module.training:
+            mean, var = (torch.cat(parts).view_as(self.module.running_mean) for parts in zip(*self.used, strict=True))
+            self.module.running_mean.lerp_(mean, MOMENTUM)
+            self.module.running_var.lerp_(var * (self.pixels / (self.pixels - 1)), MOMENTUM)
+
+
+def preprocessed(x: Tensor, module: ReLUConvBN | FactorizedReduce) -> Tensor:
+    """What `module` does, (N, H, W, C) -> (N, H, W, channels)."""
+    x = F.relu(x)
+    if isinstance(module, FactorizedReduce):
+        x, norm = _even_and_odd(x), module.bn
+        matrix = torch.block_diag(*(conv.weight.flatten(1).t() for conv in (module.conv_even, module.conv_odd)))
+    else:
+        norm, matrix = module[2], module[1].weight.flatten(1).t()
+    norms = _Norms(norm)
+    y = norms(x, matrix)
+    norms.track()
+    if norm.training:
+        norm.num_batches_tracked += 1
+    return y
 
 
 def _even_and_odd(x: Tensor) -> Tensor:
@@ -220,8 +238,15 @@ class FusedCell(nn.Module):
 
     def forward(self, state0: Tensor, state1: Tensor, *weights: Tensor) -> Tensor:
         """`weights`: what each of the four `StateEdges` takes; beta is in them already."""
-        states = [self.preprocess0(state0), self.preprocess1(state1)]
-        state = torch.cat([state.permute(0, 2, 3, 1) for state in states], dim=3)
+        # The inputs' own type goes through, but what a BatchNorm needs is computed in the weights' type, float32.
+        device = state0.device.type
+        autocasts = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
+            return self._forward(state0, state1, weights)
+
+    def _forward(self, state0: Tensor, state1: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        inputs = (state0, self.preprocess0), (state1, self.preprocess1)
+        state = torch.cat([preprocessed(x.permute(0, 2, 3, 1), module) for x, module in inputs], dim=3)
         nodes: list[Tensor] = []
         mixed: list[list[Tensor]] = [[] for _ in range(NODES)]
         bypass: list[list[Tensor]] = [[] for _ in range(NODES)]

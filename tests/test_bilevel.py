@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from darts_space import unrolled
 from darts_space.bilevel import BilevelConfig, Search, cosine_lr, scaled_lr
-from darts_space.supernet import ARCHITECTURE_NAMES, SuperNet
+from darts_space.plain import PlainSuperNet
+from darts_space.search_network import ARCHITECTURE_NAMES, SearchNetwork
+from darts_space.supernet import SuperNet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,9 +51,11 @@ def smooth_net() -> SmoothNet:
     return SmoothNet(torch.Generator().manual_seed(0))
 
 
-def supernet(seed: int = 0, dtype: torch.dtype = torch.float64, **arguments) -> SuperNet:
+def supernet(
+    seed: int = 0, dtype: torch.dtype = torch.float64, kind: type[SearchNetwork] = SuperNet, **arguments
+) -> SearchNetwork:
     generator = torch.Generator().manual_seed(seed)
-    return SuperNet(**{"channels": 4, "num_classes": 4, "layers": 3, **arguments}, generator=generator).to(dtype)
+    return kind(**{"channels": 4, "num_classes": 4, "layers": 3, **arguments}, generator=generator).to(dtype)
 
 
 def draw_batch(seed: int, images: int = 4, size: int = 4, dtype: torch.dtype = torch.float64):
@@ -194,7 +198,10 @@ def test_an_unused_beta_stays_where_it_is():
 
 
 def exact_gradients(search: Search, train_batch, val_batch) -> list[torch.Tensor]:
-    """d/da of L_val(w - lr (momentum buffer + dL_train/dw + wd w), a), by differentiating through the step."""
+    """d/da of L_val(w - lr (momentum buffer + dL_train/dw + wd w), a), by differentiating through the step.
+
+    Of the two supernets only the plain one can be differentiated twice.
+    """
     model, settings = copy.deepcopy(search.model), search.config
     arch = list(model.arch_parameters())
     weights = {n: p for n, p in model.named_parameters() if not any(p is a for a in arch)}
@@ -231,7 +238,7 @@ def test_the_second_order_gradient_is_the_derivative_through_the_weight_step(ste
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_so_it_is_on_a_supernet_where_the_difference_crosses_no_kink(steps_before, monkeypatch):
     monkeypatch.setattr(unrolled, "DIFFERENCE_STEP", 1e-6)
-    search = about_to_unroll(supernet(), steps_before)
+    search = about_to_unroll(supernet(kind=PlainSuperNet), steps_before)
     batches = draw_batch(8, images=8), draw_batch(9, images=8)
     exact = exact_gradients(search, *batches)
     search.step(*batches)
@@ -240,7 +247,7 @@ def test_so_it_is_on_a_supernet_where_the_difference_crosses_no_kink(steps_befor
 
 def test_the_published_difference_is_taken_to_the_letter():
     """At R = 0.01 / ||v|| on a supernet, where a derivative would give something else."""
-    search = about_to_unroll(supernet(), 1)
+    search = about_to_unroll(supernet(kind=PlainSuperNet), 1)
     batches = draw_batch(8, images=8), draw_batch(9, images=8)
     exact = exact_gradients(search, *batches)
     model, lr = copy.deepcopy(search.model), search.lr
