@@ -32,7 +32,7 @@ def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
             for edge, row in enumerate(edge_rows(states)):
                 for name, index, plain_name in _correspondence(edge):
                     if (value := state.get(f"{cell}.edges.{row}.operations.{plain_name}")) is not None:
-                        parts.setdefault(name, {})[index] = _compact(name, value)
+                        parts.setdefault(name, {})[index] = value
             for name, values in parts.items():
                 result[f"{cell}.edges.{group}.{name}"] = _stacked(values)
     return result
@@ -50,7 +50,7 @@ def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
                     if stacked is None or index[0] >= len(stacked):  # only strided edges have weights in their skip
                         continue
                     plain = f"{cell}.edges.{row}.operations.{plain_name}"
-                    result[plain] = _convolution(name, stacked[index]).clone()
+                    result[plain] = stacked[index].clone()
                     if name == "running_var":
                         result[plain.replace(name, "num_batches_tracked")] = batches.clone()
     return result
@@ -80,22 +80,8 @@ def _norm(row: int, edge: int, plain_name: str) -> Iterator[tuple[str, tuple[int
         yield name, (row, edge), f"{plain_name}.{name}"
 
 
-def _compact(name: str, value: Tensor) -> Tensor:
-    """A convolution's weight without its axes of length one."""
-    if name.startswith("depthwise"):
-        return value.squeeze(1)
-    return value.flatten(1) if name in ("pointwise", "skip") else value
-
-
-def _convolution(name: str, value: Tensor) -> Tensor:
-    """The inverse of `_compact`."""
-    if name.startswith("depthwise"):
-        return value.unsqueeze(1)
-    return value[:, :, None, None] if name in ("pointwise", "skip") else value
-
-
 def _stacked(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """One tensor with each part at its index."""
+    """One tensor with each part at its index; `parts` are all of one shape."""
     some = next(iter(parts.values()))
     sizes = [1 + max(places) for places in zip(*parts, strict=True)]
     result = some.new_empty(*sizes, *some.shape)

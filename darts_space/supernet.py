@@ -63,13 +63,13 @@ class StateEdges(nn.Module):
         self.mixed = channels // partial
         e, c = len(self.rows), self.mixed
         # The first axis: the two blocks of the separable convolutions, then the one of the dilated convolutions.
-        self.depthwise_3x3 = nn.Parameter(torch.empty(3, e, c, 3, 3))
-        self.depthwise_5x5 = nn.Parameter(torch.empty(3, e, c, 5, 5))
-        self.pointwise = nn.Parameter(torch.empty(3, 2, e, c, c))  # kernel size, edge, output, input
+        self.depthwise_3x3 = nn.Parameter(torch.empty(3, e, c, 1, 3, 3))
+        self.depthwise_5x5 = nn.Parameter(torch.empty(3, e, c, 1, 5, 5))
+        self.pointwise = nn.Parameter(torch.empty(3, 2, e, c, c, 1, 1))  # kernel size 3, 5
         # The first axis: the two pools, the three blocks with either kernel size, with stride 2 the skip connection.
         rows = 8
         if stride == 2:
-            self.skip = nn.Parameter(torch.empty(2, e, c // 2, c))  # of the even pixels, of the odd ones
+            self.skip = nn.Parameter(torch.empty(2, e, c // 2, c, 1, 1))  # of the even pixels, of the odd ones
             rows = 9
         self.register_buffer("running_mean", torch.zeros(rows, e, c))
         self.register_buffer("running_var", torch.ones(rows, e, c))
@@ -83,9 +83,9 @@ class StateEdges(nn.Module):
         patterns = {
             "copy_twice": copy.repeat(1, 2),
             "copy_both": torch.block_diag(copy, copy),
-            "own_block": torch.eye(2 * s * t)[:, None, :, None],
-            "own_node": torch.eye(t * c).view(t, c, t, c),
-            "own_channel": torch.eye(k * c).view(k, c, k, c).transpose(2, 3)[:, :, None],
+            "own_block": torch.eye(2 * s * t),
+            "own_node": torch.eye(t * c),
+            "own_channel": torch.eye(k * c).view(k * c, k, c).transpose(1, 2),  # the shuffle
         }
         if self.stride == 2:
             patterns["own_half"] = torch.eye(2 * s).view(2, s, 1, 2, s).permute(0, 1, 2, 4, 3)[..., None, :, None]
@@ -125,7 +125,7 @@ class StateEdges(nn.Module):
         if self.stride == 2:
             mixed = mixed + norms(_even_and_odd(front), self._skip_matrix(), self._mixing_matrices(weights[6:7])[0])
             behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1) if k > 1 else mixed[..., :0]
-            bypass = self._passing(behind, weights[7:], self.own_channel[1:, ..., 1:])
+            bypass = self._passing(behind, weights[7:], self.own_channel[c:, :, 1:])
             mixed = mixed.unflatten(3, (t, c))
         else:
             passing = self._passing(x, weights[6:], self.own_channel)
@@ -136,17 +136,21 @@ class StateEdges(nn.Module):
     def _depthwise_filters(self) -> tuple[Tensor, ...]:
         """Of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""
         framed = torch.stack([F.pad(self.depthwise_3x3, (1, 1, 1, 1)), self.depthwise_5x5], dim=1)
-        return framed.flatten(1, 3)[:, :, None].unbind(0)
+        return framed.flatten(1, 3).unbind(0)
 
     def _pointwise_matrices(self) -> tuple[Tensor, ...]:
         """Of each of the three blocks, with one block of the matrix for each convolution."""
-        matrices = self.pointwise.flatten(1, 2).transpose(2, 3)[:, :, :, None] * self.own_block
+        matrices = (
+            self.pointwise.flatten(4).flatten(1, 2).transpose(2, 3)[:, :, :, None] * self.own_block[:, None, :, None]
+        )
         return matrices.flatten(3, 4).flatten(1, 2).unbind(0)
 
     def _mixing_matrices(self, weights: Tensor) -> tuple[Tensor, ...]:
         """Of each pair of operations (a single one for the skip connection), from its edges' channels to the nodes'."""
         pairs = (weights.shape[0] + 1) // 2
-        matrices = weights.reshape(pairs, -1, self.targets, 1, 1, 1) * self.own_node
+        matrices = weights.reshape(pairs, -1, self.targets, 1, 1, 1) * self.own_node.view(
+            self.targets, self.mixed, self.targets, self.mixed
+        )
         return matrices.flatten(4).flatten(1, 3).unbind(0)
 
     def _skip_matrix(self) -> Tensor:
@@ -161,7 +165,9 @@ class StateEdges(nn.Module):
         x (N, H, W, S * blocks * C / K) -> (N, H, W, T, C / K, blocks): the axis order is the channel shuffle.
         """
         blocks, s, t = weights.shape
-        matrix = weights.transpose(0, 1)[:, :, None, :, None, None] * own_channel
+        matrix = weights.transpose(0, 1)[:, :, None, :, None, None] * own_channel.reshape(
+            blocks, self.mixed, 1, self.mixed, blocks
+        )
         matrix = matrix.reshape(s * blocks * self.mixed, t * self.mixed * blocks)
         return (x @ matrix.to(x.dtype)).unflatten(3, (t, self.mixed, blocks))
 
