@@ -13,6 +13,7 @@ share of the training images where there is none; test images are only reported 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +32,7 @@ from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
+from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import Recipe
@@ -107,6 +109,8 @@ class Config:
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     training: Annotated[TrainingConfig, Flat] = field(default_factory=TrainingConfig)
     recipe: Annotated[Recipe, Flat] = field(default_factory=Recipe)
+    sync_batchnorm: bool = False
+    """Under torchrun, take BatchNorm's statistics over the batches of all processes."""
     device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
 
 
@@ -166,8 +170,15 @@ def run(config: Config) -> dict[str, Any]:
     """
     _check_flags(config)
     device = pick_device(config.device)
+    if config.sync_batchnorm and device.type != "cuda":
+        raise ValueError(f"--sync-batchnorm needs CUDA devices, this is {device.type}; leave it out.")
+    with joined(device) as world:
+        return _run(config, device, world)
+
+
+def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
-    folder = Run(config.out, stages=STAGES, device=device, checkpoints=".", **options)
+    folder = Run(config.out, stages=STAGES, device=device, checkpoints=".", world=world, **options)
     data = load_data(config.input, device=device, workers=config.device.workers)
     if config.eval_only is not None:
         return _evaluate_checkpoint(config, data, folder)
@@ -183,11 +194,14 @@ def run(config: Config) -> dict[str, Any]:
             f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {device}; "
             f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
         )
+        if config.sync_batchnorm and world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         trained = _train(config, model, training, evaluated, folder)
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
-        files.write_json(folder.path("result.json"), result)
-        if config.export is not None:
+        if world.main:
+            files.write_json(folder.path("result.json"), result)
+        if config.export is not None and world.main:
             export_model(trained.model, _examples(data, training.indices), config.export)
         return result
 
@@ -318,7 +332,7 @@ def _evaluate_checkpoint(config: Config, data: ImageData, folder: Run) -> dict[s
         raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
     images = {split: len(part.indices) for split, part in evaluated.items()}
     metrics = _measure(model, evaluated, folder)
-    if config.export is not None:
+    if config.export is not None and folder.world.main:
         export_model(model, _examples(data, data.good()), config.export)
     return {"checkpoint": str(config.eval_only), "images": images, **metrics}
 
@@ -355,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def work() -> None:
-        print(json.dumps(run(parse(argv))))
+        result = run(parse(argv))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result))
 
     return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")
 

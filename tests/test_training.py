@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, augment_batch, epoch_batches, load_data
+from nas_kmix.engine.feed import AUGMENT, ORDER
 from nas_kmix.engine.meter import Meter, NonFiniteLossError
 from nas_kmix.engine.progress import Progress, duration
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, stage_key
 from nas_kmix.engine.sources import Source
-from nas_kmix.engine.training import AUGMENT, ORDER, TrainConfig, learning_rate, train
+from nas_kmix.engine.training import TrainConfig, learning_rate, train
 
 CLASSES, SIZE = 3, 8
 CONFIG = TrainConfig(epochs=3, batch_size=8, lr=0.1, milestones=(0.4, 0.7), weight_decay=1e-2, seed=5)

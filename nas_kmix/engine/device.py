@@ -16,6 +16,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from nas_kmix.engine.distributed import local_device
+
 Amp = Literal["off", "bf16", "fp16"]
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +51,7 @@ def pick_device(config: DeviceConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = local_device(torch.device(name))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device} is not available here ({str(error).splitlines()[0]}).") from error

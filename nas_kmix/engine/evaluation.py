@@ -22,9 +22,11 @@ def evaluate(
     """Evaluate in evaluation mode on `indices` of `data`, by default on all good images; the mode is put back.
 
     Returns `loss` (cross-entropy in nats, hard labels), `accuracy` and, with more than five classes, `accuracy_top5`,
-    as means over the images, in [0, 1]. Bad files count neither way.
+    as means over the images, in [0, 1]. Bad files count neither way. Each process of the run's world
+    takes its share of the images, and all get the same result.
     """
     indices = data.good() if indices is None else indices
+    indices = indices[run.world.share(len(indices))]
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
@@ -40,7 +42,8 @@ def evaluate(
         sums += torch.stack([loss, top[:, 0].sum(), top.sum()])
         count += len(batch.indices)
     model.train(was_training)
+    *sums, count = run.world.total(*sums.tolist(), count)
     if count == 0:
         raise ValueError(f"{data.source.name}: not one image of the split {data.source.split} can be read.")
-    loss, first, fifth = (sums / count).tolist()
+    loss, first, fifth = (value / count for value in sums)
     return {"loss": loss, "accuracy": first} | ({"accuracy_top5": fifth} if data.num_classes > TOP else {})

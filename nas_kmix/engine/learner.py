@@ -10,6 +10,7 @@ generator=)`, whose result it takes as a second argument; nothing else is asked 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,6 +96,7 @@ class Learner:
             # Buffers too: running statistics of the unaveraged weights would not fit the averaged ones.
             averaging = get_ema_multi_avg_fn(recipe.ema)
             self._average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
+        self._forward = run.world.wrap(model, run.device)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -105,19 +107,23 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None) -> Tensor:
+    def step(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None, weight: float = 1.0) -> Tensor:
         """One step of SGD on images (N, 3, S, S) and soft labels (N, classes); returns the mean loss, on the device.
 
-        `drop_path` (layers, edges, N) is a draw of the network's own.
+        `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is what these images count among those
+        of all processes, whose gradients are averaged: 1 where each has as many.
         """
         total = images.new_zeros((), dtype=soft_labels.dtype)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in np.array_split(np.arange(len(images)), min(self.recipe.accumulate, len(images))):
+        parts = np.array_split(np.arange(len(images)), min(self.recipe.accumulate, len(images)))
+        for i, part in enumerate(parts, start=1):
             rows = slice(part[0], part[-1] + 1)
             mask = None if drop_path is None else drop_path[:, :, rows]
-            loss, objective = self._losses(images[rows], soft_labels[rows], mask)
             share = len(part) / len(images)
-            self._scaler.scale(objective * share).backward()
+            waits = i < len(parts) and self._forward is not self.model  # gradients travel once, with the last part
+            with self._forward.no_sync() if waits else nullcontext():
+                loss, objective = self._losses(images[rows], soft_labels[rows], mask)
+                self._scaler.scale(objective * (share * weight)).backward()
             total = total + loss.detach() * share
         if self.recipe.grad_clip is not None:
             self._scaler.unscale_(self.optimizer)
@@ -132,7 +138,7 @@ class Learner:
         """The loss of the logits, and the objective, which is that plus the auxiliary head's share."""
         with self._run.autocast():
             images = self._run.layout(images)
-            outputs = self.model(images) if drop_path is None else self.model(images, drop_path)
+            outputs = self._forward(images) if drop_path is None else self._forward(images, drop_path)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         loss = self._cross_entropy(logits, soft_labels)
         objective = loss

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nas_kmix.engine.distributed import World
+
 STEPS_BETWEEN_CHECKS = 50  # reading a value waits for the device
 
 
@@ -45,6 +47,18 @@ class Meter:
                 f"{stage}: the loss was not finite at step {step} of epoch {epoch}. "
                 f"Start again with --fresh and a lower learning rate, or with --amp off."
             )
+
+    def gather(self, world: World) -> None:
+        """Bring the sums of all processes together in rank 0; the others go on from nothing."""
+        if world.size == 1:
+            return
+        names = sorted(self._sums)
+        totals = world.total(*(float(self._sums[name]) for name in names), *(self._counts[name] for name in names))
+        (bad,) = world.highest(int(self._first_bad))
+        for name, total, count in zip(names, totals[: len(names)], totals[len(names) :], strict=True):
+            self._sums[name].fill_(total if world.main else 0.0)
+            self._counts[name] = int(count) if world.main else 0
+        self._first_bad.fill_(int(bad))
 
     def means(self) -> dict[str, float]:
         """Mean per image of every sum."""

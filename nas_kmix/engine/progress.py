@@ -14,16 +14,17 @@ UPDATES_TO_ESTIMATE = 3
 class Progress:
     """Counts the steps of one stage. After its first few steps it says how long the rest will take."""
 
-    def __init__(self, label: str, total: int, *, done: int = 0, unit: str = "step"):
+    def __init__(self, label: str, total: int, *, done: int = 0, unit: str = "step", silent: bool = False):
         self.label, self.total, self.done, self.unit = label, total, done, unit
         self._first = done
         self._start = self._last_line = time.monotonic()
         self._updates = 0
         self._bar = None
-        if sys.stderr.isatty():
+        self._silent = silent
+        if sys.stderr.isatty() and not silent:
             self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
         resumed = f", resumed after {done}" if done else ""
-        self.say(f"{label}: {total} {unit}s{resumed}")
+        self._report(f"{label}: {total} {unit}s{resumed}")
 
     def update(self, steps: int = 1, note: str = "") -> None:
         """Count `steps`; `note` is what the line should end with."""
@@ -40,14 +41,18 @@ class Progress:
             return
         left = duration((now - self._start) / (self.done - self._first) * (self.total - self.done))
         if self._updates == UPDATES_TO_ESTIMATE:
-            self.say(f"{self.label}: about {left}, judging by the first {self.unit}s")
+            self._report(f"{self.label}: about {left}, judging by the first {self.unit}s")
         elif self._bar is None and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.say(f"{self.label}: {self.done}/{self.total}, {left} left{', ' + note if note else ''}")
+            self._report(f"{self.label}: {self.done}/{self.total}, {left} left{', ' + note if note else ''}")
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _report(self, line: str) -> None:
+        if not self._silent:
+            self.say(line)
 
     @staticmethod
     def say(line: str) -> None:

@@ -18,12 +18,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from nas_kmix.engine import files
 from nas_kmix.engine.device import autocast, to_layout
+from nas_kmix.engine.distributed import World
 from nas_kmix.engine.progress import Progress
 
 try:
@@ -78,8 +79,13 @@ class Run:
         amp: str = "off",
         channels_last: bool = False,
         checkpoints: str = "checkpoints",
+        world: World | None = None,
     ):
-        """`checkpoints` is the subfolder of what stages resume from; "." where those files are results themselves."""
+        """`checkpoints` is the subfolder of what stages resume from; "." where those files are results themselves.
+
+        Of the processes of a `world` only rank 0 writes, and all read, so that they need the folder in common.
+        """
+        self.world = world or World()
         self.folder = Path(folder)
         self._checkpoints = checkpoints
         self.device, self.amp, self.channels_last = torch.device(device), amp, channels_last
@@ -88,14 +94,26 @@ class Run:
         """JSON files that describe the run; written when its first stage starts, so that a refused command leaves those
         of the results in place."""
         self._signum: int | None = None
+        self._lock: IO[str] | None = None
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
         self._writer = None
         self._checkpoint_time = time.monotonic()
 
     def __enter__(self) -> Run:
+        if self.world.main:
+            self._take_folder()
+        self.world.barrier()
+        self._read_back()
+        self._old_handlers = {}
+        with suppress(ValueError):  # not the main thread: a notebook's or a test's own; signals are not ours then
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
+        return self
+
+    def _take_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115, __exit__ closes it
         except OSError as error:
             raise OSError(f"--out {self.folder} cannot be written to: {error.strerror}.") from error
         if fcntl is not None:
@@ -109,19 +127,14 @@ class Run:
         for place in ("", "checkpoints/", "seed-*/"):
             for leftover in self.folder.glob(f"{place}*{files.TEMPORARY_SUFFIX}"):  # of a run killed while writing
                 leftover.unlink()
-        self._read_back()
-        self._old_handlers = {}
-        with suppress(ValueError):  # not the main thread: a notebook's or a test's own; signals are not ours then
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
-        return self
 
     def __exit__(self, *exc_info) -> None:
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
         if self._writer is not None:
             self._writer.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     # -- stopping ------------------------------------------------------------------------------------------------
 
@@ -129,6 +142,8 @@ class Run:
         if self._signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step to end
         self._signum = signum
+        if not self.world.main:
+            return
         with suppress(OSError, RuntimeError):  # the terminal may be gone, or be in the middle of a write
             os.write(sys.stderr.fileno(), b"\nfinishing the step and saving; Ctrl-C again to stop at once\n")
 
@@ -137,9 +152,10 @@ class Run:
         return self._signum is not None
 
     def raise_if_stopping(self) -> None:
-        """Raise StoppedError if a signal came in; call it once the state is saved."""
-        if self._signum is not None:
-            raise StoppedError(self._signum)
+        """Raise StoppedError if a signal came in, to any process of the world; call it once the state is saved."""
+        (signum,) = self.world.highest(self._signum or 0)
+        if signum:
+            raise StoppedError(int(signum))
 
     # -- results and checkpoints ---------------------------------------------------------------------------------
 
@@ -147,12 +163,14 @@ class Run:
         return self.folder / name
 
     def checkpoint_due(self) -> bool:
-        """Whether to save in the middle of an epoch: a signal came in, or a minute has passed."""
-        return self.stopping or time.monotonic() - self._checkpoint_time > SECONDS_BETWEEN_CHECKPOINTS
+        """Whether to save in the middle of an epoch: a signal came in, or a minute has passed, in any process."""
+        due = self.stopping or time.monotonic() - self._checkpoint_time > SECONDS_BETWEEN_CHECKPOINTS
+        return bool(self.world.highest(due)[0])
 
     def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         self.write_cost()  # first: killed between the two, a run has paid for work that it repeats, never the reverse
-        files.save_tensors(self.path(f"{self._checkpoints}/{name}.pt"), {"key": dict(key), **state})
+        if self.world.main:
+            files.save_tensors(self.path(f"{self._checkpoints}/{name}.pt"), {"key": dict(key), **state})
         self._checkpoint_time = time.monotonic()
 
     def load_checkpoint(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -172,8 +190,9 @@ class Run:
     def clear(self, names: tuple[str, ...]) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
         for pattern in (*names, "checkpoints/*.pt", "metrics.csv", "cost.json", "events.out.tfevents.*"):
-            for path in self.folder.glob(pattern):
+            for path in self.folder.glob(pattern) if self.world.main else ():
                 path.unlink()
+        self.world.barrier()
         self.costs = {stage: StageCost() for stage in self.costs}
         self._rows.clear()
 
@@ -189,6 +208,8 @@ class Run:
 
     def log(self, stage: str, epoch: int, **values: float) -> None:
         """Add a row to `metrics.csv` and to TensorBoard. A repeated epoch replaces its row."""
+        if not self.world.main:
+            return
         self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
         table = io.StringIO()
@@ -209,7 +230,7 @@ class Run:
         return any(not cost.skipped for cost in self.costs.values())
 
     def write_records(self) -> None:
-        for name, record in self.records.items():
+        for name, record in self.records.items() if self.world.main else ():
             files.write_json(self.path(name), record)
         self.records = {}
 
@@ -249,7 +270,8 @@ class Run:
             "images_backward": sum(cost.images_backward for cost in self.costs.values()),
             "peak_rss_bytes": max(cost.peak_rss_bytes for cost in self.costs.values()),
         }
-        files.write_json(self.path("cost.json"), {"stages": rows, "total": total})
+        if self.world.main:
+            files.write_json(self.path("cost.json"), {"stages": rows, "total": total})
 
     def adopt_costs(self, cost_json: Path, stages: tuple[str, ...]) -> bool:
         """Bill what `stages` cost in the run that their result was taken from; False where that is not recorded."""
@@ -277,13 +299,13 @@ class Run:
     def layout(self, tensor_or_model):
         return to_layout(tensor_or_model, self.channels_last)
 
-    @staticmethod
-    def say(line: str) -> None:
+    def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""
-        Progress.say(line)
+        if self.world.main:
+            Progress.say(line)
 
     def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
-        return Progress(label, total, done=done, unit=unit)
+        return Progress(label, total, done=done, unit=unit, silent=not self.world.main)
 
 
 def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:

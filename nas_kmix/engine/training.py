@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches
+from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.feed import Feed, Mix
 from nas_kmix.engine.learner import Learner, Recipe
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 
 LINEAR_TAIL = 5  # last epochs of the linear schedule, at a fifth of its slope
-# (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
-Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
-ORDER, AUGMENT, DROP_PATH = 1, 2, 3  # random streams: a draw of one never shifts a draw of another
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,7 @@ def train(
     """
     recipe = recipe or Recipe()
     learner = Learner(model, config, recipe, run)
+    feed = Feed(model, data, config, data_config, recipe, mix, run.world)
     indices = data.good() if indices is None else indices
     steps = math.ceil(len(indices) / config.batch_size)
     steps = min(steps, recipe.limit_steps or steps)
@@ -126,22 +124,13 @@ def train(
     first_epoch = first_step = 0
     if (state := run.load_checkpoint(checkpoint or stage, key)) is not None:
         learner.load_state_dict(state)
-        meter.load_state_dict(state["meter"])
+        if run.world.main:  # whose checkpoint holds the sums of all
+            meter.load_state_dict(state["meter"])
         first_epoch, first_step = state["epoch"], state["step"]
         last, best = state.get("last"), state.get("best")
 
-    def prepare(batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        rng = np.random.default_rng([config.seed, AUGMENT, epoch, step])
-        extra = {"color_jitter": recipe.color_jitter, "cutout": recipe.cutout}
-        inputs = augment_batch(batch.images, data, data_config, rng=rng, **extra)
-        inputs, soft_labels = mix(inputs, batch.labels, rng)
-        if not (probability := recipe.drop_path * epoch / config.epochs):
-            return inputs, soft_labels, None
-        seed = np.random.default_rng([config.seed, DROP_PATH, epoch, step]).integers(2**63)
-        generator = torch.Generator().manual_seed(int(seed))
-        return inputs, soft_labels, model.draw_drop_path(len(inputs), probability, generator=generator)
-
     def save(name: str, epoch: int, step: int) -> None:
+        meter.gather(run.world)
         meter.check(stage, epoch)
         results = {} if validation is None else {"last": last, "best": best}
         position = {"meter": meter.state_dict(), "epoch": epoch, "step": step}
@@ -153,22 +142,22 @@ def train(
         for epoch in range(first_epoch, config.epochs):
             lr = learning_rate(config, epoch, recipe.warmup_epochs)
             learner.set_lr(lr)
-            plan = epoch_batches(indices, config.batch_size, steps, seed=(config.seed, ORDER, epoch))
-            for step, batch in enumerate(data.batches(plan[first_step:]), start=first_step):
-                n = len(batch.indices)
-                if n == 0:  # every file of it was bad
+            for step, share in feed.epoch(indices, steps, epoch, first_step):
+                if share is None:
                     continue
-                loss = learner.step(*prepare(batch, epoch, step))
-                meter.add(step, n, loss=loss * n)
-                cost.images_forward += n
-                cost.images_backward += n
+                loss = learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
+                meter.add(step, share.n, loss=loss * share.n)
+                cost.images_forward += share.total
+                cost.images_backward += share.total
                 progress.update(note=f"epoch {epoch + 1}/{config.epochs}{meter.note(stage, epoch, step)}")
                 if run.checkpoint_due() and step + 1 < steps:
                     save(checkpoint or stage, epoch, step + 1)
                     run.raise_if_stopping()
+            meter.gather(run.world)
             meter.check(stage, epoch)
             metrics, improved = {}, False
             if validation is not None and ((epoch + 1) % validation.every == 0 or epoch + 1 == config.epochs):
+                run.world.align_buffers(learner.evaluated)
                 metrics = validation.evaluate(learner.evaluated)
                 last = {"epoch": epoch, **metrics}
                 improved = validation.select is not None and (

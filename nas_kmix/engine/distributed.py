@@ -1,0 +1,92 @@
+"""One training on several devices or machines, as torchrun starts it: which process this is, and what all agree on.
+
+Without torchrun the world is a single process and every function here returns at once. Decisions travel between the
+CPUs (gloo), gradients by DistributedDataParallel between the devices (NCCL on GPUs).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """Process `rank` of `size`; rank 0 alone writes files and speaks."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """Which of `n` items are this process's: consecutive ones, the numbers differing by at most one."""
+        bounds = [n * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return slice(*bounds)
+
+    def highest(self, *values: float) -> list[float]:
+        """The highest of each value in any process (a sync point)."""
+        return self._reduce(values, distributed.ReduceOp.MAX)
+
+    def total(self, *values: float) -> list[float]:
+        """The sum of each value over the processes (a sync point)."""
+        return self._reduce(values, distributed.ReduceOp.SUM)
+
+    def _reduce(self, values: tuple[float, ...], operation: distributed.ReduceOp.RedOpType) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        together = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(together, operation)
+        return together.tolist()
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        self.total(0.0)
+
+    def align_buffers(self, model: nn.Module) -> None:
+        """Give every process the running statistics of rank 0."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, src=0)
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """A module whose backward pass averages the gradients over the processes."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world that torchrun has started this process in, or that of a single process.
+
+    Raises OSError, a sentence, where another process of the training is lost.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(distributed.get_rank(), size)
+    except (distributed.DistError, RuntimeError) as error:
+        if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"Another process of this training has ended ({reason}); its own log tells why.") from error
+    finally:
+        distributed.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU that belongs to this process where torchrun started one process for each."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device

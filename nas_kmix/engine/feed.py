@@ -1,0 +1,98 @@
+"""The batches of a training: read in a drawn order, augmented, mixed, and shared out among the processes of a world.
+
+Everything drawn is a function of (seed, epoch, step). A resident set is small enough for every process to prepare the
+whole batch and take its rows of it, so that several processes train on the very batches of a single one. A streamed set
+is divided before it is read: the same images, but crops and mixing partners are then drawn process by process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches
+from nas_kmix.engine.distributed import World
+from nas_kmix.engine.learner import Recipe
+
+# (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
+Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
+ORDER, AUGMENT, DROP_PATH = 1, 2, 3  # random streams: a draw of one never shifts a draw of another
+
+
+class Order(Protocol):
+    """The fields of a training's config that tell batches apart."""
+
+    epochs: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a batch, with its drop-path mask (layers, edges, N) or None.
+
+    n: images of the part; total: those of all parts. Where the part is empty, some image of weight 0 takes its place,
+    since every process must join in.
+    """
+
+    images: Tensor
+    soft_labels: Tensor
+    drop_path: Tensor | None
+    n: int
+    total: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Hands out the shares of an epoch."""
+
+    model: nn.Module
+    data: ImageData
+    config: Order
+    data_config: DataConfig
+    recipe: Recipe
+    mix: Mix
+    world: World
+
+    def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[tuple[int, Share | None]]:
+        """Numbered shares from `first_step` on; None in the place of a batch of which no file could be read."""
+        plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.config.seed, ORDER, epoch))[first_step:]
+        if not self.data.resident:
+            plan = [batch[self.world.share(len(batch))] for batch in plan]
+        for step, batch in enumerate(self.data.batches(plan), start=first_step):
+            yield step, self._share(batch, epoch, step)
+
+    def _share(self, batch: Batch, epoch: int, step: int) -> Share | None:
+        divided = not self.data.resident and self.world.size > 1  # this is a part already
+        total = int(self.world.total(len(batch.indices))[0]) if divided else len(batch.indices)
+        if total == 0:
+            return None
+        moment = (epoch, step, self.world.rank) if divided else (epoch, step)
+        rows = slice(0, len(batch.indices)) if divided else self.world.share(total)
+        n = rows.stop - rows.start
+        if n == 0:
+            rows = slice(0, 1)
+        if len(batch.indices) == 0:
+            side = self.data.image_size
+            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.data.device)
+            batch = Batch(blank, torch.zeros(1, dtype=torch.int64, device=self.data.device), batch.indices)
+        rng = np.random.default_rng([self.config.seed, AUGMENT, *moment])
+        extra = {"color_jitter": self.recipe.color_jitter, "cutout": self.recipe.cutout}
+        images = augment_batch(batch.images, self.data, self.data_config, rng=rng, **extra)
+        images, soft_labels = self.mix(images, batch.labels, rng)
+        mask = self._drop_path(len(images), epoch, moment)
+        mask = mask if mask is None else mask[:, :, rows]
+        return Share(images[rows], soft_labels[rows], mask, n, total, n * self.world.size / total)
+
+    def _drop_path(self, n: int, epoch: int, moment: tuple[int, ...]) -> Tensor | None:
+        probability = self.recipe.drop_path * epoch / self.config.epochs
+        if probability == 0.0:
+            return None
+        seed = np.random.default_rng([self.config.seed, DROP_PATH, *moment]).integers(2**63)
+        return self.model.draw_drop_path(n, probability, generator=torch.Generator().manual_seed(int(seed)))

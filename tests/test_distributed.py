@@ -1,0 +1,184 @@
+"""Several processes under torchrun with gloo: the same training as one process, and one end for all of them."""
+
+import csv
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import two_ranks
+from conftest import draw_pixels
+
+import train_eval
+from nas_kmix.engine.distributed import World
+from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.run import Run
+
+ROOT = Path(train_eval.__file__).parent
+PATIENCE = 120  # seconds until processes that hang fail their test
+SMALL = shlex.split(
+    "--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary --batch-size 8"
+)
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes through /proc")
+
+
+def torchrun(log, *arguments, restarts=0):
+    """Two processes with gloo, as the README starts eight; a process group of its own, with its output in `log`."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    with open(log, "w") as stream:
+        return subprocess.Popen(
+            [sys.executable, *command, *map(str, arguments)], stdout=stream, stderr=stream, env=environment, cwd=ROOT
+        )
+
+
+def ended(process, log):
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        pytest.fail(f"the processes hang: {log.read_text()}")
+
+
+def wait_for(process, reached):
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and not reached() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert reached()
+
+
+def ranks_of(process):
+    """Process ids by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(v[5:]): int(child) for v in variables if v.startswith(b"RANK=")}
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """27 training and 5 test images."""
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    arrays = {"train_images": draw_pixels(27, 32, 32, 3), "test_images": draw_pixels(5, 32, 32, 3, seed=1)}
+    np.savez(path, **arrays, train_labels=np.arange(27) % 3, test_labels=np.arange(5) % 3)
+    return path
+
+
+def epochs_in(folder):
+    if not (folder / "metrics.csv").exists():
+        return 0
+    with open(folder / "metrics.csv", newline="") as file:
+        return len(list(csv.DictReader(file)))
+
+
+# -- the same as one process -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What a single process ends with, and what each of two does."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    process = torchrun(folder / "log", ROOT / "tests" / "two_ranks.py", folder / "two")
+    two_ranks.main(folder / "one")
+    assert ended(process, folder / "log") == 0, (folder / "log").read_text()
+    load = [folder / "one" / "rank0.pt", folder / "two" / "rank0.pt", folder / "two" / "rank1.pt"]
+    return [torch.load(path, weights_only=True) for path in load]
+
+
+def test_two_processes_have_the_loss_curve_of_one(both):
+    one, first, _ = both
+    for alone, together in zip(one["curve"], first["curve"], strict=True):
+        assert alone["lr"] == together["lr"] and together["loss"] == pytest.approx(alone["loss"], rel=1e-8)
+    assert len({row["loss"] for row in one["curve"]}) == 3  # a training that goes on
+
+
+@pytest.mark.parametrize("kind", ["model", "average"])
+def test_two_processes_end_with_the_weights_of_one(both, kind):
+    one, *two = both
+    for state in two:
+        for name, value in one[kind].items():
+            torch.testing.assert_close(state[kind][name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("at", range(len(two_ranks.SIZES)))
+def test_evaluation_counts_every_image_once(both, at):
+    one, *two = both
+    for state in two:
+        assert state["evaluations"][at] == pytest.approx(one["evaluations"][at], rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [*range(9), 100, 1_281_167])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_are_a_division_into_equal_parts(n, size):
+    parts = [range(n)[World(rank, size).share(n)] for rank in range(size)]
+    assert [part.start for part in parts] + [n] == [0] + [part.stop for part in parts]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
+    """Each rank in turn, in one process: which images its network sees."""
+    data, seen = two_ranks.make_data(11), []
+
+    def fetched(index_batches):
+        for indices in index_batches:
+            seen.extend(indices)
+            yield from type(data).batches(data, [indices])
+
+    monkeypatch.setattr(data, "batches", fetched)
+    monkeypatch.setattr(World, "total", lambda world, *values: list(values))
+    for rank in range(3):
+        evaluate(two_ranks.make_network(), data, run=Run(tmp_path, stages=(), world=World(rank, 3)), batch_size=2)
+    assert sorted(seen) == list(range(11))
+
+
+# -- one end for all ---------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    command = [ROOT / "train_eval.py", *SMALL, "--data", npz, "--out", folder, "--epochs", 1000]
+    process = torchrun(log, *command)
+    wait_for(process, lambda: epochs_in(folder) >= 2)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert ended(process, log) != 0
+    said = log.read_text()
+    assert "SIGKILL" in said and "rank      : 1" in said
+    state = torch.load(folder / "last.pt", weights_only=True)
+    process = torchrun(log, *command)
+    wait_for(process, lambda: epochs_in(folder) >= state["epoch"] + 2)
+    assert f"resumed after {3 * state['epoch']}" in log.read_text()
+    process.terminate()  # as a job scheduler ends a job
+    assert ended(process, log) != 0
+    said = log.read_text()
+    assert said.count("finishing the step") == 1 and "stopped by SIGTERM; the same command goes on from here" in said
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
+
+
+@pytest.mark.slow
+def test_restarted_by_torchrun_it_ends_the_same(npz, tmp_path):
+    """torchrun --max-restarts: a killed process costs its last minute at most."""
+    states = []
+    for kill in (False, True):
+        folder, log = tmp_path / f"run-{kill}", tmp_path / "log"
+        process = torchrun(
+            log, ROOT / "train_eval.py", *SMALL, "--data", npz, "--out", folder, "--epochs", 30, restarts=2
+        )
+        if kill:
+            wait_for(process, lambda folder=folder: epochs_in(folder) >= 5)
+            os.kill(ranks_of(process)[1], signal.SIGKILL)
+        assert ended(process, log) == 0, log.read_text()
+        assert ("resumed after" in log.read_text()) == kill
+        states.append(
+            (torch.load(folder / "last.pt", weights_only=True)["model"], (folder / "metrics.csv").read_text())
+        )
+    assert states[0][1] == states[1][1]
+    assert all(torch.equal(value, states[1][0][name]) for name, value in states[0][0].items())

@@ -1,0 +1,77 @@
+"""What each process of `torchrun` runs in test_distributed.py; alone, it is the single process to compare with."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import draw_pixels
+from torch import nn
+from torch.nn import functional as F
+
+from darts_space import GENOTYPES, CifarNetwork
+from nas_kmix.engine import files
+from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.distributed import joined
+from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.run import Run, stage_key
+from nas_kmix.engine.sources import Source
+from nas_kmix.engine.training import TrainConfig, train
+
+CLASSES, SIZES = 3, (1, 2, 7, 20)
+CPU = torch.device("cpu")
+
+
+class RecordedRun(Run):
+    """Keeps what it logs with all digits."""
+
+    def log(self, stage, epoch, **values):
+        self.curve = [*getattr(self, "curve", []), values]
+        super().log(stage, epoch, **values)
+
+
+def make_data(n):
+    pixels, labels = draw_pixels(n, 32, 32, 3), np.arange(n) % CLASSES
+    source = Source("generated", "train", labels, tuple("abc"), arrays=pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return ImageData(source, 32, (0.5,) * 3, (0.3,) * 3, CPU, images)
+
+
+def make_network():
+    return CifarNetwork(GENOTYPES["PC_DARTS_cifar"], 2, 3, CLASSES, generator=torch.Generator().manual_seed(0))
+
+
+def frozen_double(network):
+    """In float64, its BatchNorms staying in evaluation mode."""
+    for module in network.double().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True: None
+    return network
+
+
+def mix(images, labels, rng):
+    """Blends across the whole batch, in float64."""
+    partner, weight = torch.as_tensor(rng.permutation(len(images))), float(rng.uniform(0.5, 1.0))
+    images, one_hot = images.double(), F.one_hot(labels, CLASSES).double()
+    return torch.lerp(images[partner], images, weight), torch.lerp(one_hot[partner], one_hot, weight)
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    with joined(CPU) as world, RecordedRun(out, stages=("train",), world=world) as run:
+        evaluations = [evaluate(make_network(), make_data(n), run=run, batch_size=3) for n in SIZES]
+        network = frozen_double(make_network())
+        recipe = Recipe(grad_clip=1.0, label_smoothing=0.1, drop_path=0.3, cutout=8, ema=0.8, accumulate=2)
+        config = TrainConfig(epochs=3, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
+        key = stage_key("train", {}, {})
+        trained = train(
+            network, make_data(17), config, DataConfig(), mix=mix, run=run, stage="train", key=key, recipe=recipe
+        )
+        state = {"model": network.state_dict(), "average": trained.model.state_dict()}
+        files.save_tensors(out / f"rank{world.rank}.pt", {**state, "curve": run.curve, "evaluations": evaluations})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
