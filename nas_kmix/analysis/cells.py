@@ -10,7 +10,6 @@ The genotype is a file (JSON or legacy text), the name of a published one, or th
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -19,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import tyro
 
 from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, read_genotype
 from darts_space.cell import NODES, Edge
 from nas_kmix.analysis.cell_picture import draw_cells
+from nas_kmix.analysis.figures import PICTURES, save_figure
 from nas_kmix.engine import files
 
 FORMS = {".json": "json", ".txt": "text"}
-PICTURES = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,7 @@ def _edge_text(edge: Edge) -> str:
 
 def save_picture(genotype: Genotype, path: Path, title: str = "") -> None:
     """Draw both cells into a .png or .svg file; the same genotype gives the same bytes."""
-    buffer = io.BytesIO()
-    # An SVG otherwise holds the date and random names, and its text would be outlines instead of letters.
-    with matplotlib.rc_context({"svg.hashsalt": "cells", "svg.fonttype": "none"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        draw_cells(genotype, title).savefig(buffer, format=path.suffix[1:], dpi=150, metadata=metadata)
-    files.write_bytes(path, buffer.getvalue())
+    save_figure(draw_cells(genotype, title), path)
 
 
 def run(config: Config) -> str:

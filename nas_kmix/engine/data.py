@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,15 @@ class DataConfig:
             raise ValueError(f"--image-size {self.image_size} is too small; 32 or more is sensible.")
         if self.crop_padding < 0:
             raise ValueError(f"--crop-padding must be 0 or more, not {self.crop_padding}.")
+
+
+class Preparation(Protocol):
+    """How images were prepared that others shall be like: a training split, or what a trained network has seen."""
+
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Batch(NamedTuple):
@@ -157,13 +166,13 @@ def load_data(
     split: str = "train",
     device: torch.device | str = "cpu",
     workers: int = 0,
-    like: ImageData | None = None,
+    like: Preparation | None = None,
 ) -> ImageData:
     """Load one split; nothing of any other split is read.
 
-    `like` is the training split where another one is loaded: its size and normalisation are taken over, and a class
-    may lack images. Raises ValueError (with the path and what to do) for missing or malformed data, an empty class, a
-    single class, or sizes that need `--image-size`.
+    `like` is the training split where another one is loaded, or a trained classifier: its size and normalisation are
+    taken over, and a class may lack images. Raises ValueError (with the path and what to do) for missing or malformed
+    data, an empty class, a single class, or sizes that need `--image-size`.
     """
     source = sources.open_source(config.data, config.data_root, split)
     if source.num_classes < 2:

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -249,16 +250,33 @@ def _folder(folder: Path, split: str) -> Source:
     names = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir() and not p.name.startswith(".")))
     if not names:
         raise ValueError(f"{folder / 'train'} has no class folders; images belong in {folder / 'train'}/CLASS/.")
-    paths, labels = [], []
-    for label, name in enumerate(names):
-        files = sorted(p for p in (folder / split / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths += [p.relative_to(folder).as_posix() for p in files]
-        labels += [label] * len(files)
+    paths, labels = _files_of(folder, [f"{split}/{name}" for name in names])
     if not paths:
         raise ValueError(f"{folder / split} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return Source(
-        folder.resolve().name, split, np.array(labels, dtype=np.int64), names, folder=folder, paths=tuple(paths)
-    )
+    return Source(folder.resolve().name, split, labels, names, folder=folder, paths=paths)
+
+
+def open_class_folders(folder: Path) -> Source:
+    """`folder/CLASS/*` without splits, as ImageNet-A and ImageNet-O are laid out. Raises ValueError naming the path."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder.")
+    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if "train" in names:
+        raise ValueError(f"{folder} holds splits, not classes; name one of them, e.g. {folder / 'train'}.")
+    paths, labels = _files_of(folder, names)
+    if not paths:
+        raise ValueError(f"{folder} holds no images; they belong in {folder}/CLASS/.")
+    return Source(folder.resolve().name, "all", labels, names, folder=folder, paths=paths)
+
+
+def _files_of(folder: Path, classes: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Sorted paths of the images below each class's subfolder, relative to `folder`, and their labels."""
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths += [p.relative_to(folder).as_posix() for p in files]
+        labels += [label] * len(files)
+    return tuple(paths), np.array(labels, dtype=np.int64)
 
 
 def _to_rgb(images: np.ndarray) -> np.ndarray:

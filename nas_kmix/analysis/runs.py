@@ -1,0 +1,110 @@
+"""Which classifiers an analysis looks at, and on which images: the RUNs and the data flags of its command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from nas_kmix.analysis.classifiers import Classifier, load_classifier
+from nas_kmix.engine import files
+from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.sources import splits_of
+
+SUBSET = 1  # random stream: which images are taken
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """The images that an analysis is made on."""
+
+    data: str | None = None
+    """As in train_eval.py. Default: what the first RUN was trained on, by the config.json beside its checkpoint."""
+    data_root: Path = Path("data")
+    """Where CIFAR is looked for and downloaded to."""
+    split: Literal["auto", "train", "val", "test"] = "auto"
+    """auto: test where there is one, else val."""
+    images: int = 1000
+    """Take so many images, drawn by the seed; 0 takes all."""
+
+    def __post_init__(self):
+        if self.images < 0:
+            raise ValueError(f"--images must be 0 or more, not {self.images}.")
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The file that RUN stands for: itself, or a folder's network after the last epoch.
+
+    Raises ValueError where there is none, or where its training is not finished.
+    """
+    if not run.is_dir():
+        return run
+    if (run / "last.pt").exists():
+        if not (run / "result.json").exists():
+            raise ValueError(f"{run} holds an unfinished training; finish it, or name {run / 'last.pt'} itself.")
+        return run / "last.pt"
+    if (run / "scorer.pt").exists():
+        return run / "scorer.pt"
+    raise ValueError(f"{run} holds neither last.pt nor scorer.pt; name a run folder or a checkpoint.")
+
+
+def open_runs(runs: Sequence[Path]) -> dict[str, Classifier]:
+    """The classifiers by the names that figures and tables give them: a folder's name, or `folder-file`.
+
+    Raises ValueError for no run, for two of one name, and for networks that take other classes or sizes.
+    """
+    if not runs:
+        raise ValueError("Name at least one RUN: a run folder of train_eval.py or a checkpoint.")
+    found: dict[str, Classifier] = {}
+    for run in runs:
+        path = run.resolve()
+        name = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
+        if name in found:
+            raise ValueError(f"{run} and {found[name].path} would both be called {name}; rename a folder.")
+        found[name] = load_classifier(checkpoint_of(run))
+    first, *others = found.values()
+    for other in others:
+        check_same_task(first, other)
+    return found
+
+
+def check_same_task(first: Classifier, second: Classifier) -> None:
+    """Raise ValueError unless both take images of one size to the same classes."""
+    if (first.class_names, first.image_size) != (second.class_names, second.image_size):
+        raise ValueError(
+            f"{first.path} and {second.path} were trained on other classes or image sizes; compare them one by one."
+        )
+
+
+def load_images(config: InputConfig, like: Classifier, *, device: torch.device, workers: int) -> ImageData:
+    """The split to analyse, at the size that `like` takes, in its normalisation. Raises ValueError."""
+    data = config.data or _recorded_data(like.path)
+    split = config.split
+    if split == "auto":
+        split = next((name for name in ("test", "val") if name in splits_of(data)), None)
+        if split is None:
+            raise ValueError(f"--data {data} has neither val nor test images; choose --split train to use those.")
+    chosen = DataConfig(data=data, data_root=config.data_root, image_size=like.image_size)
+    return like.prepare(load_data(chosen, split=split, device=device, workers=workers, like=like))
+
+
+def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:
+    """Indices of `images` readable images, ascending, without replacement; of all where there are no more, or for 0."""
+    good = data.good()
+    if not 0 < images < len(good):
+        return good
+    return np.sort(np.random.default_rng([seed, SUBSET]).choice(good, size=images, replace=False))
+
+
+def _recorded_data(checkpoint: Path) -> str:
+    record = checkpoint.parent / "config.json"
+    try:
+        return files.read_json(record)["input"]["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} does not tell what {checkpoint.name} was trained on; name it with --data."
+        ) from error
