@@ -4,6 +4,7 @@
     python train_eval.py --preset cpu --genotype PC_DARTS_cifar --data cifar100 --out runs/net
     python train_eval.py --preset cifar --genotype runs/c100/genotype.json --data cifar100 --out runs/full  # for a GPU
     python train_eval.py --preset imagenet --genotype PC_DARTS_image --data /data/imagenet --max-macs 600M --out runs/in
+    python train_eval.py --preset pyramidnet110-cifar100-dcutmix --out runs/cell  # a cell of the paper's tables
     python train_eval.py --eval-only runs/net/best.pt --data cifar100
 
 The same command again resumes. `best.pt` is the epoch with the highest accuracy on the split `val`, or on a held-out
@@ -28,7 +29,7 @@ from torch import nn
 from darts_space import build_network, cost, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.analysis.classifiers import load_classifier
-from nas_kmix.backbones import build_backbone
+from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
@@ -39,9 +40,10 @@ from nas_kmix.engine.learner import Recipe
 from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.engine.sources import splits_of
 from nas_kmix.engine.training import TrainConfig, Trained, Validation, train
+from nas_kmix.mixers import MixName, make_mix
+from nas_kmix.presets import PAPER
 from nas_kmix.proxy import split_halves
 from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
-from nas_kmix.scorer import make_mix
 
 STAGES = ("train", "evaluation")
 RESULTS = ("last.pt", "best.pt", "result.json")
@@ -55,6 +57,12 @@ class NetworkConfig:
     """A file (JSON or legacy text), the name of a published genotype, or the text itself."""
     backbone: str | None = None
     """Instead of a genotype: a network of `nas_kmix.backbones`, e.g. pyramidnet110."""
+    stochastic_depth: float = 0.0
+    """Of a backbone: probability that a batch skips the last residual path, linear over the depth (Huang et al.)."""
+    drop_block: float = 0.0
+    """Of a backbone: probability that a value of the last stage is dropped, in squares (Ghiasi et al.)."""
+    block_size: int = 3
+    """Side of those squares in pixels, odd."""
     channels: int = 36
     """Width of the first cell's nodes."""
     layers: int = 20
@@ -71,11 +79,12 @@ class NetworkConfig:
 class TrainingConfig(TrainConfig):
     """SGD, its schedule and the mixing of images."""
 
-    mix: Literal["none", "dmixup", "dcutmix"] = "none"
+    mix: MixName = "none"
+    """dmixup, dcutmix and saliency_dcutmix mix K images; mixup, cutmix and manifold_mixup are their rivals of two."""
     mix_k: int = 5
-    """Images in a mix, at least 2."""
+    """Images in a mix, at least 2; the rivals have two."""
     mix_alpha: float = 0.2
-    """Concentration of the Dirichlet distribution that the shares are drawn from."""
+    """Concentration of the Dirichlet distribution that the shares are drawn from, of the rivals' Beta distribution."""
     mix_prob: float = 1.0
     """Probability that a batch is mixed at all."""
 
@@ -87,8 +96,9 @@ Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --trainin
 class Config:
     """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
 
-    preset: Literal["quick", "cpu", "cifar", "imagenet"] = "quick"
-    """quick: digits in a minute | cpu: small and short | cifar, imagenet: PC-DARTS's, for GPUs."""
+    preset: str = "quick"
+    """quick: digits in a minute | cpu: small and short | cifar, imagenet: PC-DARTS's, for GPUs | a cell of the paper's
+    tables, e.g. pyramidnet110-cifar100-dcutmix; an unknown name lists them all."""
     out: Path = Path("runs/train")
     """The run folder."""
     seed: int = 0
@@ -150,6 +160,17 @@ PRESETS: dict[str, Config] = {
         ),
     ),
 }
+PRESETS |= {  # the paper's Tables 1-3; as there, all training images are trained on and no epoch is chosen
+    name: Config(
+        preset=name,
+        val_share=0.0,
+        network=NetworkConfig(**cell.network),
+        input=DataConfig(**cell.input),
+        training=TrainingConfig(**cell.training),
+        recipe=Recipe(**cell.recipe),
+    )
+    for name, cell in PAPER.items()
+}
 
 
 @dataclass(frozen=True)
@@ -189,6 +210,8 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         if config.fresh:
             folder.clear(RESULTS)
         folder.records = {"config.json": asdict(config), "env.json": environment(device)}
+        if config.preset in PAPER:
+            folder.say(f"the paper's {PAPER[config.preset].doc}")
         folder.say(
             f"{data.source.name}: {len(training.indices)} training images of {data.num_classes} classes, "
             f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {device}; "
@@ -219,6 +242,7 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
         "seed": config.seed,
         **{name: getattr(config, name) for name in ("val_share", "train_images", "eval_every")},
         **{name: getattr(config.input, name) for name in ("flip", "crop_padding")},
+        **{name: getattr(config.network, name) for name in ("stochastic_depth", "drop_block", "block_size")},
     }
     fingerprints = {name: part.data.fingerprint for name, part in evaluated.items()}
     content = {
@@ -240,7 +264,7 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
         data,
         replace(config.training, seed=config.seed),
         config.input,
-        mix=make_mix(config.training, data.num_classes),
+        mix=make_mix(config.training, data.num_classes, model),
         run=folder,
         stage="train",
         key=stage_key("train", settings, {"data": data.fingerprint, **fingerprints}),
@@ -294,7 +318,9 @@ def _build(config: Config, data: ImageData) -> nn.Module:
     """The network with the weights that the seed gives it."""
     settings = config.network
     if settings.genotype is None:
-        return build_backbone(settings.backbone, num_classes=data.num_classes, stem=data.stem, seed=config.seed)
+        shape = {"num_classes": data.num_classes, "stem": data.stem}
+        drop = Drop(settings.stochastic_depth, settings.drop_block, settings.block_size)
+        return build_backbone(settings.backbone, **shape, drop=drop, seed=config.seed)
     genotype, channels = read_genotype(settings.genotype), settings.channels
     shape = {"kind": data.stem, "layers": settings.layers, "num_classes": data.num_classes}
     if settings.max_macs is not None:
@@ -345,6 +371,8 @@ def _speed(folder: Run) -> dict[str, float]:
 
 def _check_flags(config: Config) -> None:
     """Refuse flags that contradict each other."""
+    if config.preset not in PRESETS:
+        raise ValueError(f"there is no --preset {config.preset}; there are {', '.join(PRESETS)}.")
     network = config.network
     if config.eval_only is None and (network.genotype is None) == (network.backbone is None):
         raise ValueError("Give one of --genotype FILE|NAME|TEXT and --backbone NAME: that is what is trained.")
@@ -352,6 +380,14 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--eval-only reads the network from its file; leave --genotype and --backbone out.")
     if network.max_macs is not None and network.genotype is None:
         raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
+    if network.backbone is None and (network.stochastic_depth or network.drop_block):
+        raise ValueError(
+            "--stochastic-depth and --drop-block are for a --backbone; a genotype's network has --drop-path."
+        )
+    if config.training.mix == "manifold_mixup" and (network.backbone is None or config.recipe.accumulate > 1):
+        raise ValueError(
+            "--mix manifold_mixup mixes within a --backbone, a whole batch at once: leave --accumulate at 1."
+        )
     if not 0.0 <= config.val_share < 1.0:
         raise ValueError(f"--val-share must be at least 0 and below 1, not {config.val_share}.")
     if config.seed < 0:

@@ -5,6 +5,7 @@ The first three are called like the mixers of `mixing.py`. Mixup and CutMix draw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,19 +98,7 @@ def manifold_mixup(
     Raises:
         ValueError: a network without `stage_ends`, or an alpha that is not positive.
     """
-    _check_alpha(alpha)
-    if not hasattr(model, "stage_ends"):
-        raise ValueError(
-            f"Manifold Mixup mixes after the layers named in `stage_ends`, which {type(model).__name__} lacks: "
-            "choose one of nas_kmix.backbones, or another --mix."
-        )
-    share = rng.beta(alpha, alpha)
-    layer = rng.choice(["", *model.stage_ends])  # the empty name stands for the input
-    partners = torch.as_tensor(rng.permutation(len(images)), device=images.device)
-
-    def mix(x: Tensor) -> Tensor:
-        return torch.lerp(x.index_select(0, partners), x, share)
-
+    layer, mix = _draw_manifold_mixup(model, images, rng, alpha)
     if layer == "":
         logits = model(mix(images))
     else:
@@ -119,6 +108,49 @@ def manifold_mixup(
         finally:
             hook.remove()
     return logits, mix(F.one_hot(labels.long(), logits.shape[1]).float())
+
+
+@dataclass(kw_only=True, eq=False)
+class ManifoldMixup(Mixer):
+    """`manifold_mixup` for a training loop that knows only mixers: the model's next forward pass does the mixing.
+
+    That pass must be of the very images that the call returns, in one piece.
+    """
+
+    model: nn.Module
+    """A network with `stage_ends`."""
+    alpha: float = 1.0
+    """lambda ~ Beta(alpha, alpha)."""
+
+    def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The call without its checks and the draw of `p`."""
+        layer, mix = _draw_manifold_mixup(self.model, images, rng, self.alpha)
+        soft_labels = mix(F.one_hot(labels.long(), self.num_classes).float())
+        if layer == "":
+            return mix(images), soft_labels
+
+        def once(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+            hook.remove()
+            return mix(output)
+
+        hook = self.model.get_submodule(layer).register_forward_hook(once)
+        return images, soft_labels
+
+
+def _draw_manifold_mixup(
+    model: nn.Module, images: Tensor, rng: np.random.Generator, alpha: float
+) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The layer after which to mix, empty for the input, and the mixing of anything with one row per image."""
+    _check_alpha(alpha)
+    if not hasattr(model, "stage_ends"):
+        raise ValueError(
+            f"Manifold Mixup mixes after the layers named in `stage_ends`, which {type(model).__name__} lacks: "
+            "choose one of nas_kmix.backbones, or another --mix."
+        )
+    share = rng.beta(alpha, alpha)
+    layer = str(rng.choice(["", *model.stage_ends]))
+    partners = torch.as_tensor(rng.permutation(len(images)), device=images.device)
+    return layer, lambda x: torch.lerp(x.index_select(0, partners), x, share)
 
 
 def _check_alpha(alpha: float) -> None:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run, check_key
-from nas_kmix.engine.training import Mix, TrainConfig, train
-from nas_kmix.mixing import DCutMix, DMixup
+from nas_kmix.engine.training import TrainConfig, train
+from nas_kmix.mixers import make_mix
 
 FORMAT = "nas_kmix/classifier"
-MIXERS = {"dmixup": DMixup, "dcutmix": DCutMix}
 
 
 @dataclass(frozen=True)
@@ -43,28 +39,12 @@ class ScorerConfig(TrainConfig):
     """Probability that a batch is mixed at all."""
 
 
-def make_mix(config: ScorerConfig, num_classes: int) -> Mix:
-    """The mixing function of the training loop."""
-    if config.mix == "none":
-        return partial(_one_hot, num_classes)
-    mixer = MIXERS[config.mix](k=config.mix_k, alpha=config.mix_alpha, num_classes=num_classes, p=config.mix_prob)
-    return partial(_mix, mixer)
-
-
-def _one_hot(num_classes: int, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    return images, F.one_hot(labels, num_classes).float()
-
-
-def _mix(mixer: DCutMix | DMixup, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    return mixer(images, labels, rng=rng)
-
-
 def train_scorer(
     data: ImageData, config: ScorerConfig, data_config: DataConfig, *, run: Run, key: Mapping[str, Any], path: Path
 ) -> nn.Module:
     """Train on all of `data` and write `path`; resumes from the run's checkpoint."""
     model = run.layout(_build(config.backbone, data.num_classes, data.stem, config.seed).to(run.device))
-    mix = make_mix(config, data.num_classes)
+    mix = make_mix(config, data.num_classes, model)
     train(model, data, config, data_config, mix=mix, run=run, stage="scorer", key=key)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(

@@ -242,3 +242,15 @@ def test_cutout_is_a_clipped_square_around_a_uniform_pixel():
     assert counts.keys() == possible.keys()
     for mask, multiplicity in possible.items():
         assert abs(counts[mask] - n * multiplicity / (h * w)) < 5 * (n * multiplicity / (h * w)) ** 0.5
+
+
+def test_lighting_is_alexnets_shift_of_whole_images():
+    images, std = torch.zeros(5, 3, 4, 6), (0.2, 0.25, 0.5)
+    found = augment.lighting(images, 0.1, std, rng=rng(2))
+    assert torch.equal(found, found[:, :, :1, :1].expand_as(found))  # one colour per image
+    draws = rng(2).normal(size=(5, 3)) * 0.1
+    vectors = np.array(augment.COLOR_DIRECTIONS)  # columns are the directions
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-3)  # orthonormal
+    for image, draw in zip(found, draws, strict=True):
+        shift = sum(draw[i] * augment.COLOR_VARIANCES[i] * vectors[:, i] for i in range(3)) / np.array(std)
+        np.testing.assert_allclose(image[:, 0, 0], shift, rtol=1e-5)

@@ -1,6 +1,7 @@
 """One step of SGD with every extra against plain PyTorch, and its state."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def test_steps_are_those_of_plain_sgd(tmp_path, smoothing, clip, nesterov):
                 velocity[name] = 0.8 * velocity[name] + gradient
                 p -= 0.3 * (gradient + 0.8 * velocity[name] if nesterov else velocity[name])
     assert_same(ours.model, theirs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_co_mixup_is_a_binary_cross_entropy_per_class(tmp_path, smoothing):
+    ours = learner(tmp_path, Recipe(loss="softmax_bce", label_smoothing=smoothing, auxiliary_weight=0.0))
+    images, labels = batch()
+    probabilities = ours.model(images)[0].softmax(dim=1)
+    targets = labels * (1 - smoothing) + smoothing / CLASSES
+    terms = [
+        -t * math.log(p) - (1 - t) * math.log(1 - p)
+        for t, p in zip(targets.flatten().tolist(), probabilities.flatten().tolist(), strict=True)
+    ]
+    assert float(ours.step(images, labels)) == pytest.approx(sum(terms) / len(terms), rel=1e-9)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5, 100])

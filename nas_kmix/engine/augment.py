@@ -82,6 +82,21 @@ def color_jitter(images: Tensor, strengths: tuple[float, float, float, float], *
     return torch.stack(jittered)
 
 
+# Directions in which the colours of ImageNet's pixels vary, in [0, 1], and how much (Krizhevsky et al., NeurIPS 2012).
+COLOR_DIRECTIONS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+COLOR_VARIANCES = (0.2175, 0.0188, 0.0045)
+
+
+def lighting(images: Tensor, strength: float, std: tuple[float, ...], *, rng: np.random.Generator) -> Tensor:
+    """Shift the colour of each image along the directions in which colours vary, by normal draws times `strength`.
+
+    For images (N, 3, H, W) normalised by `std`; AlexNet's "PCA lighting".
+    """
+    draws = rng.normal(scale=strength, size=(len(images), 3)) * np.array(COLOR_VARIANCES)
+    shift = draws @ np.array(COLOR_DIRECTIONS).T / np.array(std)  # (N, 3)
+    return images + torch.as_tensor(shift, dtype=images.dtype, device=images.device)[:, :, None, None]
+
+
 def cutout(images: Tensor, length: int, *, rng: np.random.Generator) -> Tensor:
     """Blank a square of side `length` (pixels) around a uniform pixel of each image, clipped at the border.
 

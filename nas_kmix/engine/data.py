@@ -210,12 +210,13 @@ def augment_batch(
     *,
     rng: np.random.Generator,
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+    lighting: float = 0.0,
     cutout: int = 0,
 ) -> Tensor:
     """The training transform: crop (up to 64 px) or RandomResizedCrop, flip, normalise. uint8 in, float32 out.
 
     RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph. Colours are
-    jittered before normalising, Cutout blanks a square of so many pixels after it; see `augment`.
+    jittered before normalising; lighting acts, and Cutout blanks a square of so many pixels, after it; see `augment`.
     """
     if data.stem == "cifar":
         images = augment.random_crop(images, config.crop_padding, rng=rng)
@@ -226,6 +227,8 @@ def augment_batch(
     if any(color_jitter):
         images = augment.color_jitter(images, color_jitter, rng=rng)
     images = data.normalise(images)
+    if lighting:
+        images = augment.lighting(images, lighting, data.std, rng=rng)
     return augment.cutout(images, cutout, rng=rng) if cutout else images
 
 

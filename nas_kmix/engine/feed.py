@@ -21,7 +21,7 @@ from nas_kmix.engine.learner import Recipe
 
 # (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
 Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
-ORDER, AUGMENT, DROP_PATH = 1, 2, 3  # random streams: a draw of one never shifts a draw of another
+ORDER, AUGMENT, DROP_PATH, LAYERS = 1, 2, 3, 4  # random streams: a draw of one never shifts a draw of another
 
 
 class Order(Protocol):
@@ -83,7 +83,8 @@ class Feed:
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.data.device)
             batch = Batch(blank, torch.zeros(1, dtype=torch.int64, device=self.data.device), batch.indices)
         rng = np.random.default_rng([self.config.seed, AUGMENT, *moment])
-        extra = {"color_jitter": self.recipe.color_jitter, "cutout": self.recipe.cutout}
+        recipe = self.recipe
+        extra = {"color_jitter": recipe.color_jitter, "lighting": recipe.lighting, "cutout": recipe.cutout}
         images = augment_batch(batch.images, self.data, self.data_config, rng=rng, **extra)
         images, soft_labels = self.mix(images, batch.labels, rng)
         mask = self._drop_path(len(images), epoch, moment)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Recipe:
     """First epochs, through which the learning rate rises linearly."""
     grad_clip: float | None = None
     """Largest norm of the gradient of all weights together."""
+    loss: Literal["cross_entropy", "softmax_bce"] = "cross_entropy"
+    """softmax_bce: binary cross-entropy of every class's probability, the loss of Co-Mixup's published program."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over all classes."""
     auxiliary_weight: float = 0.4
@@ -50,6 +52,8 @@ class Recipe:
     """Side in pixels of the square that is blanked at random (DeVries & Taylor 2017)."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """How far brightness, contrast, saturation and hue change at random, as in torchvision's ColorJitter."""
+    lighting: float = 0.0
+    """Standard deviation of AlexNet's PCA lighting, 0.1 where ImageNet is trained with it."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated and kept."""
     accumulate: int = 1
@@ -61,7 +65,7 @@ class Recipe:
         for name in ("label_smoothing", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"--{_flag(name)} must be at least 0 and below 1, not {getattr(self, name)}.")
-        for name in ("warmup_epochs", "cutout", "auxiliary_weight"):
+        for name in ("warmup_epochs", "cutout", "auxiliary_weight", "lighting"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{_flag(name)} must be 0 or more, not {getattr(self, name)}.")
         if self.grad_clip is not None and not self.grad_clip > 0.0:
@@ -140,15 +144,19 @@ class Learner:
             images = self._run.layout(images)
             outputs = self._forward(images) if drop_path is None else self._forward(images, drop_path)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = self._cross_entropy(logits, soft_labels)
+        loss = self._loss_of(logits, soft_labels)
         objective = loss
         for extra in auxiliary:
-            objective = objective + self.recipe.auxiliary_weight * self._cross_entropy(extra, soft_labels)
+            objective = objective + self.recipe.auxiliary_weight * self._loss_of(extra, soft_labels)
         return loss, objective
 
-    def _cross_entropy(self, logits: Tensor, soft_labels: Tensor) -> Tensor:
+    def _loss_of(self, logits: Tensor, soft_labels: Tensor) -> Tensor:
         """In the labels' precision, whatever autocast chose for the logits."""
-        return F.cross_entropy(logits.to(soft_labels.dtype), soft_labels, label_smoothing=self.recipe.label_smoothing)
+        logits, smoothing = logits.to(soft_labels.dtype), self.recipe.label_smoothing
+        if self.recipe.loss == "cross_entropy":
+            return F.cross_entropy(logits, soft_labels, label_smoothing=smoothing)
+        smoothed = torch.lerp(soft_labels, torch.full_like(soft_labels, 1.0 / soft_labels.shape[1]), smoothing)
+        return F.binary_cross_entropy(logits.softmax(dim=1), smoothed)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain content; `model` is the state of `evaluated`."""

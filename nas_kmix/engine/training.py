@@ -1,22 +1,24 @@
 """The one supervised training loop: a model and resident or streamed images in, a trained model out.
 
 It knows no method: how a batch is mixed and how the model is evaluated are functions handed to it. Batch order,
-augmentation and drop-path are functions of (seed, epoch, step), so resuming needs no random state.
+augmentation, drop-path and layers that draw are functions of (seed, epoch, step), so resuming needs no random state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import tyro
 from torch import nn
 
 from nas_kmix.engine.data import DataConfig, ImageData
-from nas_kmix.engine.feed import Feed, Mix
+from nas_kmix.engine.feed import LAYERS, Feed, Mix
 from nas_kmix.engine.learner import Learner, Recipe
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
@@ -145,7 +147,8 @@ def train(
             for step, share in feed.epoch(indices, steps, epoch, first_step):
                 if share is None:
                     continue
-                loss = learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
+                with _seeded(run.device, (config.seed, LAYERS, epoch, step)):
+                    loss = learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
                 meter.add(step, share.n, loss=loss * share.n)
                 cost.images_forward += share.total
                 cost.images_backward += share.total
@@ -171,3 +174,11 @@ def train(
             run.raise_if_stopping()
     progress.close()
     return Trained(learner.evaluated, last, best)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: tuple[int, ...]) -> Iterator[None]:
+    """Let layers that draw from torch's global generators, such as stochastic depth, depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.default_rng(list(seed)).integers(2**63)))
+        yield
