@@ -38,7 +38,7 @@ def k_images(mix: str, k: int, alpha: float, p: float = 1.0) -> Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: those fields of `train_eval.Config`'s parts that differ from the defaults, and what the paper reports."""
+    """One cell: the fields of `train_eval.Config` in which it differs from the defaults, and what the paper reports."""
 
     table: str
     row: str
