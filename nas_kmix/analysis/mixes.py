@@ -48,12 +48,6 @@ class Config:
     seed: int = 0
     """Of the choice of images and of every mix."""
 
-    def __post_init__(self):
-        if self.images < 2:
-            raise ValueError(f"--images {self.images}: a mix needs two images or more.")
-        if self.picture.suffix != ".png":
-            raise ValueError(f"--picture {self.picture} must end in .png.")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -97,7 +91,7 @@ def caption(soft_label: Tensor, names: Sequence[str]) -> str:
     """Classes and their shares, the largest first, a line each."""
     shares, classes = soft_label.sort(descending=True, stable=True)
     pairs = zip(shares.tolist(), classes.tolist(), strict=True)
-    return "\n".join(f"{names[label]} {share:.2f}" for share, label in pairs if share >= LEAST_SHARE)
+    return "\n".join(f"{names[label]}: {share:.2f}" for share, label in pairs if share >= LEAST_SHARE)
 
 
 def _shown(images: Tensor, data: ImageData) -> np.ndarray:
@@ -128,6 +122,10 @@ def draw(table: Sequence[Row], marks: np.ndarray) -> Figure:
 
 def run(config: Config) -> None:
     """Write the picture. Raises ValueError and OSError."""
+    if config.images < 2:
+        raise ValueError(f"--images {config.images}: a mix needs two images or more.")
+    if config.picture.suffix != ".png":
+        raise ValueError(f"--picture {config.picture} must end in .png.")
     data = load_data(config.input)
     buffer = io.BytesIO()
     draw(*rows(config, data)).savefig(buffer, format="png", dpi=110)
