@@ -198,6 +198,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
+    if config.training.mix == "manifold_mixup" and world.size > 1:
+        raise ValueError("--mix manifold_mixup mixes a batch within one forward pass; train it with a single process.")
     options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
     folder = Run(config.out, stages=STAGES, device=device, checkpoints=".", world=world, **options)
     data = load_data(config.input, device=device, workers=config.device.workers)
