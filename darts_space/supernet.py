@@ -111,16 +111,17 @@ class StateEdges(nn.Module):
         mixed = norms(pools, self.copy_both, pools_mix)
 
         front = F.relu(front)
-        copies = front @ self.copy_twice.to(x.dtype)
-        separable = norms(depthwise(copies, first, self.stride), first_pointwise, rectify=True)
+        copies = self.copy_twice.to(x.dtype)
+        separable = norms(depthwise(front @ copies, first, self.stride), first_pointwise, rectify=True)
         mixed = mixed + norms(depthwise(separable, second), second_pointwise, separable_mix)
         if self.stride == 2:  # every second pixel of every second pixel
-            mixed = mixed + norms(depthwise(copies[:, ::2, ::2], dilated), dilated_pointwise, dilated_mix)
+            every_second = depthwise(front[:, ::2, ::2] @ copies, dilated)
+            mixed = mixed + norms(every_second, dilated_pointwise, dilated_mix)
         elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
-            phases = depthwise(space_to_batch(copies), dilated)
-            mixed = mixed + batch_to_space(norms(phases, dilated_pointwise, dilated_mix))
+            every_second = depthwise(space_to_batch(front) @ copies, dilated)
+            mixed = mixed + batch_to_space(norms(every_second, dilated_pointwise, dilated_mix))
         else:
-            mixed = mixed + norms(depthwise(copies, dilated, dilation=2), dilated_pointwise, dilated_mix)
+            mixed = mixed + norms(depthwise(front @ copies, dilated, dilation=2), dilated_pointwise, dilated_mix)
 
         if self.stride == 2:
             mixed = mixed + norms(_even_and_odd(front), self._skip_matrix(), self._mixing_matrices(weights[6:7])[0])
