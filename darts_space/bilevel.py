@@ -17,7 +17,8 @@ statistics, as published. Data, epochs' batches, logs and files are the caller's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -122,6 +123,18 @@ def cosine_lr(epoch: int, *, epochs: int = 50, lr: float = 0.1, lr_min: float = 
     return lr_min + (lr - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+@contextmanager
+def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """What is computed inside keeps nothing that only the gradients of these parameters would need."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 class Search:
     """A supernet with its two optimisers. Call `start_epoch(epoch)` from 0, then `step` for each pair of batches.
 
@@ -164,19 +177,31 @@ class Search:
 
     def step(self, train_batch: Batch, val_batch: Batch | None) -> StepResult:
         """One architecture step on `val_batch` (none in frozen epochs, which do not read it), one weight step."""
-        self.model.train()
         val_loss = None
         if not self.frozen:
             if val_batch is None:
                 raise ValueError(f"Epoch {self.epoch} moves the architecture and needs a validation batch.")
-            gradient = self._second_order if self.config.unrolled else self._first_order
-            val_loss, grads = gradient(train_batch, val_batch)
-            self._update(self.arch_optimizer, self.arch, grads, self.config.arch_grad_clip)
-        train_loss, logits = self._loss(train_batch)
+            val_loss = self.arch_step(train_batch, val_batch)
+        train_loss, correct = self.weight_step(train_batch)
+        self.scaler.update()
+        return StepResult(train_loss, correct, val_loss)
+
+    def arch_step(self, train_batch: Batch, val_batch: Batch) -> Tensor:
+        """Move alpha and beta; the validation loss before. The first order does not look at the training batch."""
+        self.model.train()
+        gradient = self._second_order if self.config.unrolled else self._first_order
+        val_loss, grads = gradient(train_batch, val_batch)
+        self._update(self.arch_optimizer, self.arch, grads, self.config.arch_grad_clip)
+        return val_loss
+
+    def weight_step(self, train_batch: Batch) -> tuple[Tensor, Tensor]:
+        """Move the weights; the training loss before and the number of correct predictions."""
+        self.model.train()
+        with _without_gradients(self.arch):
+            train_loss, logits = self._loss(train_batch)
         grads = torch.autograd.grad(self.scaler.scale(train_loss), self.weights)
         self._update(self.weight_optimizer, self.weights, grads, self.config.grad_clip)
-        self.scaler.update()
-        return StepResult(train_loss.detach(), (logits.argmax(1) == train_batch[1]).sum(), val_loss)
+        return train_loss.detach(), (logits.argmax(1) == train_batch[1]).sum()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy and logits."""
@@ -206,7 +231,8 @@ class Search:
 
     def _first_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
         """Validation loss and its gradient by alpha and beta at the present weights; the training batch is unused."""
-        loss, _ = self._loss(val_batch)
+        with _without_gradients(self.weights):
+            loss, _ = self._loss(val_batch)
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
 
     def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:

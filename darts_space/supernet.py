@@ -129,8 +129,9 @@ class StateEdges(nn.Module):
             bypass = self._passing(behind, weights[7:], self.own_channel[c:, :, 1:])
             mixed = mixed.unflatten(3, (t, c))
         else:
-            passing = self._passing(x, weights[6:], self.own_channel)
-            mixed, bypass = mixed.unflatten(3, (t, c)) + passing[..., 0], passing[..., 1:]
+            # `split`, here as elsewhere: the gradients of slices would be zeros, filled in one by one.
+            skip, bypass = self._passing(x, weights[6:], self.own_channel).split([1, k - 1], dim=5)
+            mixed = mixed.unflatten(3, (t, c)) + skip.squeeze(5)
         norms.track()
         return mixed, bypass
 

@@ -1,0 +1,236 @@
+"""The supernet against its plain form: time, memory and tensor operations of a search step.
+
+    python -m benchmarks.supernet --threads 2
+    python -m benchmarks.supernet --batch-size 256 --pairs 3 --threads 2 --json supernet.json
+    python -m benchmarks.supernet --device cuda --batch-size 256
+
+The two forms run in turn in one process on the same images; a ratio is the median over the pairs of (time of the plain
+form / time of the fast form). The plain form does what PC-DARTS's published loop does: all gradients in both steps.
+Memory is what one bilevel step adds to a process that holds the network, each form in a process of its own. The roof
+is a matrix product and a memory copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
+from darts_space.bilevel import Batch
+from darts_space.search_network import SearchNetwork
+
+PLAIN_MACS = 56_596_992
+PLAIN_OPERATIONS = range(13_000, 15_001)
+FORMS: dict[str, type[SearchNetwork]] = {"plain": PlainSuperNet, "fast": SuperNet}
+NOT_COMPUTED = {"empty", "empty_like", "_unsafe_view", "squeeze_", "detach"}  # allocations, views by another name
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time: C = 16, 8 layers, K = 4, 32x32 images, 10 classes."""
+
+    batch_size: int = 64
+    pairs: int = 7
+    device: str = "cpu"
+    threads: int = 0
+    json: Path | None = None
+    """Also write the figures there."""
+    memory_of: Literal["plain", "fast"] | None = None
+    """Only print what one bilevel step of this form adds to the memory, in bytes (used by the benchmark itself)."""
+
+
+class PublishedLoop:
+    """The two steps of PC-DARTS's published search: every backward pass goes to all parameters."""
+
+    def __init__(self, model: SearchNetwork, config: BilevelConfig):
+        self.model, self.clip = model, config.grad_clip
+        self.arch, self.weights = list(model.arch_parameters()), list(model.weight_parameters())
+        self.sgd = torch.optim.SGD(self.weights, config.lr, config.momentum, weight_decay=config.weight_decay)
+        self.adam = torch.optim.Adam(
+            self.arch, config.arch_lr, config.arch_betas, weight_decay=config.arch_weight_decay
+        )
+
+    def arch_step(self, train_batch: Batch, val_batch: Batch) -> None:
+        self._backward(val_batch)
+        self.adam.step()
+
+    def weight_step(self, train_batch: Batch) -> None:
+        self._backward(train_batch)
+        nn.utils.clip_grad_norm_(self.weights, self.clip)
+        self.sgd.step()
+
+    def _backward(self, batch: Batch) -> None:
+        self.model.zero_grad()
+        F.cross_entropy(self.model(batch[0]), batch[1]).backward()
+
+
+def build(form: str, config: Config) -> tuple[SearchNetwork, PublishedLoop | Search, Batch]:
+    """The network, its loop and a batch."""
+    model = FORMS[form](generator=torch.Generator().manual_seed(0)).to(config.device)
+    settings = BilevelConfig(frozen_epochs=0)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(config.batch_size, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (config.batch_size,), generator=generator)
+    loop = (PublishedLoop if form == "plain" else Search)(model, settings)
+    return model, loop, (images.to(config.device), labels.to(config.device))
+
+
+def works(form: str, config: Config) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    model, loop, batch = build(form, config)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(batch[0])
+
+    return {
+        "forward": forward,
+        "forward_backward": lambda: forward_backward(model, batch),
+        "weight_step": lambda: loop.weight_step(batch),
+        "arch_step": lambda: loop.arch_step(batch, batch),
+        "bilevel": lambda: (loop.arch_step(batch, batch), loop.weight_step(batch)),
+    }
+
+
+def forward_backward(model: SearchNetwork, batch: Batch) -> None:
+    """The gradients of all parameters."""
+    torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class OperationCount(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher below autograd and compute something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else operation.__name__
+        self.count += not (operation.is_view or name.split(".")[0] in NOT_COMPUTED)
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(form: str, config: Config) -> int:
+    """Tensor operations of one forward and backward pass, whatever the size of the batch."""
+    model, _, (images, labels) = build(form, config)
+    with OperationCount() as counted:
+        forward_backward(model, (images[:2], labels[:2]))
+    return counted.count
+
+
+def multiply_adds(config: Config) -> int:
+    """Of the plain form per image: convolutions and the linear layer, counted while they run."""
+    model, _, (images, _) = build("plain", config)
+    counts: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, _, out: counts.append(out.numel() * m.weight[0].numel()))
+    with torch.no_grad():
+        model.eval()(images[:1])
+    return sum(counts)
+
+
+def added_memory(form: str, config: Config) -> int:
+    """Peak memory of one bilevel step in bytes, less what the process held before it."""
+    _, loop, batch = build(form, config)
+    cuda = config.device.startswith("cuda")
+    before = torch.cuda.memory_allocated() if cuda else _resident_bytes()
+    loop.arch_step(batch, batch)
+    loop.weight_step(batch)
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak - before
+
+
+def _resident_bytes() -> int:
+    """What Linux says this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(form: str, config: Config) -> int:
+    """`added_memory` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.supernet", "--memory-of", form]
+    command += ["--batch-size", str(config.batch_size), "--device", config.device, "--threads", str(config.threads)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def roof(config: Config) -> dict[str, float]:
+    """What the machine can do: multiply-adds per second of a matrix product, bytes per second of a copy."""
+    a = torch.randn(2048, 2048, device=config.device)
+    b, c = torch.empty_like(a), torch.randn(2**24, device=config.device)
+    d = torch.empty_like(c)
+    product = [seconds(lambda: torch.mm(a, a, out=b), config.device) for _ in range(5)]
+    copy = [seconds(lambda: d.copy_(c), config.device) for _ in range(5)]
+    return {"gemm_macs_per_s": 2048**3 / min(product), "copy_bytes_per_s": 2 * 4 * 2**24 / min(copy)}
+
+
+def main(config: Config) -> dict[str, float]:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.memory_of is not None:
+        print(added_memory(config.memory_of, config))
+        return {}
+    macs = multiply_adds(config)
+    counts = {form: operations(form, config) for form in FORMS}
+    assert macs == PLAIN_MACS and counts["plain"] in PLAIN_OPERATIONS, (macs, counts)  # an honest reference
+    bytes_added = {form: memory(form, config) for form in FORMS}
+    figures = {
+        "memory_ratio": bytes_added["fast"] / bytes_added["plain"],
+        "op_ratio": counts["fast"] / counts["plain"],
+        "plain_ops": counts["plain"],
+        "fast_ops": counts["fast"],
+        **{f"{form}_memory_bytes": value for form, value in bytes_added.items()},
+        **roof(config),
+    }
+    plain, fast = (works(form, config) for form in FORMS)
+    print(f"torch {torch.__version__}, {platform.machine()}, {config.device}, {torch.get_num_threads()} threads")
+    print(f"batch {config.batch_size}, {config.pairs} pairs    plain      fast     ratio  (lowest, highest)")
+    for name in plain:
+        for form in (plain, fast):
+            seconds(form[name], config.device)  # the first is slower
+        pairs = [[seconds(form[name], config.device) for form in (plain, fast)] for _ in range(config.pairs)]
+        ratios = [before / after for before, after in pairs]
+        figures[f"{name}_ratio"] = statistics.median(ratios)
+        figures[f"{name}_plain_s"], figures[f"{name}_fast_s"] = map(statistics.median, zip(*pairs, strict=True))
+        print(
+            f"{name:<20}{figures[f'{name}_plain_s']:9.3f} s{figures[f'{name}_fast_s']:8.3f} s"
+            f"{figures[f'{name}_ratio']:9.2f}  ({min(ratios):.2f}, {max(ratios):.2f})"
+        )
+    compute = 3 * PLAIN_MACS * config.batch_size / figures["gemm_macs_per_s"]
+    figures["forward_backward_over_gemm_roof"] = figures["forward_backward_fast_s"] / compute
+    for name in ("memory_ratio", "op_ratio", "plain_ops", "fast_ops", "plain_memory_bytes", "fast_memory_bytes"):
+        print(f"{name:<20}{figures[name]:12,.2f}")
+    print(
+        f"roof: {figures['gemm_macs_per_s'] / 1e9:.0f} G multiply-adds/s, "
+        f"{figures['copy_bytes_per_s'] / 1e9:.1f} GB/s; a fast forward and backward takes"
+        f" {figures['forward_backward_over_gemm_roof']:.0f} times as long as its "
+        f"multiply-adds would in a matrix product, and could move "
+        f"{figures['forward_backward_fast_s'] * figures['copy_bytes_per_s'] / 1e9:.1f} GB"
+    )
+    if config.json is not None:
+        config.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
