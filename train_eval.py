@@ -28,10 +28,10 @@ from torch import nn
 
 from darts_space import build_network, cost, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
-from nas_kmix.analysis.classifiers import load_classifier
+from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
 from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.evaluation import evaluate
@@ -46,7 +46,7 @@ from nas_kmix.proxy import split_halves
 from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
 
 STAGES = ("train", "evaluation")
-RESULTS = ("last.pt", "best.pt", "result.json")
+RESULTS = ("last.pt", "best.pt", "result.json", "bad_images.txt")
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Config:
     """Epochs between evaluations; the last epoch is always evaluated."""
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
+    skip_bad: bool = False
+    """Leave out image files that cannot be read, count and list them; otherwise the first one ends the command."""
     eval_only: Path | None = None
     """Evaluate this last.pt, best.pt or scorer.pt on the splits val and test of --data, and train nothing."""
     export: Path | None = None
@@ -153,7 +155,7 @@ PRESETS: dict[str, Config] = {
     "imagenet": Config(
         preset="imagenet",
         network=NetworkConfig(channels=48, layers=14),
-        input=DataConfig(data="imagenet", image_size=224),
+        input=DataConfig(data="imagenet", image_size=224, max_resident_gb=0.0),  # crops of whole photographs
         training=TrainingConfig(epochs=250, batch_size=1024, lr=0.5, schedule="linear", weight_decay=3e-5),
         recipe=Recipe(
             nesterov=False, warmup_epochs=5, grad_clip=5.0, label_smoothing=0.1, color_jitter=(0.4, 0.4, 0.4, 0.2)
@@ -202,9 +204,10 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         raise ValueError("--mix manifold_mixup mixes a batch within one forward pass; train it with a single process.")
     options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
     folder = Run(config.out, stages=STAGES, device=device, checkpoints=".", world=world, **options)
-    data = load_data(config.input, device=device, workers=config.device.workers)
     if config.eval_only is not None:
-        return _evaluate_checkpoint(config, data, folder)
+        return _evaluate_checkpoint(config, folder)
+    data = load_data(config.input, device=device, workers=config.device.workers)
+    _refuse_bad(config, data)
     with folder:
         training, evaluated = _divide(config, data)
         model = _build(config, data)
@@ -224,6 +227,7 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         trained = _train(config, model, training, evaluated, folder)
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
+        result |= {"bad_images": _count_bad(training, evaluated, folder)}
         if world.main:
             files.write_json(folder.path("result.json"), result)
         if config.export is not None and world.main:
@@ -246,6 +250,9 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
         **{name: getattr(config.input, name) for name in ("flip", "crop_padding")},
         **{name: getattr(config.network, name) for name in ("stochastic_depth", "drop_block", "block_size")},
     }
+    photographs = not data.resident and data.stem == "imagenet"
+    if photographs:
+        settings["crops"] = "photographs"
     fingerprints = {name: part.data.fingerprint for name, part in evaluated.items()}
     content = {
         "format": BACKBONE_FORMAT if config.network.genotype is None else NETWORK_FORMAT,
@@ -275,6 +282,7 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
         validation=Validation(measure, "val_accuracy" if "val" in evaluated else None, config.eval_every),
         checkpoint="last",
         content=content,
+        photographs=photographs,
     )
 
 
@@ -284,7 +292,7 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
 def _divide(config: Config, data: ImageData) -> tuple[Part, Evaluated]:
     """The training images, and those of val (a split, or held out here) and test."""
     indices = data.good()
-    evaluated = _other_splits(config, data)
+    evaluated = _other_splits(config, data, data.device)
     if "val" not in evaluated and config.val_share > 0.0:
         indices, held_out = split_halves(indices, data.labels[indices], config.val_share, seed=config.seed)
         if len(held_out) == 0:
@@ -299,13 +307,33 @@ def _divide(config: Config, data: ImageData) -> tuple[Part, Evaluated]:
     return Part(data, indices), evaluated
 
 
-def _other_splits(config: Config, data: ImageData) -> Evaluated:
+def _other_splits(config: Config, like: Preparation, device: torch.device) -> Evaluated:
+    """The splits val and test, as far as --data has them, prepared `like` the training images."""
     evaluated = {}
     for split in ("val", "test"):
         if split in splits_of(config.input.data):
-            part = load_data(config.input, split=split, device=data.device, workers=config.device.workers, like=data)
+            options = {"device": device, "workers": config.device.workers, "same_classes": config.eval_only is None}
+            part = load_data(config.input, split=split, like=like, **options)
+            _refuse_bad(config, part)
             evaluated[split] = Part(part, part.good())
     return evaluated
+
+
+def _refuse_bad(config: Config, data: ImageData) -> None:
+    """A file that cannot be read ends the command, now or when it is met, unless --skip-bad leaves it out."""
+    data.strict = not config.skip_bad
+    if data.bad and not config.skip_bad:
+        raise ValueError(f"{data.bad[min(data.bad)]}; repair or remove it, or go on without it with --skip-bad.")
+
+
+def _count_bad(training: Part, evaluated: Evaluated, folder: Run) -> int:
+    """List the files that were left out."""
+    sets = {id(part.data): part.data for part in (training, *evaluated.values())}
+    lines = [data.bad[index] for data in sets.values() for index in sorted(data.bad)]
+    if lines and folder.world.main:
+        files.write_text(folder.path("bad_images.txt"), "".join(f"{line}\n" for line in lines))
+        folder.say(f"warning: {len(lines)} files cannot be read and were left out; bad_images.txt lists them")
+    return len(lines)
 
 
 def _examples(data: ImageData, indices: np.ndarray) -> torch.Tensor:
@@ -339,6 +367,21 @@ def _describe(model: nn.Module, config: Config, data: ImageData) -> dict[str, An
     return {"backbone": config.network.backbone, "num_classes": data.num_classes, "stem": data.stem}
 
 
+def _match_classes(part: Part, trained: Classifier) -> Part:
+    """The images of those classes that the network knows, labelled by its numbers."""
+    source = part.data.source
+    number = {name: i for i, name in enumerate(trained.class_names)}
+    numbers = np.array([number.get(name, -1) for name in source.class_names])
+    if (numbers < 0).all():
+        raise ValueError(
+            f"{trained.path} knows none of the classes of --data {source.name}, e.g. {source.class_names[0]!r}; "
+            f"its own are {', '.join(trained.class_names[:3])}, …"
+        )
+    labels = numbers[source.labels]
+    data = replace(part.data, source=replace(source, labels=labels, class_names=trained.class_names))
+    return Part(data, part.indices[labels[part.indices] >= 0])
+
+
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
@@ -351,17 +394,26 @@ def _measure(model: nn.Module, evaluated: Evaluated, folder: Run) -> dict[str, f
     return metrics
 
 
-def _evaluate_checkpoint(config: Config, data: ImageData, folder: Run) -> dict[str, Any]:
+def _evaluate_checkpoint(config: Config, folder: Run) -> dict[str, Any]:
     """Nothing is written but what --export asks for."""
     trained = load_classifier(config.eval_only)
-    model, data = folder.layout(trained.model.to(folder.device)), trained.prepare(data)
-    evaluated = _other_splits(config, data)
-    if not evaluated:
+    sets = _other_splits(config, trained, folder.device)
+    if not sets:
         raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
-    images = {split: len(part.indices) for split, part in evaluated.items()}
+    evaluated = {split: _match_classes(part, trained) for split, part in sets.items()}
+    for split, part in evaluated.items():
+        here = sets[split].data.class_names
+        known = len(set(here) & set(trained.class_names))
+        folder.say(
+            f"{split}: {len(part.indices)} images; {known} of its {len(here)} classes are among the "
+            f"{len(trained.class_names)} of the network"
+        )
+    model = folder.layout(trained.model.to(folder.device))
     metrics = _measure(model, evaluated, folder)
     if config.export is not None and folder.world.main:
-        export_model(model, _examples(data, data.good()), config.export)
+        part = next(iter(evaluated.values()))
+        export_model(model, _examples(part.data, part.indices), config.export)
+    images = {split: len(part.indices) for split, part in evaluated.items()}
     return {"checkpoint": str(config.eval_only), "images": images, **metrics}
 
 

@@ -8,11 +8,15 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import cut_in_half, draw_pixels
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import train_eval
 from darts_space import CifarNetwork, cost, load_network, read_genotype
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
 
 SMALL = shlex.split("--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
@@ -269,3 +273,98 @@ def test_a_truncated_checkpoint_to_resume_from_is_named(npz, alone, tmp_path, ca
     (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
     assert train_eval.main([*SMALL, "--data", str(npz), "--out", str(tmp_path), *SHORT]) == 2
     assert f"{tmp_path / 'last.pt'} is cut short" in capsys.readouterr().err
+
+
+# -- photographs -------------------------------------------------------------------------------------------------------
+
+STREAMED = shlex.split(
+    "--preset imagenet --image-size 128 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary --epochs 2 "
+    "--batch-size 4 --warmup-epochs 0 --threads 1 --device cpu"
+)
+
+
+@pytest.fixture
+def photographs(image_folder):
+    """Of several sizes, with a greyscale file; CMYK is what prepress JPEGs come in."""
+    folder = image_folder(
+        suffix=".jpg", sizes=((140, 150), (200, 160)), splits=("train", "val"), grey=("train/ant/1.jpg",), per_class=5
+    )
+    with Image.open(folder / "train/bee/2.jpg") as image:
+        image.convert("CMYK").save(folder / "train/bee/2.jpg")
+    return folder
+
+
+def stream(data, out, *flags):
+    return train_eval.run(train_eval.parse([*STREAMED, "--data", str(data), "--out", str(out), *map(str, flags)]))
+
+
+def test_photographs_stream_the_same_with_any_number_of_workers(photographs, tmp_path):
+    """Also after a resume, as crops have their own seeds."""
+    for workers in (0, 2):
+        stream(photographs, tmp_path / str(workers), "-j", workers)
+    assert rows(tmp_path / "0") == rows(tmp_path / "2")
+    assert weights(tmp_path / "0" / "last.pt") == weights(tmp_path / "2" / "last.pt")
+
+
+def test_crops_come_from_the_whole_photograph():
+    """torchvision's own transform with the same state."""
+    image = torch.from_numpy(draw_pixels(3, 150, 90))
+    transform = PhotoTransform(32, True, (0.4, 0.4, 0.4, 0.2), seed=3)
+    crops = [transform(image, index, epoch) for index in range(2) for epoch in range(2)]
+    assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 for crop in crops)
+    assert len({crop.numpy().tobytes() for crop in crops}) == 4
+    assert torch.equal(transform(image, 0, 1), crops[1])
+    before = torch.random.get_rng_state()
+    transform(image, 5, 5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_evaluation_looks_at_the_centre_of_a_larger_image(photographs):
+    """Resize 256, CenterCrop 224, or in that proportion."""
+    train = load_data(DataConfig(data=str(photographs), image_size=128, max_resident_gb=0))
+    for limit in (0.0, 4.0):
+        data = load_data(DataConfig(data=str(photographs), max_resident_gb=limit), split="val", like=train)
+        found = data.fetch(np.arange(4)).images
+        for i in range(4):
+            image = TF.to_image(Image.open(photographs / data.source.paths[i]).convert("RGB"))
+            assert torch.equal(found[i], TF.center_crop(TF.resize(image, 146, antialias=True), 128))
+
+
+@pytest.mark.parametrize("limit", [0.0, 4.0])
+def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs, tmp_path, capsys, limit):
+    cut_in_half(photographs / "train/ant/3.jpg")
+    argv = [
+        *STREAMED,
+        "--data",
+        str(photographs),
+        "--out",
+        str(tmp_path / "out"),
+        "-j",
+        "0",
+        "--max-resident-gb",
+        str(limit),
+    ]
+    assert train_eval.main(argv) == 2
+    assert "train/ant/3.jpg" in (said := capsys.readouterr().err) and "--skip-bad" in said
+    result = train_eval.run(train_eval.parse([*argv, "--skip-bad"]))
+    assert result["bad_images"] == 1 and result["train_images"] == 9
+    assert "train/ant/3.jpg" in (tmp_path / "out" / "bad_images.txt").read_text()
+
+
+def test_evaluation_on_other_classes_matches_them_by_name(image_folder, photographs, tmp_path, capsys):
+    stream(photographs, tmp_path / "run", "-j", 0)
+    other = image_folder("other", classes=("bee", "cat"), suffix=".jpg", sizes=((140, 150),), splits=("val",))
+    argv = ["--device", "cpu", "-j", "0", "--eval-only", str(tmp_path / "run" / "last.pt"), "--data"]
+    found = train_eval.run(train_eval.parse([*argv, str(other)]))
+    assert found["images"] == {"val": 4} and "1 of its 2 classes" in capsys.readouterr().out
+    model = load_network(tmp_path / "run" / "last.pt")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    correct = []
+    for i in range(4):
+        image = TF.to_image(Image.open(other / f"val/bee/{i}.jpg"))
+        image = TF.center_crop(TF.resize(image, 146, antialias=True), 128).float() / 255
+        logits = model(TF.normalize(image, list(state["mean"]), list(state["std"]))[None])
+        correct.append(int(logits.argmax()) == 1)  # bee
+    assert found["val_accuracy"] == np.mean(correct)
+    nothing = image_folder("nothing", classes=("cat", "dog"), suffix=".jpg", sizes=((140, 150),), splits=("val",))
+    assert train_eval.main([*argv, str(nothing)]) == 2 and "knows none of the classes" in capsys.readouterr().err

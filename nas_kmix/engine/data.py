@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,8 +24,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import augment, sources
+from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.sources import BadImageError, Source
 
+CENTRE_SHARE = 0.875  # of the shorter side that evaluation above 64 px looks at: 224 of 256 pixels
 CIFAR_STEM_LIMIT = 64  # pixels: up to here images keep their native size and networks start at full resolution
 
 
@@ -83,6 +85,13 @@ class ImageData:
     workers: int = 0
     bad: dict[int, str] = field(default_factory=dict)
     """Indices of files that could not be read, each with a sentence; grows while a streamed set is read."""
+    strict: bool = False
+    """Raise ValueError at the first such file of a streamed set."""
+    resize: int | None = None
+    """Side in pixels to which the shorter side is resized before the centre is cropped; default: `image_size`."""
+    _loaders: dict[PhotoTransform | None, tuple[_Plan, torch.utils.data.DataLoader]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.source.labels)
@@ -125,27 +134,49 @@ class ImageData:
         """Indices of all images not known to be bad, ascending."""
         return np.setdiff1d(np.arange(len(self)), np.fromiter(self.bad, dtype=np.int64, count=len(self.bad)))
 
-    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """Read the given batches of indices in order. Bad files are left out; an empty batch is not skipped."""
+    def batches(
+        self,
+        index_batches: Iterable[np.ndarray],
+        *,
+        transform: PhotoTransform | None = None,
+        epoch: int = 0,
+        persistent: bool = False,
+    ) -> Iterator[Batch]:
+        """Read the given batches of indices in order. Bad files are left out; an empty batch is not skipped.
+
+        A streamed set gives crops of the whole photographs instead of their centres with a `transform`, and keeps its
+        worker processes from one such pass to the next if `persistent`; passes of one kind then cannot overlap.
+        """
         if self.images is not None:
             for indices in index_batches:
                 keep = indices if not self.bad else indices[~np.isin(indices, list(self.bad))]
                 at = torch.as_tensor(keep, device=self.device)
                 yield Batch(self.images.index_select(0, at), self._device_labels[at], keep)
             return
+        plan, loader = self._loaders.get(transform) or self._loader(transform, persistent)
+        plan.batches = [[(index, epoch) for index in indices.tolist()] for indices in index_batches]
+        for images, indices, failures in loader:
+            self.bad.update(failures)
+            if self.strict and failures:
+                raise ValueError(f"{next(iter(failures.values()))}; repair or remove it, or go on with --skip-bad.")
+            at = torch.as_tensor(indices, device=self.device)
+            yield Batch(images.to(self.device, non_blocking=True), self._device_labels[at], indices)
+
+    def _loader(self, transform: PhotoTransform | None, persistent: bool) -> tuple[_Plan, torch.utils.data.DataLoader]:
+        plan = _Plan()
         loader = torch.utils.data.DataLoader(
-            _Decoder(self.source, self.image_size),
-            batch_sampler=[indices.tolist() for indices in index_batches],
+            _Decoder(self.source, self.image_size, self.resize, transform),
+            batch_sampler=plan,
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_leave_signals_to_main_process,
             pin_memory=self.device.type == "cuda",
+            persistent_workers=persistent and self.workers > 0,
             generator=torch.Generator(),  # otherwise every pass would draw its workers' seeds from the global one
         )
-        for images, indices, failures in loader:
-            self.bad.update(failures)
-            at = torch.as_tensor(indices, device=self.device)
-            yield Batch(images.to(self.device, non_blocking=True), self._device_labels[at], indices)
+        if persistent:
+            self._loaders[transform] = plan, loader
+        return plan, loader
 
     def fetch(self, indices: np.ndarray) -> Batch:
         """Read one batch."""
@@ -167,24 +198,28 @@ def load_data(
     device: torch.device | str = "cpu",
     workers: int = 0,
     like: Preparation | None = None,
+    same_classes: bool = True,
 ) -> ImageData:
     """Load one split; nothing of any other split is read.
 
     `like` is the training split where another one is loaded, or a trained classifier: its size and normalisation are
-    taken over, and a class may lack images. Raises ValueError (with the path and what to do) for missing or malformed
-    data, an empty class, a single class, or sizes that need `--image-size`.
+    taken over, a class may lack images, and above 64 px the centre of a larger image is taken, 224 of 256 px. It must
+    have the `same_classes`, unless that is False. Raises ValueError (with the path and what to do) for missing or
+    malformed data, an empty class, a single class, or sizes that need `--image-size`.
     """
     source = sources.open_source(config.data, config.data_root, split)
-    if source.num_classes < 2:
+    if like is None and source.num_classes < 2:
         raise ValueError(
             f"--data {config.data} has the single class {source.class_names[0]!r}; two or more are needed."
         )
     if like is None:
         _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
-    elif source.class_names != like.class_names:
+    elif same_classes and source.class_names != like.class_names:
         raise ValueError(f"--data {config.data}: the {split} images have other classes than the training images.")
     size = _image_size(source, config) if like is None else like.image_size
     data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
+    if like is not None and data.stem == "imagenet":
+        data.resize = round(size / CENTRE_SHARE)
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         data.images = _decode_all(data).to(device)
     if like is not None:
@@ -226,7 +261,13 @@ def augment_batch(
         images = augment.random_flip(images, rng=rng)
     if any(color_jitter):
         images = augment.color_jitter(images, color_jitter, rng=rng)
-    images = data.normalise(images)
+    return augment_pixels(data.normalise(images), data, rng=rng, lighting=lighting, cutout=cutout)
+
+
+def augment_pixels(
+    images: Tensor, data: ImageData, *, rng: np.random.Generator, lighting: float, cutout: int
+) -> Tensor:
+    """What is done to normalised images (N, 3, S, S): lighting, then Cutout."""
     if lighting:
         images = augment.lighting(images, lighting, data.std, rng=rng)
     return augment.cutout(images, cutout, rng=rng) if cutout else images
@@ -257,25 +298,42 @@ def _image_size(source: Source, config: DataConfig) -> int:
     )
 
 
-def _to_square(pixels: np.ndarray, size: int) -> Tensor:
-    """RGB pixels (H, W, 3) to uint8 (3, size, size): resize the shorter side (antialiased), crop the centre."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-    if image.shape[1:] != (size, size):
-        image = TF.center_crop(TF.resize(image, size, antialias=True), size)
-    return image.contiguous()
+def _to_square(image: Tensor, size: int, resize: int | None) -> Tensor:
+    """uint8 (3, H, W) to (3, size, size): the shorter side resized to `resize` or size, then the centre."""
+    if resize is not None or image.shape[1:] != (size, size):
+        image = TF.center_crop(TF.resize(image, resize or size, antialias=True), size)
+    return image
 
 
 class _Decoder(torch.utils.data.Dataset):
     """Reads single files for a DataLoader; a failure travels to the main process as a sentence."""
 
-    def __init__(self, source: Source, size: int):
-        self.source, self.size = source, size
+    def __init__(self, source: Source, size: int, resize: int | None, transform: PhotoTransform | None = None):
+        self.source, self.size, self.resize, self.transform = source, size, resize, transform
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor | str]:
+        """`item` is an index and the epoch that it is read in."""
+        index, epoch = item
         try:
-            return index, _to_square(self.source.read(index), self.size)
+            image = torch.from_numpy(np.ascontiguousarray(self.source.read(index))).permute(2, 0, 1)
         except BadImageError as error:
             return index, str(error)
+        if self.transform is not None:
+            return index, self.transform(image, index, epoch).contiguous()
+        return index, _to_square(image, self.size, self.resize).contiguous()
+
+
+class _Plan:
+    """What a DataLoader is to read, put in before each pass: batches of (index, epoch)."""
+
+    def __init__(self):
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
@@ -294,12 +352,13 @@ def _leave_signals_to_main_process(worker: int) -> None:
 
 def _decode_all(data: ImageData) -> Tensor:
     """All images as one tensor (N, 3, S, S); rows of bad files stay black and are named in `data.bad`."""
-    if data.source.arrays is not None and data.source.arrays.shape[1:3] == (data.image_size,) * 2:
+    native = data.source.arrays is not None and data.source.arrays.shape[1:3] == (data.image_size,) * 2
+    if native and data.resize is None:
         return torch.from_numpy(data.source.arrays).permute(0, 3, 1, 2).contiguous()
     images = torch.zeros(len(data), 3, data.image_size, data.image_size, dtype=torch.uint8)
-    decode: Callable[[int], tuple[int, Tensor | str]] = _Decoder(data.source, data.image_size).__getitem__
+    decode = _Decoder(data.source, data.image_size, data.resize).__getitem__
     with ThreadPoolExecutor(max_workers=max(1, data.workers)) as pool:  # Pillow decodes outside Python's lock
-        for index, image in pool.map(decode, range(len(data))):
+        for index, image in pool.map(decode, ((index, 0) for index in range(len(data)))):
             if isinstance(image, str):
                 data.bad[index] = image
             else:

@@ -31,7 +31,8 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
     count = 0
-    for batch in data.batches(np.array_split(indices, max(1, math.ceil(len(indices) / batch_size)))):
+    plan = np.array_split(indices, max(1, math.ceil(len(indices) / batch_size)))
+    for batch in data.batches(plan, persistent=True):
         if len(batch.indices) == 0:  # every file of it was bad
             continue
         with run.autocast():

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches
+from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, augment_pixels, epoch_batches
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.photographs import PhotoTransform
 
 # (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
 Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
@@ -59,13 +60,20 @@ class Feed:
     recipe: Recipe
     mix: Mix
     world: World
+    photographs: bool = False
+    """Crop the whole photographs of a streamed set above 64 px, not the centre squares that it is reduced to."""
 
     def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[tuple[int, Share | None]]:
         """Numbered shares from `first_step` on; None in the place of a batch of which no file could be read."""
         plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.config.seed, ORDER, epoch))[first_step:]
         if not self.data.resident:
             plan = [batch[self.world.share(len(batch))] for batch in plan]
-        for step, batch in enumerate(self.data.batches(plan), start=first_step):
+        transform = None
+        if self.photographs:
+            jitter = self.recipe.color_jitter
+            transform = PhotoTransform(self.data.image_size, self.data_config.flip, jitter, self.config.seed)
+        batches = self.data.batches(plan, transform=transform, epoch=epoch, persistent=self.photographs)
+        for step, batch in enumerate(batches, start=first_step):
             yield step, self._share(batch, epoch, step)
 
     def _share(self, batch: Batch, epoch: int, step: int) -> Share | None:
@@ -83,13 +91,19 @@ class Feed:
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.data.device)
             batch = Batch(blank, torch.zeros(1, dtype=torch.int64, device=self.data.device), batch.indices)
         rng = np.random.default_rng([self.config.seed, AUGMENT, *moment])
-        recipe = self.recipe
-        extra = {"color_jitter": recipe.color_jitter, "lighting": recipe.lighting, "cutout": recipe.cutout}
-        images = augment_batch(batch.images, self.data, self.data_config, rng=rng, **extra)
+        images = self._augmented(batch.images, rng)
         images, soft_labels = self.mix(images, batch.labels, rng)
         mask = self._drop_path(len(images), epoch, moment)
         mask = mask if mask is None else mask[:, :, rows]
         return Share(images[rows], soft_labels[rows], mask, n, total, n * self.world.size / total)
+
+    def _augmented(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        recipe = self.recipe
+        after = {"lighting": recipe.lighting, "cutout": recipe.cutout}
+        if self.photographs:  # cropped, flipped and jittered where they were decoded
+            return augment_pixels(self.data.normalise(images), self.data, rng=rng, **after)
+        jitter = recipe.color_jitter
+        return augment_batch(images, self.data, self.data_config, rng=rng, color_jitter=jitter, **after)
 
     def _drop_path(self, n: int, epoch: int, moment: tuple[int, ...]) -> Tensor | None:
         probability = self.recipe.drop_path * epoch / self.config.epochs

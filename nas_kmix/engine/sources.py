@@ -244,12 +244,13 @@ def _npz(path: Path, split: str) -> Source:
 
 
 def _folder(folder: Path, split: str) -> Source:
-    """`folder/split/CLASS/*`, classes and files in sorted order; class names are those of `train`."""
-    if not (folder / "train").is_dir():
-        raise ValueError(f"--data {folder} has no subfolder train; images belong in {folder / 'train'}/CLASS/.")
-    names = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir() and not p.name.startswith(".")))
+    """`folder/split/CLASS/*`, classes and files in sorted order; class names are those of `train` if it is there."""
+    classes = folder / ("train" if split == "train" or (folder / "train").is_dir() else split)
+    if not classes.is_dir():
+        raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/.")
+    names = tuple(sorted(p.name for p in classes.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if not names:
-        raise ValueError(f"{folder / 'train'} has no class folders; images belong in {folder / 'train'}/CLASS/.")
+        raise ValueError(f"{classes} has no class folders; images belong in {classes}/CLASS/.")
     paths, labels = _files_of(folder, [f"{split}/{name}" for name in names])
     if not paths:
         raise ValueError(f"{folder / split} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")

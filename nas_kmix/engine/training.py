@@ -107,17 +107,18 @@ def train(
     validation: Validation | None = None,
     checkpoint: str | None = None,
     content: Mapping[str, Any] | None = None,
+    photographs: bool = False,
 ) -> Trained:
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
     The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`, by
     which the checkpoint goes too unless `checkpoint` names it; `content` is stored in it besides. With a `validation`
-    that selects, `best` is a checkpoint of the same kind. Raises NonFiniteLossError, StoppedError (its state saved)
-    and StageMismatchError.
+    that selects, `best` is a checkpoint of the same kind. For `photographs` see `Feed`. Raises NonFiniteLossError,
+    StoppedError (its state saved) and StageMismatchError.
     """
     recipe = recipe or Recipe()
     learner = Learner(model, config, recipe, run)
-    feed = Feed(model, data, config, data_config, recipe, mix, run.world)
+    feed = Feed(model, data, config, data_config, recipe, mix, run.world, photographs)
     indices = data.good() if indices is None else indices
     steps = math.ceil(len(indices) / config.batch_size)
     steps = min(steps, recipe.limit_steps or steps)

@@ -44,7 +44,7 @@ SMALL = "--preset cpu --train-images 10000 --val-share 0.02 --eval-every 5"
 FULL = "--preset cpu --channels 16 --epochs 10 --val-share 0"
 IMAGENETTE = (
     "--preset imagenet --channels 12 --layers 8 --epochs 40 --batch-size 32 --lr 0.1 --schedule cosine "
-    "--warmup-epochs 1 --eval-every 5 --channels-last"
+    "--warmup-epochs 1 --eval-every 5 --channels-last --max-resident-gb 4"
 )
 
 

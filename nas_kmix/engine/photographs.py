@@ -1,0 +1,38 @@
+"""Training crops of whole photographs: torchvision's v2 transforms, made by the processes that decode the files.
+
+Every image has a seed of its own in every epoch, so that crops depend neither on the number of workers nor on how a
+batch is divided among processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+CROPS = 4  # random stream, beside those of `feed`
+
+
+@dataclass(frozen=True)
+class PhotoTransform:
+    """RandomResizedCrop of 8 to 100 % of the photograph, flip and ColorJitter."""
+
+    size: int
+    flip: bool
+    color_jitter: tuple[float, float, float, float]
+    seed: int
+
+    def __call__(self, image: Tensor, index: int, epoch: int) -> Tensor:
+        """uint8 (3, H, W) of any size to uint8 (3, size, size), a function of (seed, epoch, index)."""
+        steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if any(self.color_jitter):
+            steps.append(v2.ColorJitter(*self.color_jitter))
+        seed = np.random.default_rng([self.seed, CROPS, epoch, index]).integers(2**63)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the state that all share
+            torch.default_generator.manual_seed(int(seed))
+            return v2.Compose(steps)(image)
