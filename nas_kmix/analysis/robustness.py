@@ -1,0 +1,236 @@
+"""Attack trained networks, and show them images that are natural but hard, or of no class they know.
+
+    python -m nas_kmix.analysis.robustness runs/plain runs/dcutmix --attack fgsm pgd                  # white-box
+    python -m nas_kmix.analysis.robustness runs/plain runs/dcutmix --attack pgd --substitute runs/other-seed  # grey-box
+    python -m nas_kmix.analysis.robustness runs/net --natural imagenet-a --ood imagenet-o --ood-folders mistaken
+
+A RUN is a folder of train_eval.py (its last.pt) or a checkpoint, also a scorer.pt of search.py. Attacks move pixels in
+[0, 1] within L-infinity balls; without --substitute each network is attacked with its own gradients (white-box), with
+one the examples are made on that and shown to all: grey-box where the architecture is the same, black-box where it is
+another (the paper's Table 4). --natural takes CLASS/* folders of the network's own classes, matched by name, as
+ImageNet-A; --ood takes images of other classes, as ImageNet-O (Table 3 of the supplement).
+
+Prints a table with one line for each RUN and, with --out, writes it as CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from nas_kmix.analysis.attacks import PixelClassifier, fgsm, pgd, random_starts
+from nas_kmix.analysis.classifiers import Classifier, load_classifier
+from nas_kmix.analysis.measures import (
+    Attack,
+    all_logits,
+    attacked_accuracy,
+    natural_accuracy,
+    of_known_classes,
+    ood_aupr,
+)
+from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
+from nas_kmix.engine import files
+from nas_kmix.engine.data import Batch, ImageData
+from nas_kmix.engine.device import DeviceConfig, pick_device
+from nas_kmix.engine.sources import Source, open_class_folders
+
+START = 2  # random stream, beside runs.SUBSET
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The attacks, in units of 1/255 of the range of a pixel. The defaults are eps = 8 of the paper's Table 4."""
+
+    attack: tuple[Literal["fgsm", "pgd"], ...] = ()
+    """Which ones: fgsm, pgd or both."""
+    eps: float = 8.0
+    """How far a pixel may move."""
+    step: float = 2.0
+    """How far it moves in a step of PGD."""
+    steps: int = 10
+    """Steps of PGD, from a random start."""
+
+    def __post_init__(self):
+        if not (0.0 < self.eps <= 255.0 and self.step > 0.0 and self.steps >= 1):
+            raise ValueError("--eps must be above 0 and at most 255, --step above 0 and --steps at least 1.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which networks, attacks and images."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders or checkpoints, a line each."""
+    substitute: Path | None = None
+    """Make the examples on this run or checkpoint instead of on each network itself."""
+    natural: Path | None = None
+    """A folder CLASS/* of hard images of known classes."""
+    ood: Path | None = None
+    """A folder CLASS/* of images that belong to none of the classes."""
+    ood_folders: Literal["shown", "mistaken"] = "shown"
+    """What --ood's folders are named for. shown: what the images show; those of a known class are left out. mistaken:
+    the known class that they are taken for, as in ImageNet-O; they are compared with the images of these classes."""
+    out: Path | None = None
+    """Also write the table there, as CSV."""
+    seed: int = 0
+    """Of the choice of images and of PGD's starts."""
+    batch_size: int = 100
+    input: Annotated[InputConfig, Flat] = field(default_factory=InputConfig)
+    attacks: Annotated[AttackConfig, Flat] = field(default_factory=AttackConfig)
+    device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
+
+
+def make_attack(name: str, config: AttackConfig, *, seed: int) -> Attack:
+    """One of the two attacks as a function of network, pixels and batch."""
+    eps, step = config.eps / 255, config.step / 255
+
+    def attack(model: PixelClassifier, pixels: Tensor, batch: Batch) -> Tensor:
+        if name == "fgsm":
+            return fgsm(model, pixels, batch.labels, eps=eps)
+        start = random_starts(batch.indices, tuple(pixels.shape[1:]), seed=(seed, START)).to(pixels.device)
+        return pgd(model, pixels, batch.labels, eps=eps, step=step, steps=config.steps, start=start)
+
+    return attack
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """A row for each RUN: its accuracies in [0, 1] and counts, by the names of the columns.
+
+    Raises ValueError (bad input, with the remedy) and OSError.
+    """
+    _check_flags(config)
+    device = pick_device(config.device)
+    classifiers = open_runs(config.runs)
+    first = next(iter(classifiers.values()))
+    models = {name: _pixel_classifier(classifier, device) for name, classifier in classifiers.items()}
+    data = load_images(config.input, first, device=device, workers=config.device.workers)
+    rows = {name: {"run": name} for name in classifiers}
+    if config.attacks.attack:
+        _attack(config, classifiers, models, data, rows)
+    if config.natural is not None:
+        source = of_known_classes(open_class_folders(config.natural), first.class_names, known=True)
+        natural = _streamed(source, first, config, device)
+        for name, model in models.items():
+            among_all, among_present = natural_accuracy(model, natural, batch_size=config.batch_size)
+            rows[name] |= {"natural_accuracy": among_all, "natural_accuracy_of_its_classes": among_present}
+            rows[name] |= {"natural_images": len(natural.good()), "natural_classes": len(np.unique(natural.labels))}
+    if config.ood is not None:
+        _detect(config, first, models, data, rows)
+    if config.out is not None:
+        files.write_text(config.out, to_csv(list(rows.values())))
+    return list(rows.values())
+
+
+def _check_flags(config: Config) -> None:
+    if not config.attacks.attack and config.natural is None and config.ood is None:
+        raise ValueError("Choose what to measure: --attack fgsm, --attack pgd, --natural FOLDER or --ood FOLDER.")
+    if config.substitute is not None and not config.attacks.attack:
+        raise ValueError("--substitute makes adversarial examples; choose how with --attack fgsm or --attack pgd.")
+    if config.batch_size < 1 or config.seed < 0:
+        raise ValueError("--batch-size must be at least 1 and --seed at least 0.")
+    if config.device.amp != "off":
+        raise ValueError("Attacks need the gradients' full precision; leave --amp out.")
+
+
+def _attack(
+    config: Config,
+    classifiers: Mapping[str, Classifier],
+    models: Mapping[str, PixelClassifier],
+    data: ImageData,
+    rows: Mapping[str, dict[str, Any]],
+) -> None:
+    """Add the attacks' columns to `rows`."""
+    other = None if config.substitute is None else load_classifier(checkpoint_of(config.substitute))
+    substitute = None
+    if other is not None:
+        check_same_task(other, next(iter(classifiers.values())))
+        substitute = _pixel_classifier(other, data.device)
+    indices = subset(data, config.input.images, seed=config.seed)
+    attacks = {name: make_attack(name, config.attacks, seed=config.seed) for name in config.attacks.attack}
+    found = attacked_accuracy(models, data, indices, attacks, substitute=substitute, batch_size=config.batch_size)
+    for name, classifier in classifiers.items():
+        rows[name] |= {"threat": threat(classifier, other), "substitute": "" if other is None else str(other.path)}
+        rows[name] |= {"eps": f"{config.attacks.eps:g}/255", "images": len(indices)}
+        rows[name] |= {f"{kind}_accuracy": accuracy for kind, accuracy in found[name].items()}
+
+
+def threat(target: Classifier, substitute: Classifier | None) -> str:
+    """white, grey or black: what the attacker knows of the target."""
+    if substitute is None or substitute.path.resolve() == target.path.resolve():
+        return "white"
+    return "grey" if target.same_architecture(substitute) else "black"
+
+
+def _detect(
+    config: Config,
+    like: Classifier,
+    models: Mapping[str, PixelClassifier],
+    data: ImageData,
+    rows: Mapping[str, dict[str, Any]],
+) -> None:
+    """Add the columns of out-of-distribution detection to `rows`."""
+    mistaken = config.ood_folders == "mistaken"
+    source = of_known_classes(open_class_folders(config.ood), like.class_names, known=mistaken)
+    outside = _streamed(source, like, config, data.device)
+    inside = data.good()
+    if mistaken:
+        inside = inside[np.isin(data.labels[inside], source.labels)]
+    for name, model in models.items():
+        seen, _ = all_logits(model, data, inside, batch_size=config.batch_size)
+        unseen, _ = all_logits(model, outside, outside.good(), batch_size=config.batch_size)
+        rows[name] |= {"ood_aupr": ood_aupr(seen, unseen), "in_images": len(seen), "ood_images": len(unseen)}
+
+
+def _pixel_classifier(classifier: Classifier, device: torch.device) -> PixelClassifier:
+    return PixelClassifier(classifier.model, classifier.mean, classifier.std).to(device).eval()
+
+
+def _streamed(source: Source, like: Classifier, config: Config, device: torch.device) -> ImageData:
+    return ImageData(source, like.image_size, like.mean, like.std, device, None, config.device.workers)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A header and a line for each row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as aligned columns, accuracies in percent."""
+    shown = [
+        {k: f"{100 * v:.2f} %" if isinstance(v, float) else str(v) for k, v in row.items() if v != ""} for row in rows
+    ]
+    widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in shown[0]}
+    lines = [{name: name for name in widths}, *shown]
+    return "\n".join("  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, 1 (a full disk), 2 (bad usage), 130 (Ctrl-C; nothing is written then)."""
+    try:
+        print(table(run(tyro.cli(Config, args=argv, description=__doc__))))
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
