@@ -68,7 +68,7 @@ def command(data: Path, out: Path) -> list[str]:
 def server():
     """Where processes are forked from: it has imported search.py and holds no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["search", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["search", "train_eval", "torch.utils.tensorboard"])
     with pytest.MonkeyPatch.context() as patch:  # the server looks for its modules here, and starts with the first one
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -78,7 +78,7 @@ def server():
     return context
 
 
-def _child(argv: list[str], log: Path, largest_file: int | None) -> None:
+def _child(argv: list[str], log: Path, largest_file: int | None, main) -> None:
     """The command line, in its own process and process group, with both streams in `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # the command line's own, for the workers of a DataLoader
@@ -90,12 +90,12 @@ def _child(argv: list[str], log: Path, largest_file: int | None) -> None:
     scoring.IMAGES_PER_SHARD = 16
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.exit(search.main(argv))
+    sys.exit(main(argv))
 
 
-def start(server, argv: list[str], log: Path, largest_file: int | None = None):
+def start(server, argv: list[str], log: Path, largest_file: int | None = None, main=search.main):
     log.unlink(missing_ok=True)
-    process = server.Process(target=_child, args=(argv, log, largest_file))
+    process = server.Process(target=_child, args=(argv, log, largest_file, main))
     process.start()
     return process
 
