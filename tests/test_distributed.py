@@ -128,10 +128,10 @@ def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
     """Each rank in turn, in one process: which images its network sees."""
     data, seen = two_ranks.make_data(11), []
 
-    def fetched(index_batches):
+    def fetched(index_batches, **options):
         for indices in index_batches:
             seen.extend(indices)
-            yield from type(data).batches(data, [indices])
+            yield from type(data).batches(data, [indices], **options)
 
     monkeypatch.setattr(data, "batches", fetched)
     monkeypatch.setattr(World, "total", lambda world, *values: list(values))
