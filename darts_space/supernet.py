@@ -30,10 +30,13 @@ from torch.nn import functional as F
 
 from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
 from darts_space.conversion import from_plain
+from darts_space.derivation import derive
 from darts_space.fused import batch_to_space, depthwise, normalised_mix, space_to_batch
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
 from darts_space.search_network import SearchNetwork
+
+__all__ = ["SuperNet", "derive"]
 
 MOMENTUM = 0.1  # of the running statistics, nn.BatchNorm2d's
 MIXED = tuple(

@@ -345,8 +345,10 @@ def test_weights_of_a_plan_are_dirichlet(mixer, k, alpha):
 def test_centred_boxes_are_shifted_as_little_as_nesting_asks(seed):
     n, k = 60, 4
     centers = np.stack([rng(seed).integers(0, side, (n, k - 1)) for side in HW], axis=-1)
-    sides = box_sides(stick_lengths(draw_phi(n, k, 0.8, rng=rng(k))), HW)
+    v = stick_lengths(draw_phi(n, k, 0.8, rng=rng(k)))
+    sides = box_sides(v, HW)
     boxes = centred_boxes(sides, torch.from_numpy(centers)).numpy()
+    assert np.array_equal(nested_boxes(v, HW, rng=rng(), centers=centers), boxes)
     assert boxes.dtype == np.int64 and np.array_equal(boxes[:, :, 2:], sides[:, 1:])
     shifted = 0
     for image in range(n):
