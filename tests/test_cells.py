@@ -11,16 +11,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from darts_space import GENOTYPES, PRIMITIVES, Genotype, random_genotype
-from nas_kmix.analysis.cell_picture import (
+from nas_kmix.analysis.cell_layout import (
     LABEL_HEIGHT,
     LABEL_WIDTH,
     OUTPUT,
     STATE_HEIGHT,
     STATE_WIDTH,
     Layers,
-    draw_cells,
     lay_out,
 )
+from nas_kmix.analysis.cell_picture import draw_cells
 from nas_kmix.analysis.cells import main
 
 CELLS = [
