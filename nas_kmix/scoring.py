@@ -243,6 +243,29 @@ def score_dataset(
     return ScoreTable.merge(tables)
 
 
+def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tensor]:
+    """The M mixes that image `index` was scored by, in the order of its losses.
+
+    Returns uint8 (M, 3, S, S) and soft labels float32 (M, classes). Reads this image and its partners only. Raises
+    ValueError for a table that does not say how it was made, and where one of the images cannot be read any more.
+    """
+    try:
+        config = ScoringConfig(**{name: value for name, value in table.key["config"].items() if name != "pool"})
+        pool = np.asarray(table.key.get("pool", range(len(data))), dtype=np.int64)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The scores do not say how they were drawn ({error}).") from error
+    pool = np.setdiff1d(pool, list(table.bad))
+    draws = _draw(np.array([index]), pool, (data.image_size,) * 2, config)
+    indices = np.concatenate([[index], pool[draws.partners].ravel()])
+    batch = data.fetch(indices)
+    if len(batch.indices) < len(indices):
+        raise ValueError(next(iter(data.bad.values())))
+    partners = np.arange(1, len(indices)).reshape(draws.partners.shape)
+    anchor = np.zeros((len(partners), 1), dtype=np.int64)
+    plan = box_plan(np.hstack([anchor, partners]), draws.boxes, (data.image_size,) * 2, device=data.device)
+    return paste(batch.images, plan), mix_labels(batch.labels, plan.partners, plan.weights, data.num_classes)
+
+
 @dataclass(frozen=True)
 class _Draws:
     """Everything random about the mixes of some anchors; row i * M + m is draw m of anchor i.

@@ -20,9 +20,9 @@ from typing import Literal
 
 import tyro
 
-from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, read_genotype
-from darts_space.cell import NODES, Edge
+from darts_space import GENOTYPES, Genotype, read_genotype
 from nas_kmix.analysis.cell_picture import draw_cells
+from nas_kmix.analysis.description import describe
 from nas_kmix.analysis.figures import PICTURES, save_figure
 from nas_kmix.engine import files
 
@@ -41,31 +41,6 @@ class Config:
     """Write the converted genotype there instead of printing it."""
     picture: Path | None = None
     """Draw both cells there, a PNG or SVG."""
-
-
-def describe(genotype: Genotype) -> str:
-    """Both cells, a node per line, and what the networks of the two presets cost."""
-    lines = []
-    for name, edges in (("normal cell", genotype.normal), ("reduction cell", genotype.reduce)):
-        lines.append(name)
-        for node in range(NODES):
-            first, second = (_edge_text(edge) for edge in edges[2 * node : 2 * node + 2])
-            lines.append(f"  node {node} = {first} + {second}")
-    columns = "{:24}{:>12}{:>22}{:>16}{:>22}"
-    lines.append(columns.format("cost", "parameters", "with auxiliary head", "multiply-adds", "published convention"))
-    for name, network, size in (
-        ("  CIFAR, C=36, L=20", CifarNetwork, 32),
-        ("  ImageNet, C=48, L=14", ImageNetNetwork, 224),
-    ):
-        found = cost(network(genotype), size)
-        counts = (found[key] for key in ("params_without_aux", "params", "macs", "macs_published"))
-        lines.append(columns.format(name, *(f"{count:,}" for count in counts)))
-    return "\n".join(lines)
-
-
-def _edge_text(edge: Edge) -> str:
-    operation, source = edge
-    return f"{operation}({('c_k-2', 'c_k-1')[source] if source < 2 else f'node {source - 2}'})"
 
 
 def save_picture(genotype: Genotype, path: Path, title: str = "") -> None:

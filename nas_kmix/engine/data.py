@@ -231,6 +231,15 @@ def load_data(
     return replace(data, mean=mean, std=std)
 
 
+def open_data(config: DataConfig) -> ImageData:
+    """The training split without decoding or downloading it, to look at single images (`fetch`).
+
+    Nothing normalises them. Raises ValueError where the data are not there any more.
+    """
+    source = sources.open_source(config.data, config.data_root, "train", download=False)
+    return ImageData(source, _image_size(source, config), (), (), torch.device("cpu"), None)
+
+
 def _refuse_empty_class(source: Source, labels: np.ndarray, config: DataConfig, remedy: str) -> None:
     counts = np.bincount(labels, minlength=source.num_classes)
     if (counts == 0).any():

@@ -110,14 +110,17 @@ class Source:
         return digest.digest()
 
 
-def open_source(data: str, root: Path, split: str) -> Source:
-    """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy."""
+def open_source(data: str, root: Path, split: str, *, download: bool = True) -> Source:
+    """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy.
+
+    CIFAR is fetched where it is not under `root` yet, unless `download` forbids it.
+    """
     if (data == "digits" or data in CIFAR_CONSTANTS) and split not in ("train", "test"):
         raise ValueError(f"--data {data} has the splits train and test, not {split!r}.")
     if data == "digits":
         return _digits(split)
     if data in CIFAR_CONSTANTS:
-        return _cifar(data, root, split)
+        return _cifar(data, root, split, download)
     path = Path(data)
     if path.suffix == ".npz":
         return _npz(path, split)
@@ -185,16 +188,17 @@ def _digits(split: str) -> Source:
     return Source("digits", split, labels, tuple("0123456789"), arrays=_to_rgb(np.stack(large)))
 
 
-def _cifar(name: str, root: Path, split: str) -> Source:
+def _cifar(name: str, root: Path, split: str, download: bool) -> Source:
     """torchvision's reader; it checks the archive's checksums, test files included, but decodes one split only."""
     from torchvision import datasets
 
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        cifar = reader(root, train=split == "train", download=True)
+        cifar = reader(root, train=split == "train", download=download)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
+        tried = "could not be" if download else "is not"
         raise ValueError(
-            f"--data {name} is not under --data-root {root} and could not be downloaded ({error}). "
+            f"--data {name} is not under --data-root {root} and {tried} downloaded ({error}). "
             f"Unpack the archive there, or give a .npz file."
         ) from error
     labels = np.asarray(cifar.targets, dtype=np.int64)

@@ -1,0 +1,49 @@
+"""Show finished runs of search.py and train_eval.py as one self-contained HTML page.
+
+    python -m nas_kmix.analysis.report runs/c100                                    # writes runs/c100/report.html
+    python -m nas_kmix.analysis.report runs/cv runs/random runs/cv-net -o report.html  # side by side
+
+The page needs neither scripts nor a network. The images of the proxy are read from the data that the run used, if they
+are still there; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nas_kmix.analysis.report import write_report
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to show, and where."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; several are compared."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The page. Default: report.html in the only run's folder, else in the working folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, 1 (a full disk), and 2 with a sentence for bad usage."""
+    config = tyro.cli(Config, args=argv, description=__doc__)
+    try:
+        if not config.runs:
+            raise ValueError("Give at least one run folder: python -m nas_kmix.analysis.report RUN")
+        out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
+        write_report(config.runs, out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

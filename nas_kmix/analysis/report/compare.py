@@ -1,0 +1,228 @@
+"""Section `compare`: several runs beside one another. Runs that differ in their seed alone are one group."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from darts_space import Genotype
+from nas_kmix.analysis.report.charts import Series, legend, scatter_chart
+from nas_kmix.analysis.report.cost import all_in_seconds, speed_up
+from nas_kmix.analysis.report.markup import Markup, figure, join, missing, number, percent, sentence, table, tag
+from nas_kmix.analysis.report.parts import UNREADABLE, reason
+from nas_kmix.analysis.report.proxy import reliability
+from nas_kmix.analysis.report.record import EDGES_OF_A_GENOTYPE, Record
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the comparison says of a run of search.py."""
+
+    record: Record
+    proxy: str
+    seed: int
+    genotype: Genotype | None
+    reliability: str
+    seconds: float | None
+    ratio: float | None
+    """All-in speed-up over the full search."""
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """What the comparison says of a run of train_eval.py."""
+
+    record: Record
+    origin: str
+    """What its genotype came from: how a search's proxy was chosen, a name, or a backbone."""
+    seed: int
+    genotype: Genotype | None
+    accuracy: float | None
+    """Of the last epoch on the test images, else on those held out; in [0, 1]."""
+    best: float | None
+    result: dict
+    search_seconds: float | None
+    """Of all stages of the search that found the genotype."""
+
+
+def section(records: Sequence[Record]) -> Markup:
+    """Tables, accuracy against cost, and shared edges."""
+    if len(records) < 2:
+        return missing(
+            "One run alone compares with nothing; give several: python -m nas_kmix.analysis.report RUN RUN …"
+        )
+    searched, trained, unknown = [], [], []
+    for record in sorted(records, key=lambda record: record.trains):  # networks look for the search they came from
+        try:
+            if record.trains:
+                trained.append(_trained(record, searched))
+            else:
+                searched.append(_searched(record))
+        except UNREADABLE as error:
+            unknown.append(missing(f"{record.name} is not compared: {reason(record, error)}"))
+    parts = [_search_table(searched), _network_table(trained), _accuracy_chart(trained), _shared(searched, trained)]
+    return join([*parts, *unknown])
+
+
+def _or_none(read: Callable[[], T]) -> T | None:
+    """What cannot be read is left empty here; the run's own sections say why."""
+    try:
+        return read()
+    except UNREADABLE:
+        return None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _searched(record: Record) -> Searched:
+    ledger = _or_none(lambda: all_in_seconds(record))
+    ratio = _or_none(lambda: speed_up(record))
+    return Searched(
+        record,
+        proxy=proxy_text(record),
+        seed=record.config.get("seed", 0),
+        genotype=_or_none(lambda: record.genotype),
+        reliability=str(_or_none(lambda: reliability(record)) or "–"),
+        seconds=ledger,
+        ratio=None if ratio is None else ratio.all_in,
+    )
+
+
+def proxy_text(record: Record) -> str:
+    """How the images of a search were chosen, in a few words."""
+    proxy = _or_none(lambda: record.proxy)
+    if proxy is None:
+        return "all images" if str(record.config.get("proxy")) == "none" else "–"
+    by = proxy.method if proxy.method == "random" else f"{proxy.measure} {proxy.method}"
+    every = f" {proxy.interval}" if proxy.method == "interval" else ""
+    return f"{proxy.data}: {by}{every}, {percent(len(proxy.indices) / proxy.n)}"
+
+
+def _trained(record: Record, searched: Sequence[Searched]) -> TrainedNetwork:
+    network = record.config["network"]
+    result = _or_none(lambda: record.result) or {}
+    genotype = _or_none(lambda: record.genotype)
+    search = _origin(network, genotype, searched)
+    return TrainedNetwork(
+        record,
+        origin=str(network.get("backbone") or network.get("genotype")) if search is None else search.proxy,
+        seed=record.config.get("seed", 0),
+        genotype=genotype,
+        accuracy=_accuracy(result.get("last")),
+        best=_accuracy(result.get("best")),
+        result=result,
+        search_seconds=None if search is None else search.seconds,
+    )
+
+
+def _origin(network: dict, genotype: Genotype | None, searched: Sequence[Searched]) -> Searched | None:
+    """The search that found the genotype: the one in the folder that it was read from, given here or not."""
+    if genotype is None or not network.get("genotype"):
+        return None
+    folder = Path(str(network["genotype"])).parent
+    for search in searched:
+        if search.record.folder.resolve() == folder.resolve():
+            return search
+    outside = Record(folder)
+    known = _or_none(lambda: not outside.trains and outside.genotype == genotype)
+    same = [search for search in searched if search.genotype == genotype]
+    return _searched(outside) if known else same[0] if same else None
+
+
+def _accuracy(metrics: dict | None) -> float | None:
+    metrics = metrics or {}
+    return metrics.get("test_accuracy", metrics.get("val_accuracy"))
+
+
+# -- showing -----------------------------------------------------------------------------------------------------------
+
+
+def _groups(runs: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[T]]]:
+    return [(name, list(members)) for name, members in itertools.groupby(sorted(runs, key=key), key=key)]
+
+
+def _search_table(searched: Sequence[Searched]) -> Markup:
+    if not searched:
+        return sentence("None of these runs is a search.", "note")
+    rows = []
+    for proxy, members in _groups(searched, lambda run: run.proxy):
+        for run in members:
+            skips = "–" if run.genotype is None else " and ".join(str(n) for n in run.genotype.skip_connections())
+            cost = "–" if run.seconds is None else f"{number(run.seconds)} s"
+            ratio = "–" if run.ratio is None else f"{run.ratio:.2f}×"
+            rows.append((run.record.name, proxy, run.seed, run.reliability, skips, cost, ratio))
+    head = ("run", "proxy", "seed", "reliability", "skips", "all-in cost", "all-in speed-up")
+    return table(head, rows, caption="Searches", text_columns=2)
+
+
+def _network_table(trained: Sequence[TrainedNetwork]) -> Markup:
+    if not trained:
+        return missing("No accuracy is compared: none of these runs is of train_eval.py.")
+    rows = []
+    for origin, members in _groups(trained, lambda run: run.origin):
+        for run in members:
+            costs = [run.result.get(name) for name in ("params_without_aux", "macs", "train_s")]
+            search = "–" if run.search_seconds is None else f"{number(run.search_seconds)} s"
+            last, best = ("–" if a is None else percent(a, 2) for a in (run.accuracy, run.best))
+            counts = (number(costs[0]), number(costs[1]), f"{number(costs[2])} s")
+            rows.append((run.record.name, origin, run.seed, last, best, *counts, search))
+        known = [run.accuracy for run in members if run.accuracy is not None]
+        if len(known) > 1:
+            spread = f"{percent(float(np.mean(known)), 2)} ± {100 * np.std(known, ddof=1):.2f}"
+            rows.append((tag("b", f"mean of {len(known)}"), origin, "", tag("b", spread), *[""] * 5))
+    head = ("run", "genotype from", "seed", "last epoch", "best epoch", "parameters", "multiply-adds", "training")
+    note = "Accuracy on the test images; ± is the standard deviation over seeds."
+    networks = table((*head, "all-in search"), rows, caption="Trained networks", text_columns=2)
+    return join([networks, sentence(note, "note")])
+
+
+def _accuracy_chart(trained: Sequence[TrainedNetwork]) -> Markup:
+    shown = [run for run in trained if run.accuracy is not None and run.search_seconds is not None]
+    if not shown:
+        return missing(
+            "Accuracy against cost needs trained networks whose genotype came from a search with a cost.json."
+        )
+    series = [
+        Series(origin, [run.search_seconds for run in members], [100 * run.accuracy for run in members])
+        for origin, members in _groups(shown, lambda run: run.origin)
+    ]
+    title = "Accuracy against the all-in cost of the search"
+    drawn = scatter_chart(title, series, "all-in search, seconds", "accuracy, %")
+    how = "A mark is a trained network; bars are mean and standard deviation over the seeds of a group."
+    return figure(title, drawn, how, legend([one.name for one in series]), class_="wide")
+
+
+def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork]) -> Markup:
+    """How many of their 16 edges the genotypes have in common."""
+    names: dict[Genotype, list[str]] = {}
+    for run in (*searched, *trained):
+        if run.genotype is not None:
+            names.setdefault(run.genotype, []).append(run.record.name)
+    if len(names) < 2:
+        return missing("Shared edges need two different genotypes.")
+    genotypes = list(names)
+    rows = []
+    for i, one in enumerate(genotypes):
+        counts = [one.shared_edges(other) for other in genotypes]
+        cells = [
+            tag(
+                "span",
+                "–" if i == j else n,
+                class_="shade",
+                style=f"--share:{0 if i == j else n / EDGES_OF_A_GENOTYPE:.3f}",
+            )
+            for j, n in enumerate(counts)
+        ]
+        rows.append((f"{i + 1}  {', '.join(names[one])}", *cells))
+    head = ("genotype", *(str(i + 1) for i in range(len(genotypes))))
+    grid = table(head, rows, caption=f"Shared edges of {EDGES_OF_A_GENOTYPE}")
+    note = "Entries of the same cell, node, operation and input. Two random genotypes share about one."
+    return join([grid, sentence(note, "note")])

@@ -1,0 +1,113 @@
+"""Section `cost`: the ledger of a run, and what its search would have cost on all images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nas_kmix.analysis.report.charts import legend, share_bar
+from nas_kmix.analysis.report.markup import Markup, figure, gallery, join, number, percent, sentence, table
+from nas_kmix.analysis.report.parts import show
+from nas_kmix.analysis.report.record import Record
+from nas_kmix.engine.progress import duration
+
+SHARES = (("Seconds", "wall_s"), ("Images forward", "images_forward"), ("Images backward", "images_backward"))
+
+
+def section(record: Record) -> Markup:
+    """Ledger and speed-up of one run."""
+    if record.trains:
+        return show(record, ledger=_ledger)
+    return show(record, ledger=_ledger, speed_up=_speed_up)
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """A search on a proxy against the same search on all images; seconds.
+
+    full: the estimate of the latter: its images are in proportion to its seconds. search, selecting (scoring and
+    selection) and scorer: what the stages took.
+    """
+
+    full: float
+    search: float
+    selecting: float
+    scorer: float
+
+    @property
+    def without_scorer(self) -> float:
+        """Scoring and selection billed, the scorer as given."""
+        return self.full / (self.selecting + self.search)
+
+    @property
+    def all_in(self) -> float:
+        return self.full / (self.scorer + self.selecting + self.search)
+
+
+def speed_up(record: Record) -> SpeedUp:
+    """Raises ValueError where there was no proxy, or the search has not ended."""
+    proxy, costs = record.proxy, record.costs
+    epochs, whole = record.epochs_of_search, record.epochs_asked_for
+    search = costs["search"].wall_s
+    if not search > 0:
+        raise ValueError(f"{record.path('cost.json')} bills no search.")
+    return SpeedUp(
+        full=search * (proxy.n * whole) / (len(proxy.indices) * epochs),
+        search=search,
+        selecting=costs["scoring"].wall_s + costs["selection"].wall_s,
+        scorer=costs["scorer"].wall_s,
+    )
+
+
+def all_in_seconds(record: Record) -> float:
+    """Of all stages."""
+    return sum(cost.wall_s for cost in record.costs.values())
+
+
+def _ledger(record: Record) -> Markup:
+    costs = {name: cost for name, cost in record.costs.items() if cost.wall_s > 0}
+    if not costs:
+        raise ValueError(f"{record.path('cost.json')} bills nothing.")
+    rows = [
+        (name, number(c.wall_s), duration(c.wall_s), f"{c.images_forward:,}", f"{c.images_backward:,}", _gib(c))
+        for name, c in costs.items()
+    ]
+    sums = [sum(getattr(c, field) for c in costs.values()) for _, field in SHARES]
+    rows.append(("total", number(sums[0]), duration(sums[0]), f"{sums[1]:,}", f"{sums[2]:,}", ""))
+    head = ("stage", "seconds", "time", "images forward", "images backward", "peak memory, GiB")
+    bars = []
+    for title, field in SHARES:
+        parts = {name: float(getattr(c, field)) for name, c in costs.items()}
+        if sum(parts.values()) > 0:
+            text = ", ".join(f"{name} {percent(v / sum(parts.values()))}" for name, v in parts.items())
+            bars.append(figure(title, share_bar(f"{title} by stage: {text}", parts), text))
+    note = "Peak memory is what the process had held by the end of the stage. Reading the data is not billed."
+    ledger = table(head, rows, caption="Ledger")
+    return join([ledger, sentence(note, "note"), legend(list(costs), lines=False), gallery(*bars)])
+
+
+def _gib(cost) -> str:
+    return f"{cost.peak_rss_bytes / 2**30:.2f}"
+
+
+def _speed_up(record: Record) -> Markup:
+    found, proxy = speed_up(record), record.proxy
+    rows = [
+        ("search alone, the paper's way of counting", found.search, found.full / found.search),
+        ("with scoring and selection, the scorer given", found.selecting + found.search, found.without_scorer),
+        ("all in, the scorer's training too", found.scorer + found.selecting + found.search, found.all_in),
+    ]
+    rows = [(name, number(seconds), f"{ratio:.2f}×") for name, seconds, ratio in rows]
+    estimate = (
+        f"The same search on all {proxy.n:,} images would have cost about {duration(found.full)} "
+        f"({number(found.full)} s): the proxy's search took {number(found.search)} s for {len(proxy.indices):,} images"
+    )
+    if record.epochs_of_search != record.epochs_asked_for:
+        estimate += f" and {record.epochs_of_search} instead of {record.epochs_asked_for} epochs"
+    if found.scorer == 0:
+        estimate += ". No scorer was trained for it, or its cost is not recorded"
+    return join(
+        [
+            table(("what is billed", "seconds", "speed-up"), rows, caption="Speed-up over the full search"),
+            sentence(f"{estimate}. A ratio below 1 means that the proxy costs more than it saves.", "note"),
+        ]
+    )

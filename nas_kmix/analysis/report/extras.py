@@ -1,0 +1,90 @@
+"""Sections `landscape` and `robustness`: what nas_kmix.analysis.landscape and .robustness left in a run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+
+from nas_kmix.analysis.report.charts import Series, legend, line_chart
+from nas_kmix.analysis.report.maps import surface
+from nas_kmix.analysis.report.markup import Markup, figure, gallery, join, number, percent, table, tag
+from nas_kmix.analysis.report.parts import show
+from nas_kmix.analysis.report.record import Record
+from nas_kmix.engine import files
+
+ARRAYS = ("loss", "eigenvalues", "surface", "axis", "slice", "slice_axis", "noise", "sigmas")
+
+
+def landscape(record: Record) -> Markup:
+    """Surface, slice and noise of every network in RUN/landscape."""
+    return show(record, loss_around_the_network=_landscapes)
+
+
+def robustness(record: Record) -> Markup:
+    """The table of RUN/robustness.csv."""
+    return show(record, attacks_and_hard_images=_robustness)
+
+
+def _landscapes(record: Record) -> Markup:
+    paths = sorted(record.path("landscape").glob("*.npz"))
+    if not paths:
+        raise ValueError(
+            f"There is no landscape in {record.name}; python -m nas_kmix.analysis.landscape {record.name} "
+            f"--out {record.path('landscape')} computes it."
+        )
+    return join(_landscape(record, path.stem, files.read_npz(path)) for path in paths)
+
+
+def _landscape(record: Record, name: str, arrays: dict[str, np.ndarray]) -> Markup:
+    with record.reading(f"landscape/{name}.npz"):
+        loss, eigenvalues, values, axis, cut, cut_axis, noise, sigmas = (
+            np.asarray(arrays[key], dtype=np.float64) for key in ARRAYS
+        )
+        surface_map = surface(
+            f"Loss of {name} over two Hessian eigenvectors, {number(values.min())} to {number(values.max())}",
+            values.T,  # values[i, j] belongs to axis[i] along the first eigenvector, which runs to the right
+            axis,
+            axis,
+            "along the first eigenvector",
+            "along the second",
+        )
+        curvature = " and ".join(number(value) for value in eigenvalues)
+        slices = line_chart(f"{name}: loss along a random direction", [Series(name, cut_axis, cut)], "distance", "loss")
+        middle, spread = noise.mean(axis=0), noise.std(axis=0, ddof=1)
+        lines = [
+            Series("mean", sigmas, middle),
+            Series("mean + standard deviation", sigmas, middle + spread),
+            Series("mean − standard deviation", sigmas, middle - spread),
+        ]
+        noisy = line_chart(f"{name}: loss under Gaussian noise on the parameters", lines, "sigma", "loss")
+        return join(
+            [
+                tag("h4", name),
+                gallery(
+                    figure("Surface", surface_map, f"Loss {number(float(loss))}; largest eigenvalues {curvature}."),
+                    figure("Slice", slices, "Filter by filter as long as the network's weights."),
+                    figure("Noise", noisy, f"{len(noise)} draws.", legend([line.name for line in lines])),
+                ),
+            ]
+        )
+
+
+def _robustness(record: Record) -> Markup:
+    path = record.path("robustness.csv")
+    if not path.is_file():
+        raise ValueError(
+            f"There is no robustness.csv in {record.name}; python -m nas_kmix.analysis.robustness {record.name} "
+            f"--attack fgsm pgd --out {path} measures it."
+        )
+    with record.reading("robustness.csv"):
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        head = [name for name in rows[0] if any(row[name] for row in rows)]
+        shown = [[_cell(name, row[name]) for name in head] for row in rows]
+    return table([name.replace("_", " ") for name in head], shown, caption="Attacks and hard images")
+
+
+def _cell(column: str, value: str) -> str:
+    """Accuracies in percent, everything else as it stands."""
+    return percent(float(value), 2) if column.endswith("accuracy") and value else value

@@ -1,0 +1,66 @@
+"""Section `mixes`: what the scorer, or the trained network, saw: mixed images with their soft labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nas_kmix.analysis.report.markup import Markup, join, percent, picture, sentence, tag
+from nas_kmix.analysis.report.parts import show
+from nas_kmix.analysis.report.record import Record
+from nas_kmix.mixers import K_IMAGES, make_mix
+from nas_kmix.scorer import ScorerConfig
+
+SAMPLES, BATCH = 8, 16
+SIDE = 128  # pixels at most
+LABELS = 4  # named under a mix
+SAMPLE_STREAM, MIX_STREAM = 91, 92  # of random numbers, apart from those of the run
+
+
+def section(record: Record) -> Markup:
+    """Eight mixes of this run's settings, drawn anew."""
+    return show(record, mixed_images=_mixes)
+
+
+def _mixes(record: Record) -> Markup:
+    settings = record.settings("training", ScorerConfig)
+    who = "network" if record.trains else "scorer"
+    if settings.mix == "none":
+        raise ValueError(f"{record.name} trained its {who} on images as they are (mix none).")
+    if settings.mix == "manifold_mixup":
+        raise ValueError(f"{record.name} trained with manifold_mixup, which mixes features: there is no image to show.")
+    images, soft, names = _draw(record, settings)
+    samples = [
+        _sample(image.permute(1, 2, 0).numpy(), label.numpy(), names) for image, label in zip(images, soft, strict=True)
+    ]
+    sources = settings.mix_k if settings.mix in K_IMAGES else 2
+    how = (
+        f"{settings.mix}, K = {sources}, alpha = {settings.mix_alpha:.3g}, applied to a batch with probability "
+        f"{settings.mix_prob:g}: batches like these trained the {who}. The bar is the soft label."
+    )
+    return join([sentence(how), tag("div", *samples, class_="samples")])
+
+
+def _draw(record: Record, settings: ScorerConfig) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Mixed images uint8 (8, 3, S, S), their soft labels (8, classes) and the classes' names."""
+    data = record.shown_data()
+    rng = np.random.default_rng([settings.seed, SAMPLE_STREAM])
+    batch = data.fetch(rng.choice(len(data), size=min(BATCH, len(data)), replace=False))
+    mix = make_mix(settings, data.num_classes, torch.nn.Identity())  # which manifold_mixup alone would look at
+    images, soft = batch.images.cpu().float() / 255, None
+    for attempt in range(1000):  # a batch that the settings leave unmixed shows nothing
+        mixed, soft = mix(images, batch.labels.cpu(), np.random.default_rng([settings.seed, MIX_STREAM, attempt]))
+        if mixed is not images:
+            break
+    return (mixed[:SAMPLES] * 255).round().clamp(0, 255).to(torch.uint8), soft[:SAMPLES], data.class_names
+
+
+def _sample(pixels: np.ndarray, soft: np.ndarray, names: tuple[str, ...]) -> Markup:
+    order = np.argsort(-soft, kind="stable")[:LABELS]
+    parts = [(names[c], float(soft[c])) for c in order.tolist() if soft[c] > 0]
+    text = ", ".join(f"{name} {percent(share, 0)}" for name, share in parts)
+    bar = tag("div", *(tag("i", style=f"width:{100 * s:.1f}%", class_=f"s{i}") for i, (_, s) in enumerate(parts)))
+    lines = [
+        tag("span", tag("i", class_=f"s{i}"), f"{name}: {percent(share, 0)}") for i, (name, share) in enumerate(parts)
+    ]
+    return tag("div", picture(pixels, f"Mix of {text}", side=SIDE, class_="pixels"), bar, *lines, class_="sample")

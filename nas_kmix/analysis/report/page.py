@@ -1,0 +1,154 @@
+"""The page: sections of one or several runs in order, under a heading that says the most important things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+
+from nas_kmix.analysis.report import cells, compare, cost, extras, mixes, proxy, search
+from nas_kmix.analysis.report.markup import Markup, escape, join, missing, number, percent, plural, sentence, tag
+from nas_kmix.analysis.report.parts import UNREADABLE
+from nas_kmix.analysis.report.record import Record
+from nas_kmix.engine.progress import duration
+from nas_kmix.version import __version__
+
+LARGEST_PAGE = 4_800_000  # bytes, below the five million that mail programs take without asking
+SECTIONS: dict[str, tuple[str, Callable[[Record], Markup]]] = {
+    "cells": ("Cells", cells.section),
+    "search": ("Search", search.section),
+    "proxy": ("Proxy dataset", proxy.section),
+    "mixes": ("Mixed images", mixes.section),
+    "cost": ("Cost", cost.section),
+    "landscape": ("Loss landscape", extras.landscape),
+    "robustness": ("Robustness", extras.robustness),
+}
+
+
+def document(records: Sequence[Record]) -> str:
+    """A whole HTML document, at most 4.8 MB: what does not fit is left out, and said to be."""
+    blocks = {key: [] for key in SECTIONS}
+    size = 0
+    for record in records:
+        for key, (_, build) in SECTIONS.items():
+            block = build(record)
+            size += len(block.encode())
+            if size > LARGEST_PAGE:
+                size -= len(block.encode())
+                block = missing(f"Left out, as the page would be too large to send; give {record.name} alone.")
+            blocks[key].append(block)
+    compared = _section("compare", "Comparison", compare.section(records))
+    body = [_section(key, title, _of_runs(records, blocks[key])) for key, (title, _) in SECTIONS.items()]
+    # Of several runs the comparison is what the reader came for.
+    body = [compared, *body] if len(records) > 1 else [*body[:5], compared, *body[5:]]
+    names = ", ".join(record.name for record in records)
+    order = ["compare", *SECTIONS] if len(records) > 1 else [*list(SECTIONS)[:5], "compare", *list(SECTIONS)[5:]]
+    links = [tag("a", SECTIONS[key][0] if key in SECTIONS else "Comparison", href=f"#{key}") for key in order]
+    style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"nas_kmix: {names}"),
+        tag("style", Markup(style)),
+    ]
+    header = tag("header", tag("p", "nas_kmix report", class_="kind"), *_heading(records), tag("nav", *links))
+    footer = tag("footer", f"nas_kmix {__version__}. Colours: Okabe and Ito’s palette, blue to orange, and cividis.")
+    html = tag("html", tag("head", *head), tag("body", header, tag("main", *body), footer), lang="en")
+    return f"<!doctype html>\n{html}\n"
+
+
+def _section(key: str, title: str, content: Markup) -> Markup:
+    return tag("section", tag("h2", title), content, id=key)
+
+
+def _of_runs(records: Sequence[Record], blocks: Sequence[Markup]) -> Markup:
+    """The blocks of several runs, each under the name of its run."""
+    if len(records) == 1:
+        return blocks[0]
+    return join(join([tag("h3", record.name), block]) for record, block in zip(records, blocks, strict=True))
+
+
+# -- heading -----------------------------------------------------------------------------------------------------------
+
+
+def _heading(records: Sequence[Record]) -> list[Markup]:
+    if len(records) > 1:
+        runs = tag("ul", *(tag("li", tag("code", record.name)) for record in records))
+        return [tag("h1", f"{len(records)} runs compared"), runs]
+    record = records[0]
+    return [tag("h1", record.folder.resolve().name), _origin(record), tag("dl", *_tiles(record), class_="tiles")]
+
+
+def _origin(record: Record) -> Markup:
+    """The command and the machine."""
+    try:
+        environment = record.environment
+        with record.reading("env.json"):
+            packages = environment["packages"]
+            command = tag("pre", "python " + " ".join(map(str, environment["command"])))
+            place = environment["gpu"] or f"{environment['processor']} CPU, {plural(environment['threads'], 'thread')}"
+            commit = environment["commit"]
+            versions = f"torch {packages['torch']}, Python {environment['python']}"
+    except ValueError as error:
+        return missing(error)
+    written_at = f", commit {str(commit)[:10]}" if commit else ""
+    return join([command, sentence(f"{place}; {versions}{written_at}.", "note")])
+
+
+def _tiles(record: Record) -> list[Markup]:
+    """The handful of figures that a reader looks for first; those that are not known are left out."""
+    tiles = []
+    for title, read in (_TRAIN_TILES if record.trains else _SEARCH_TILES).items():
+        try:
+            value, about = read(record)
+        except UNREADABLE:
+            continue  # the section that shows it says why
+        tiles.append(tag("div", tag("dt", title), tag("dd", tag("b", value), tag("span", escape(about)))))
+    return tiles
+
+
+def _proxy_tile(record: Record) -> tuple[str, str]:
+    share = percent(len(record.proxy.indices) / record.proxy.n)
+    return f"{len(record.proxy.indices):,}", f"of {record.proxy.n:,} images, {share}"
+
+
+def _reliability_tile(record: Record) -> tuple[str, str]:
+    found = proxy.reliability(record)
+    return f"{found.value:.2f}", f"of the ranking: {found.meaning}"
+
+
+def _cost_tile(record: Record) -> tuple[str, str]:
+    costs = record.costs
+    return duration(sum(cost.wall_s for cost in costs.values())), f"{len(costs)} stages, all billed"
+
+
+def _speed_tile(record: Record) -> tuple[str, str]:
+    found = cost.speed_up(record)
+    return f"{found.all_in:.2f}×", f"all in; {found.without_scorer:.2f}× without the scorer"
+
+
+def _skips_tile(record: Record) -> tuple[str, str]:
+    normal, reduction = record.genotype.skip_connections()
+    return f"{normal} and {reduction}", "skip connections, normal and reduction cell"
+
+
+def _accuracy_tile(record: Record) -> tuple[str, str]:
+    with record.reading("result.json"):
+        metrics = record.result["last"]
+        split = "test" if "test_accuracy" in metrics else "val"
+        return percent(metrics[f"{split}_accuracy"], 2), f"{split} accuracy, last epoch"
+
+
+def _parameters_tile(record: Record) -> tuple[str, str]:
+    with record.reading("result.json"):
+        return number(record.result["params_without_aux"]), f"parameters, {number(record.result['macs'])} multiply-adds"
+
+
+_SEARCH_TILES = {
+    "Proxy": _proxy_tile,
+    "Reliability": _reliability_tile,
+    "Cost": _cost_tile,
+    "Speed-up": _speed_tile,
+    "Skips": _skips_tile,
+}
+_TRAIN_TILES = {"Accuracy": _accuracy_tile, "Size": _parameters_tile, "Cost": _cost_tile}

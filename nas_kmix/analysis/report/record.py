@@ -1,0 +1,261 @@
+"""What a run folder holds, read when a section asks for it.
+
+Whatever is missing, damaged or of another program is a ValueError in a full sentence, which the page shows in the
+place of what could not be drawn; a finished run of search.py and one of train_eval.py are read alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from darts_space import Genotype, read_genotype
+from darts_space.cell import EDGES, PRIMITIVES
+from nas_kmix.engine import files
+from nas_kmix.engine.data import DataConfig, ImageData, open_data
+from nas_kmix.engine.run import StageCost
+from nas_kmix.proxy import ProxyManifest
+from nas_kmix.scoring import ScoreTable
+
+TABLES = {
+    "alphas_normal": (EDGES, len(PRIMITIVES)),
+    "betas_normal": (EDGES,),
+    "alphas_reduce": (EDGES, len(PRIMITIVES)),
+    "betas_reduce": (EDGES,),
+}
+EDGES_OF_A_GENOTYPE = 16
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of genotypes.jsonl: the genotype after `epoch`, and how sure it is (`darts_space.derivation`)."""
+
+    epoch: int
+    genotype: Genotype
+    diagnostics: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A run folder. `given_data` are its images where the caller has them already."""
+
+    folder: Path
+    given_data: ImageData | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    # -- settings ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, all flags of the run."""
+        return self._object("config.json")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """env.json: command, packages, machine."""
+        return self._object("env.json")
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is a run of train_eval.py and not of search.py."""
+        try:
+            return "network" in self.config
+        except ValueError:  # the files of one that lacks its config.json can still tell
+            return self.path("result.json").is_file()
+
+    def settings(self, part: str, kind: type[T]) -> T:
+        """The flags of one part as the config class they came from; fields of other classes are left aside."""
+        with self.reading("config.json"):
+            known = {field.name for field in fields(kind)}
+            return kind(**{name: value for name, value in self.config[part].items() if name in known})
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def genotype(self) -> Genotype:
+        """What the search found, or what was trained."""
+        if not self.trains:
+            return Genotype.load(self._found("genotype.json"))
+        with self.reading("config.json"):
+            if self.config["network"]["genotype"] is None:
+                raise ValueError(f"{self.name} trained the backbone {self.config['network']['backbone']}: no cells.")
+        with self.reading("result.json"):
+            if self.path("result.json").is_file():
+                return Genotype.from_json(self.result["network"]["genotype"])
+        return read_genotype(self.config["network"]["genotype"])
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What the genotype of a search came from: the config and the inputs of the stage."""
+        with self.reading("genotype.json"):
+            return dict(self._object("genotype.json")["provenance"])
+
+    @property
+    def epochs_of_search(self) -> int:
+        """Those that were run; more than asked for where steps were matched."""
+        with self.reading("genotype.json"):
+            return int(self.provenance["config"]["epochs"])
+
+    @property
+    def epochs_asked_for(self) -> int:
+        with self.reading("config.json"):
+            return int(self.config["search"]["epochs"])
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """result.json of train_eval.py."""
+        return self._object("result.json")
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
+        """metrics.csv as (epoch, value) by stage and column."""
+        path = self._found("metrics.csv")
+        stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        with self.reading("metrics.csv"):
+            for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
+                stage, epoch = stages.setdefault(row.pop("stage"), {}), int(row.pop("epoch"))
+                for column, value in row.items():
+                    if value:
+                        stage.setdefault(column, []).append((epoch, float(value)))
+        return stages
+
+    @cached_property
+    def costs(self) -> dict[str, StageCost]:
+        """cost.json by stage."""
+        with self.reading("cost.json"):
+            return {name: StageCost(**cost) for name, cost in self._object("cost.json")["stages"].items()}
+
+    @cached_property
+    def history(self) -> list[Epoch]:
+        """genotypes.jsonl, at least one epoch; of several seeds, the chosen one's."""
+        path = self._found(f"{self._seed}genotypes.jsonl")
+        with self.reading(path.name):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            epochs = [
+                Epoch(
+                    int(row.pop("epoch")),
+                    Genotype.from_json(row.pop("genotype")),
+                    {name: float(value) for name, value in row.items()},
+                )
+                for row in rows
+            ]
+            if not epochs:
+                raise ValueError("it is empty")
+            return epochs
+
+    @cached_property
+    def tables(self) -> dict[str, np.ndarray]:
+        """alphas.npz: alphas (epochs, 14, 8) and betas (epochs, 14) of both cells, raw."""
+        path = self._found(f"{self._seed}alphas.npz")
+        arrays = files.read_npz(path)
+        with self.reading(path.name):
+            for name, shape in TABLES.items():
+                if arrays[name].shape[1:] != shape or len(arrays[name]) == 0 or not np.isfinite(arrays[name]).all():
+                    raise ValueError(f"{name} is not a finite table of {shape} for every epoch")
+            if len({len(arrays[name]) for name in TABLES}) > 1:
+                raise ValueError("its tables are of different epochs")
+        return arrays
+
+    @cached_property
+    def scores(self) -> ScoreTable:
+        return ScoreTable.load(self._found("scores.npz", given="scores"))
+
+    @cached_property
+    def proxy(self) -> ProxyManifest:
+        if self._flag("proxy") == "none":
+            raise ValueError(f"{self.name} searched on all images (--proxy none), so there is no proxy to show.")
+        return ProxyManifest.load(self._found("proxy.json", given="proxy"))
+
+    def selected(self, index: int) -> bool:
+        """Whether the image is in the proxy; False where there is none."""
+        try:
+            return bool(np.isin(index, self.proxy.indices))
+        except ValueError:
+            return False
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The training images of the run's data flags; read one by one, so only what is shown is decoded."""
+        if self.given_data is not None:
+            return self.given_data
+        settings = self.settings("input", DataConfig)
+        try:
+            return open_data(settings)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"The images of {self.name} cannot be shown: {error}") from error
+
+    def shown_data(self) -> ImageData:
+        """`data` to take a few images from, which are read sooner than DataLoader workers start."""
+        return replace(self.data, workers=0)
+
+    def check_data(self, fingerprint: Any) -> ImageData:
+        """`shown_data`, if it is the data with this fingerprint."""
+        if self.data.fingerprint != fingerprint:
+            raise ValueError(
+                f"The images of {self.name} cannot be shown: {self.data.source.name} has changed since the scoring."
+            )
+        return self.shown_data()
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @cached_property
+    def _seed(self) -> str:
+        """Subfolder of the chosen search, where there were several."""
+        if not self.path("genotype.json").is_file() or "chosen" not in self.provenance:
+            return ""
+        if not re.fullmatch(r"seed-\d+", str(self.provenance["chosen"])):
+            raise ValueError(f"{self.path('genotype.json')} names {self.provenance['chosen']!r} as the chosen search.")
+        return f"{self.provenance['chosen']}/"
+
+    def _found(self, name: str, *, given: str | None = None) -> Path:
+        """The path of a file, here or where the flag `given` said."""
+        path = self.path(name)
+        if not path.is_file() and given is not None and (elsewhere := self._flag(given)) is not None:
+            path = Path(elsewhere)
+        if not path.is_file():
+            raise ValueError(f"There is no {name} in {self.name}.")
+        return path
+
+    def _flag(self, name: str) -> str | None:
+        """A path among the flags of a search; None where it was not given, or nobody can tell."""
+        try:
+            value = self.config.get(name)
+        except ValueError:
+            return None
+        return value if isinstance(value, str) else None
+
+    def _object(self, name: str) -> dict[str, Any]:
+        value = files.read_json(self._found(name))
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path(name)} is not a JSON object.")
+        return value
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """A file of the right name and another content is a sentence, too."""
+        try:
+            yield
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
+            if isinstance(error, ValueError) and self.name in str(error):
+                raise  # a sentence already
+            cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            raise ValueError(f"{self.path(name)} cannot be used: {cause.rstrip('.')}.") from error

@@ -1,0 +1,179 @@
+"""Section `search`: how a search came to its genotype, or how a training run went, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from darts_space.cell import EDGES, NODES, PRIMITIVES, Edge, node_rows
+from darts_space.derivation import normalised_betas
+from nas_kmix.analysis.report.charts import Series, legend, line_chart
+from nas_kmix.analysis.report.maps import heat_panel
+from nas_kmix.analysis.report.markup import Markup, figure, join, number, plural, sentence, tag
+from nas_kmix.analysis.report.parts import show
+from nas_kmix.analysis.report.record import EDGES_OF_A_GENOTYPE, Record
+
+CELLS = (("normal", "Normal cell"), ("reduce", "Reduction cell"))
+COLUMN_NAMES = {"loss": "training", "val_loss": "validation", "accuracy": "training", "val_accuracy": "validation"}
+COLUMN_NAMES |= {"test_loss": "test", "test_accuracy": "test"}
+
+NODE_ROWS = tuple(node_rows(node) for node in range(NODES))
+
+
+def section(record: Record) -> Markup:
+    """Curves of both kinds of run; of a search also its tables and how its genotype settled."""
+    if record.trains:
+        return show(record, curves=lambda record: curves(record, "train", "Training"))
+    return show(
+        record,
+        first_appearance=_appearance,
+        curves=lambda record: curves(record, "search", "Supernet"),
+        curves_of_the_scorer=_scorer_curves,
+        decisions=_decisions,
+        beta=_betas,
+        alpha=_alphas,
+    )
+
+
+def curves(record: Record, stage: str, title: str) -> list[Markup]:
+    """Loss and accuracy by epoch."""
+    if stage not in record.metrics:
+        raise ValueError(f"{record.path('metrics.csv')} has no epoch of the stage {stage}.")
+    columns = record.metrics[stage]
+    figures = []
+    for what, names, share in (
+        ("loss", ("loss", "val_loss", "test_loss"), False),
+        ("accuracy", ("accuracy", "val_accuracy", "test_accuracy"), True),
+    ):
+        series = [Series(COLUMN_NAMES[name], *zip(*columns[name], strict=True)) for name in names if name in columns]
+        if series:
+            label = f"{what}{', share of images' if share else ', cross-entropy'}"
+            last = ", ".join(f"{one.name} {number(one.y[-1])}" for one in series)
+            chart = line_chart(f"{title}: {what} by epoch; last: {last}", series, "epoch", label)
+            keys = legend([one.name for one in series])
+            figures.append(figure(f"{title}: {what}", chart, f"After the last epoch: {last}.", keys))
+    return figures
+
+
+def _scorer_curves(record: Record) -> list[Markup]:
+    if "scorer" not in record.metrics:
+        raise ValueError("This run trained no scorer.")
+    return curves(record, "scorer", "Scorer")
+
+
+def _appearance(record: Record) -> Markup:
+    history = record.history
+    final = history[-1].genotype
+    same = [epoch.genotype.shared_edges(final) == EDGES_OF_A_GENOTYPE for epoch in history]  # in whatever order
+    first = history[same.index(True)].epoch
+    settled = history[len(same) - same[::-1].index(False) if False in same else 0].epoch
+    changes = sum(a.genotype.shared_edges(b.genotype) < EDGES_OF_A_GENOTYPE for a, b in pairwise(history))
+    kept = "and was kept from then on" if settled == first else f"was left again, and kept from epoch {settled} on"
+    return sentence(
+        f"The final genotype first appeared after epoch {first} (of 0 to {history[-1].epoch}) {kept}. "
+        f"From epoch to epoch the genotype changed {plural(changes, 'time')}."
+    )
+
+
+def _decisions(record: Record) -> list[Markup]:
+    """How sure the tables are of their genotype, and how close each epoch's is to the last one's."""
+    history = record.history
+    epochs = [epoch.epoch for epoch in history]
+    last = history[-1]
+
+    def pair(name: str) -> list[Series]:
+        return [Series(title, epochs, [row.diagnostics[f"{name}_{cell}"] for row in history]) for cell, title in CELLS]
+
+    keys = legend([title for _, title in CELLS])
+    try:
+        entropy, margin, skips = pair("entropy"), pair("margin"), pair("skips")
+    except KeyError as error:
+        raise ValueError(f"{record.path('genotypes.jsonl')} lacks {error}.") from error
+    shared = Series("shared edges", epochs, [row.genotype.shared_edges(last.genotype) for row in history])
+    two = " and ".join(f"{number(one.y[-1], 7)} ({one.name.lower()})" for one in entropy)
+    narrow = " and ".join(f"{number(one.y[-1], 2)} ({one.name.lower()})" for one in margin)
+    entropy_chart = line_chart("Mean entropy of alpha by epoch", entropy, "epoch", "nats")
+    margin_chart = line_chart("Smallest decision margin by epoch", margin, "epoch", "probability", log=True)
+    shared_chart = line_chart("Edges shared with the final genotype", [shared], "epoch", "of 16 edges", zero=True)
+    skips_chart = line_chart("Skip connections by epoch", skips, "epoch", "of 8 operations", zero=True)
+    return [
+        figure("Entropy of alpha", entropy_chart, f"At the end {two}; ln 8 = 2.079442 is undecided, 0 decided.", keys),
+        figure(
+            "Smallest margin", margin_chart, f"How far the nearest decision is from tipping; at the end {narrow}.", keys
+        ),
+        figure("Towards the final genotype", shared_chart, "Edges that the epoch's genotype shares with the last."),
+        figure("Skip connections", skips_chart, "Four or more of eight in the normal cell are a collapse.", keys),
+    ]
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def _alphas(record: Record) -> Markup:
+    """softmax(alpha) less 1/8 of every operation and edge over the epochs."""
+    shares = {cell: _softmax(record.tables[f"alphas_{cell}"]) - 1 / len(PRIMITIVES) for cell, _ in CELLS}
+    largest = max(float(np.abs(values).max()) for values in shares.values())
+    blocks = []
+    for cell, title in CELLS:
+        chosen = _chosen(getattr(record.history[-1].genotype, cell))
+        panels = [
+            figure(
+                name,
+                heat_panel(
+                    f"{title}: softmax of alpha of {name} by edge and epoch",
+                    shares[cell][:, :, column].T,
+                    largest,
+                    dots=[row for row, operation in chosen if operation == name],
+                    **_frame(record),
+                ),
+            )
+            for column, name in enumerate(PRIMITIVES)
+        ]
+        blocks += [tag("h4", f"Alpha, {title.lower()}"), tag("div", *panels, class_="panels")]
+    how = (
+        f"A row is an edge, grouped by the node 0 to 3 that it leads to, a column an epoch. Blue: the operation weighs "
+        f"more than 1/8 on its edge, orange: less; the full colour is ±{number(largest, 2)}. Dots mark the "
+        f"final genotype."
+    )
+    return join([*blocks, sentence(how, "note")])
+
+
+def _betas(record: Record) -> list[Markup]:
+    """softmax(beta) within each node, less what equal edges would have, over the epochs."""
+    equal = np.concatenate([np.full(len(rows), 1 / len(rows)) for rows in NODE_ROWS])
+    shares = {}
+    for cell, _ in CELLS:
+        raw = torch.from_numpy(record.tables[f"betas_{cell}"].astype(np.float64))
+        shares[cell] = np.stack([normalised_betas(row).numpy() for row in raw]) - equal
+    largest = max(float(np.abs(values).max()) for values in shares.values())
+    how = (
+        f"Rows are edges by the node they lead to. Blue: more than an equal share of its node, orange: less; the full "
+        f"colour is ±{number(largest, 2)}. Dots mark the final genotype."
+    )
+    panels = []
+    for cell, title in CELLS:
+        dots = [row for row, _ in _chosen(getattr(record.history[-1].genotype, cell))]
+        name = f"{title}: softmax of beta by edge and epoch"
+        panel = heat_panel(name, shares[cell].T, largest, dots=dots, width=306.0, height=150.0, **_frame(record))
+        panels.append(figure(f"Beta, {title.lower()}", panel, how))
+    return panels
+
+
+def _frame(record: Record) -> dict:
+    """What all panels share: the nodes on the left, the epochs below."""
+    labels = {(rows.start + rows.stop) / 2: str(node) for node, rows in enumerate(NODE_ROWS)}
+    columns = ("0", f"epoch {len(record.tables['alphas_normal']) - 1}")
+    return {"rules": [rows.start for rows in NODE_ROWS[1:]], "row_labels": labels, "columns": columns}
+
+
+def _chosen(cell: Sequence[Edge]) -> list[tuple[int, str]]:
+    """(row of the tables, operation) of a cell's edges."""
+    return [(NODE_ROWS[place // 2].start + source, operation) for place, (operation, source) in enumerate(cell)]
+
+
+def _softmax(tables: np.ndarray) -> np.ndarray:
+    assert tables.shape[1] == EDGES
+    return torch.from_numpy(tables.astype(np.float64)).softmax(-1).numpy()
