@@ -25,6 +25,7 @@ import torch
 import tyro
 
 from darts_space import ARCHITECTURE_NAMES, BilevelConfig, Genotype, Search, SuperNet, scaled_lr
+from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
@@ -37,8 +38,10 @@ from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage, scoring_key
 
 STAGES = ("scorer", "scoring", "selection", "search")
 RESULTS = ("scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt")
+COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/skips_normal")  # runs, in TensorBoard
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
 ALL_IMAGES = Path("none")  # what --proxy means by it
+PICTURES = 5  # of the architecture, in TensorBoard over a search
 SKIP_COLLAPSE = 4  # skip connections among the eight operations of a normal cell that deserve a warning
 
 
@@ -120,6 +123,8 @@ class Config:
     """Also write the proxy as lines `path-or-index, label, class name`, for other trainers."""
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
+    report: bool = True
+    """Draw the architecture for TensorBoard during the search, and write the run as a page, report.html, at its end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     training: Annotated[ScorerConfig, tyro.conf.arg(name="scorer")] = field(default_factory=ScorerConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -189,11 +194,11 @@ def run(config: Config) -> Result:
     )
     device = pick_device(config.device)
     options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
-    with Run(config.out, stages=STAGES, device=device, **options) as folder:
+    with Run(config.out, stages=STAGES, device=device, compared_by=COMPARED_BY, **options) as folder:
         data = load_data(config.input, device=device, workers=config.device.workers)
         _check_search(config, data)
         if config.fresh:
-            folder.clear((*RESULTS, *(f"seed-*/{name}" for name in RESULTS)))
+            folder.clear((*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS)))
         folder.records = {"config.json": asdict(config), "env.json": environment(device)}
         folder.say(
             f"{data.source.name}: {len(data)} training images of {data.num_classes} classes, "
@@ -204,6 +209,8 @@ def run(config: Config) -> Result:
             folder.write_records()
             folder.write_cost()
             _list_bad_images(data, folder)
+            if config.report and (folder.started or not folder.path("report.html").exists()):
+                folder.say(write_report_of_run(folder.folder, data))
             return result
         except BaseException:
             if folder.started:  # a refused command leaves the folder as it was
@@ -454,6 +461,8 @@ def _search(job: Job, key: dict[str, Any], *, stage: str, subfolder: str) -> Gen
             history.append(_record(search, epoch))
             _write_history(history, folder, subfolder)
             folder.log(stage, epoch, lr=search.lr, **meter.means(), **history[-1]["diagnostics"])
+            if job.config.report and (epoch + 1 == settings.epochs or epoch % max(1, settings.epochs // PICTURES) == 0):
+                _log_pictures(search, history, stage, folder)
             meter, first_step = Meter(folder.device), 0
             save(epoch + 1, 0)
             folder.raise_if_stopping()
@@ -490,6 +499,13 @@ def _record(search: Search, epoch: int) -> dict[str, Any]:
     diagnostics = search.model.diagnostics()._asdict()
     genotype = json.dumps(search.model.genotype().to_json())
     return {"epoch": epoch, "genotype": genotype, "diagnostics": diagnostics, "tables": tables}
+
+
+def _log_pictures(search: Search, history: list[dict[str, Any]], stage: str, folder: Run) -> None:
+    from nas_kmix.analysis import live  # matplotlib takes a while to import
+
+    for name, pixels in live.pictures([row["tables"] for row in history], search.model.genotype()).items():
+        folder.log_picture(stage, history[-1]["epoch"], name, pixels)
 
 
 def _write_history(history: list[dict[str, Any]], folder: Run, subfolder: str) -> None:

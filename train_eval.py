@@ -29,6 +29,7 @@ from torch import nn
 from darts_space import build_network, cost, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.analysis.classifiers import Classifier, load_classifier
+from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data
@@ -46,7 +47,8 @@ from nas_kmix.proxy import split_halves
 from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
 
 STAGES = ("train", "evaluation")
-RESULTS = ("last.pt", "best.pt", "result.json", "bad_images.txt")
+RESULTS = ("last.pt", "best.pt", "result.json", "bad_images.txt", "report.html")
+COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # runs, in TensorBoard
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Config:
     """Remove what an earlier run left in --out and start over."""
     skip_bad: bool = False
     """Leave out image files that cannot be read, count and list them; otherwise the first one ends the command."""
+    report: bool = True
+    """Write the run as a page, report.html, at its end."""
     eval_only: Path | None = None
     """Evaluate this last.pt, best.pt or scorer.pt on the splits val and test of --data, and train nothing."""
     export: Path | None = None
@@ -203,7 +207,9 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     if config.training.mix == "manifold_mixup" and world.size > 1:
         raise ValueError("--mix manifold_mixup mixes a batch within one forward pass; train it with a single process.")
     options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
-    folder = Run(config.out, stages=STAGES, device=device, checkpoints=".", world=world, **options)
+    folder = Run(
+        config.out, stages=STAGES, device=device, checkpoints=".", compared_by=COMPARED_BY, world=world, **options
+    )
     if config.eval_only is not None:
         return _evaluate_checkpoint(config, folder)
     data = load_data(config.input, device=device, workers=config.device.workers)
@@ -232,6 +238,8 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
             files.write_json(folder.path("result.json"), result)
         if config.export is not None and world.main:
             export_model(trained.model, _examples(data, training.indices), config.export)
+        if config.report and world.main:
+            folder.say(write_report_of_run(folder.folder, data))
         return result
 
 

@@ -23,7 +23,8 @@ from nas_kmix.engine.run import Run
 ROOT = Path(train_eval.__file__).parent
 PATIENCE = 120  # seconds until processes that hang fail their test
 SMALL = shlex.split(
-    "--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary --batch-size 8"
+    "--no-report --threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary "
+    "--batch-size 8"
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes through /proc")

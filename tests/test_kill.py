@@ -33,7 +33,7 @@ resource = pytest.importorskip("resource", reason="Windows has no such signals a
 ROOT = Path(search.__file__).parent
 IMAGES = 96
 TINY = shlex.split(
-    "--threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 8 --scoring.draws 4 --ratio .4 "
+    "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 8 --scoring.draws 4 --ratio .4 "
     "--channels 2 --partial 2 --layers 3 --epochs 2 --batch-size 8"
 )
 STAGES = ("scorer", "scoring", "selection", "search")

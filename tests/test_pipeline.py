@@ -32,7 +32,7 @@ from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scoring import ScoreTable
 
 TINY = shlex.split(
-    "--threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
+    "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
     "--channels 2 --partial 2 --layers 3 --epochs 3 --batch-size 8"
 )
 ONE_STEP = ["--epochs", "1", "--batch-size", "16"]  # the shortest search

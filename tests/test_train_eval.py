@@ -19,7 +19,7 @@ from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
 
-SMALL = shlex.split("--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
+SMALL = shlex.split("--no-report --threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
 SHORT = shlex.split("--epochs 3 --batch-size 16 --drop-path .3 --cutout 8 --ema .8 --color-jitter .4 .4 .4 .2")
 
 

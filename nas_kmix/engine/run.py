@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from nas_kmix.engine import files
@@ -79,15 +80,17 @@ class Run:
         amp: str = "off",
         channels_last: bool = False,
         checkpoints: str = "checkpoints",
+        compared_by: tuple[str, ...] = (),
         world: World | None = None,
     ):
         """`checkpoints` is the subfolder of what stages resume from; "." where those files are results themselves.
 
+        `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss".
         Of the processes of a `world` only rank 0 writes, and all read, so that they need the folder in common.
         """
         self.world = world or World()
         self.folder = Path(folder)
-        self._checkpoints = checkpoints
+        self._checkpoints, self._compared_by = checkpoints, compared_by
         self.device, self.amp, self.channels_last = torch.device(device), amp, channels_last
         self.costs = {stage: StageCost() for stage in stages}
         self.records: dict[str, Any] = {}
@@ -217,12 +220,27 @@ class Run:
         writer.writeheader()
         writer.writerows(self._rows.values())
         files.write_text(self.path("metrics.csv"), table.getvalue())
+        writer = self._tensorboard()
+        for name, value in values.items():
+            writer.add_scalar(f"{stage}/{name}", value, epoch)
+
+    def log_picture(self, stage: str, epoch: int, name: str, pixels: np.ndarray) -> None:
+        """Show uint8 (H, W, 3) in TensorBoard."""
+        if self.world.main:
+            self._tensorboard().add_image(f"{stage}/{name}", pixels, epoch, dataformats="HWC")
+
+    def _tensorboard(self) -> Any:
+        """The writer of TensorBoard's events; when it is opened, the run's flags go first."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+            from torch.utils.tensorboard.summary import hparams
 
             self._writer = SummaryWriter(str(self.folder))
-        for name, value in values.items():
-            self._writer.add_scalar(f"{stage}/{name}", value, epoch)
+            config = self.path("config.json")
+            flags = flat(files.read_json(config)) if config.exists() else {}
+            for summary in hparams(flags, dict.fromkeys(self._compared_by, 0.0)):
+                self._writer.file_writer.add_summary(summary)
+        return self._writer
 
     @property
     def started(self) -> bool:
@@ -325,6 +343,17 @@ def check_key(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
                 differing.append(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}")
     if differing:
         raise StageMismatchError(f"{path} was made with other settings: {'; '.join(differing)}.", wanted["stage"])
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as one level of `part.name`, other values than numbers and truth values as text."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return found
 
 
 def peak_rss_bytes() -> int:

@@ -1,0 +1,592 @@
+"""The page against the files it was made from, read back by an HTML parser; faults in those files become sentences."""
+
+import base64
+import io
+import json
+import re
+import shlex
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+import search
+import train_eval
+from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost
+from nas_kmix.analysis import live, report
+from nas_kmix.analysis.report import __main__ as command_line
+from nas_kmix.analysis.report import page as page_module
+from nas_kmix.analysis.report.charts import Scale, Series, histogram, line_chart, scale_of, stacked_bars
+from nas_kmix.analysis.report.maps import FALL, RISE, heat_panel
+from nas_kmix.analysis.report.markup import Markup, number, table, tag
+from nas_kmix.analysis.report.page import SECTIONS, document
+from nas_kmix.analysis.report.record import Record
+from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.run import Run
+from nas_kmix.scorer import load_scorer
+from nas_kmix.scoring import ScoreTable, ScoringConfig, redraw, score_dataset
+
+IDS = {"cells", "search", "proxy", "mixes", "cost", "compare", "landscape", "robustness"}
+NAMES = ('<script>alert("ant")</script>', "b&amp;'ee'", "</style><img src=http://wasp.example/x>")
+TINY = shlex.split(
+    "--threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 6 --ratio .4 "
+    "--channels 2 --partial 2 --layers 3 --epochs 3 --batch-size 8 --arch-lr .02"
+)
+NETWORK = shlex.split("--threads 1 --device cpu -j 0 --channels 2 --layers 3 --epochs 2 --batch-size 16 --no-auxiliary")
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A document's tags in order and its text by section; fails where tags are not nested."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text, self.section, self.tables = [], [], {None: ""}, None, []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+        if name == "section":
+            self.section = dict(attributes)["id"]
+            self.text[self.section] = ""
+        if name == "tr":
+            self.tables.append([])
+        if name in ("td", "th"):
+            self.tables[-1].append("")
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+        if name == "section":
+            self.section = None
+
+    def handle_data(self, data):
+        self.text[self.section] += data
+        if self.open and ("td" in self.open or "th" in self.open):
+            self.tables[-1][-1] += data
+
+    def row(self, name):
+        """The cells after `name` in its row."""
+        (found,) = [row for row in self.tables if row and row[0] == name]
+        return found[1:]
+
+    def of(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def draw(n, seed=0):
+    """Noise with one brighter channel, which tells the class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    images = rng.integers(0, 130, (n, 32, 32, 3))
+    images[np.arange(n), :, :, labels] += 100
+    return images.astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    (images, labels), (test_images, test_labels) = draw(72), draw(12, seed=1)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": test_images, "test_labels": test_labels}
+    np.savez(path, **arrays, class_names=np.array(NAMES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def searched(npz, tmp_path_factory):
+    """The folder of a finished search with its report, named as if to break out of an attribute."""
+    folder = tmp_path_factory.mktemp("runs") / 'search"><i>'
+    assert search.main(["--data", str(npz), "--out", str(folder), *TINY]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(npz, searched, tmp_path_factory):
+    """The folder of a network trained with what `searched` found."""
+    folder = tmp_path_factory.mktemp("runs") / "net"
+    genotype = searched / "genotype.json"
+    argv = ["--data", str(npz), "--out", str(folder), "--genotype", str(genotype), "--mix", "dcutmix", *NETWORK]
+    assert train_eval.main(argv) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(searched):
+    return (searched / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def copy(searched, tmp_path):
+    return shutil.copytree(searched, tmp_path / "copy")
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Leave the networks of the papers' size unbuilt, where a test needs many pages."""
+    monkeypatch.setattr("nas_kmix.analysis.report.cells.network_costs", lambda genotype: {})
+
+
+# -- one self-contained page -------------------------------------------------------------------------------------------
+
+
+def remote_references(text):
+    """What a browser would fetch: attributes that hold addresses, and those of style sheets."""
+    addresses = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "background"}
+    for name, attributes in Page(text).tags:
+        for key, value in attributes.items():
+            if key in addresses and not value.startswith(("#", "data:image/")):
+                yield name, value
+            if key == "style" and "url(" in value:
+                yield name, value
+        if name in ("script", "link", "iframe", "object", "embed", "base"):
+            yield name, attributes
+    for sheet in re.findall(r"<style>(.*?)</style>", text, re.DOTALL):
+        yield from re.findall(r"url\(|@import", sheet)
+
+
+def test_the_page_stands_alone(written):
+    assert list(remote_references(written)) == []
+    assert len(written.encode()) < 5_000_000
+
+
+def test_remote_references_are_seen():
+    for bad in ('<img src="http://x/y">', '<p style="background:url(x)"></p>', "<script></script>", '<a href="x"></a>'):
+        assert len(list(remote_references(bad))) == 1
+    assert len(list(remote_references("<style>@import 'x'; p { background: url(y) }</style>"))) == 2
+
+
+def test_every_section_is_there_once_and_linked(written):
+    found = Page(written)
+    assert [attributes["id"] for attributes in found.of("section")].count("cells") == 1
+    assert {attributes["id"] for attributes in found.of("section")} == IDS
+    assert {attributes["href"] for attributes in found.of("a")} == {f"#{name}" for name in IDS}
+    assert all(len(found.text[name].strip()) > 20 for name in IDS)
+
+
+def test_everything_drawn_says_what_it_is(written):
+    found = Page(written)
+    drawings = [attributes for attributes in found.of("svg") if attributes.get("aria-hidden") != "true"]
+    assert len(drawings) > 25 and all(one["role"] == "img" and one["aria-label"] for one in drawings)
+    assert len(found.of("img")) == 3 * 4 * 5 + 8 and all(one["alt"] for one in found.of("img"))
+
+
+def test_names_from_files_stay_text(written, searched):
+    found = Page(written)
+    assert "script" not in {name for name, _ in found.tags} and "i" in {name for name, _ in found.tags}
+    assert NAMES[0] in found.text["proxy"] and NAMES[1] in found.text["mixes"] + found.text["proxy"]
+    assert str(searched) in found.text["landscape"]
+
+
+def test_text_is_escaped_unless_it_is_markup():
+    assert tag("p", "a<b", Markup("<i></i>"), title='"&') == '<p title="&quot;&amp;">a&lt;b<i></i></p>'
+    assert tag("rect", x=1.239, y=2.0, fill=None, class_="a", aria_label="b") == (
+        '<rect x="1.24" y="2" class="a" aria-label="b"></rect>'
+    )
+    assert "<b>" not in table(["<b>"], [["<b>"]], caption="<b>")
+
+
+# -- the same numbers as in the files ----------------------------------------------------------------------------------
+
+
+def test_cells_and_their_cost(written, searched):
+    found, genotype = Page(written), Genotype.load(searched / "genotype.json")
+    assert genotype.to_text() in found.text["cells"]
+    drawn = [one["aria-label"] for one in found.of("svg") if one.get("class") == "cell"]
+    for name, edges, label in zip(("Normal", "Reduction"), (genotype.normal, genotype.reduce), drawn, strict=True):
+        assert label.startswith(name) and [edge[0] for edge in edges] == re.findall(r"(\w+)\((?:c_k|node)", label)
+    for network, size, name in (
+        (CifarNetwork, 32, "CIFAR, C=36, L=20"),
+        (ImageNetNetwork, 224, "ImageNet, C=48, L=14"),
+    ):
+        counts = cost(network(genotype), size)
+        expected = [counts[key] for key in ("params_without_aux", "params", "macs", "macs_published")]
+        assert [int(cell.replace(",", "")) for cell in found.row(name)] == expected
+    normal, reduction = ([op for op, _ in cell].count("skip_connect") for cell in (genotype.normal, genotype.reduce))
+    assert f"{normal} of 8 operations in the normal cell, {reduction} of 8" in found.text["cells"]
+
+
+def edges_of(genotype):
+    """A cell's operations and inputs by node, in no order."""
+    return [
+        sorted((node, *edge) for node in range(4) for edge in cell[2 * node : 2 * node + 2])
+        for cell in (genotype["normal"], genotype["reduce"])
+    ]
+
+
+def test_when_the_final_genotype_first_appeared(written, copy, cheap):
+    def said(folder, text):
+        lines = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
+        same = [edges_of(line["genotype"]) == edges_of(lines[-1]["genotype"]) for line in lines]
+        first = same.index(True)
+        last_other = max((i for i, value in enumerate(same) if not value), default=-1)
+        kept = "kept from then on" if last_other < first else f"kept from epoch {last_other + 1} on"
+        shown = Page(text).text["search"]
+        assert f"first appeared after epoch {first} (of 0 to {len(lines) - 1})" in shown and kept in shown
+
+    said(copy, written)
+    lines = [json.loads(line) for line in (copy / "genotypes.jsonl").read_text().splitlines()]
+    names = ["DARTS_V1", "PC_DARTS_cifar", "DARTS_V2", "PC_DARTS_cifar", "PC_DARTS_cifar"]  # it comes, goes and stays
+    rows = [{**lines[0], "epoch": i, "genotype": GENOTYPES[name].to_json()} for i, name in enumerate(names)]
+    swapped = rows[1]["genotype"]["normal"]
+    swapped[0], swapped[1] = swapped[1], swapped[0]  # the same sum
+    (copy / "genotypes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said(copy, document([Record(copy)]))
+
+
+def test_curves_end_where_the_metrics_do(written, searched):
+    lines = [line.split(",") for line in (searched / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    last = [row for row in rows if row["stage"] == "search"][-1]
+    shown = Page(written).text["search"]
+    for name, column in (("training", "loss"), ("validation", "val_loss"), ("training", "accuracy")):
+        assert f"{name} {number(float(last[column]))}" in shown
+    for cell in ("normal", "reduce"):
+        assert number(float(last[f"entropy_{cell}"]), 7) in shown and number(float(last[f"margin_{cell}"]), 2) in shown
+
+
+def test_scores_reliability_and_overlap(written, searched):
+    found, scores = Page(written), ScoreTable.load(searched / "scores.npz")
+    losses = scores.losses.astype(np.float64)
+    cv = losses.std(axis=1, ddof=1) / losses.mean(axis=1)
+    for share in (5, 50, 95):
+        assert number(np.percentile(cv, share)) in found.text["proxy"]
+    proxy = json.loads((searched / "proxy.json").read_text())
+    assert f"{len(proxy['indices'])} of the {proxy['n']} training images" in found.text["proxy"]
+    assert f"{scores.reliability():.2f}" in found.text["proxy"]
+    # The highest 40 % of each class by standard deviation, by a loop.
+    chosen = set()
+    for label in range(3):
+        members = sorted(np.flatnonzero(scores.label == label), key=lambda row: -losses[row].std(ddof=1))
+        chosen |= {int(scores.index[row]) for row in members[: int(0.4 * len(members) + 0.5)]}
+    shared = len(chosen & set(proxy["indices"]))
+    assert found.row("highest standard deviation") == [str(shared), f"{100 * shared / len(proxy['indices']):.1f} %"]
+    assert found.row("highest CV at interval 4") == [str(len(proxy["indices"])), "100.0 %"]
+
+
+def test_the_pictures_are_those_of_the_highest_and_lowest_scores(written, searched, npz):
+    scores = ScoreTable.load(searched / "scores.npz")
+    images = np.load(npz)["train_images"]
+    order = np.argsort(-scores.cv, kind="stable")
+    shown = [one for one in Page(written).of("img") if one["alt"].startswith("image ")]
+    for attributes, row in zip([*shown[:4], *shown[-4:]], [*order[:4], *order[::-1][:4]], strict=True):
+        assert attributes["alt"].startswith(f"image {scores.index[row]}: {NAMES[scores.label[row]]}")
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(attributes["src"].split(",")[1]))))
+        np.testing.assert_array_equal(pixels, images[scores.index[row]])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_mixes_shown_are_those_that_were_scored(streamed, searched, npz, image_folder):
+    """The scorer's losses on redrawn mixes are the recorded ones."""
+    data = load_data(DataConfig(data=str(npz)))
+    model, data = load_scorer(searched / "scorer.pt", data, run=Run(searched, stages=()))
+    scores = ScoreTable.load(searched / "scores.npz")
+    if streamed:
+        folder = image_folder(classes=("ant", "bee", "wasp"), per_class=8, sizes=((32, 32),))
+        data = load_data(DataConfig(data=str(folder), image_size=32, max_resident_gb=0.0))
+        scores = score_dataset(model, data, ScoringConfig(draws=3, pool_size=9, seed=5))
+        assert not data.resident and len(scores.key["pool"]) == 9
+    for row in (0, 5, len(scores.index) - 1):
+        mixes, soft = redraw(scores, data, int(scores.index[row]))
+        with torch.inference_mode():
+            losses = F.cross_entropy(model.eval()(data.normalise(mixes)), soft, reduction="none").numpy()
+        np.testing.assert_allclose(losses, scores.losses[row], rtol=1e-4)
+
+
+def test_the_ledger_and_the_speed_up(written, searched):
+    found, ledger = Page(written), json.loads((searched / "cost.json").read_text())
+    proxy = json.loads((searched / "proxy.json").read_text())
+    for stage, bill in ledger["stages"].items():
+        seconds, _, forward, backward, memory = found.row(stage)
+        assert seconds == number(bill["wall_s"]) and memory == f"{bill['peak_rss_bytes'] / 2**30:.2f}"
+        assert [forward, backward] == [f"{bill['images_forward']:,}", f"{bill['images_backward']:,}"]
+    assert found.row("total")[0] == number(sum(bill["wall_s"] for bill in ledger["stages"].values()))
+    took = {name: bill["wall_s"] for name, bill in ledger["stages"].items()}
+    full = took["search"] * proxy["n"] / len(proxy["indices"])
+    billed = took["search"]
+    for name, stages in (("search alone", ()), ("with scoring", ("scoring", "selection")), ("all in", ("scorer",))):
+        billed += sum(took[stage] for stage in stages)
+        (row,) = [row for row in found.tables if row and row[0].startswith(name)]
+        assert row[1:] == [number(billed), f"{full / billed:.2f}×"]
+
+
+def test_steps_that_were_matched_leave_no_speed_up(copy, cheap):
+    """A proxy that was searched for as many steps as the whole set costs as much as it."""
+    config, proxy = (json.loads((copy / name).read_text()) for name in ("config.json", "proxy.json"))
+    whole = config["search"]["epochs"]
+    genotype = json.loads((copy / "genotype.json").read_text())
+    genotype["provenance"]["config"]["epochs"] = round(whole * proxy["n"] / len(proxy["indices"]))
+    (copy / "genotype.json").write_text(json.dumps(genotype))
+    (row,) = [row for row in Page(document([Record(copy)])).tables if row and row[0].startswith("search alone")]
+    assert float(row[2].strip("×")) == pytest.approx(1.0, abs=0.07)
+
+
+def test_a_trained_network(trained):
+    found = Page((trained / "report.html").read_text(encoding="utf-8"))
+    assert {attributes["id"] for attributes in found.of("section")} == IDS
+    result = json.loads((trained / "result.json").read_text())
+    shown = found.row("trained here: cifar, C=2, L=3")
+    assert shown == [f"{result[key]:,}" for key in ("params_without_aux", "params", "macs", "macs_published")]
+    assert f"{100 * result['last']['test_accuracy']:.2f} %" in found.text[None]
+    assert f"test {number(result['last']['test_accuracy'])}" in found.text["search"]
+    assert len(found.of("img")) == 8 and "no proxy" not in found.text["proxy"]
+
+
+# -- several runs ------------------------------------------------------------------------------------------------------
+
+
+def changed(folder, target, name, **values):
+    """A copy of a run folder whose JSON file `name` holds other values."""
+    shutil.copytree(folder, target)
+    content = json.loads((target / name).read_text())
+    (target / name).write_text(json.dumps({**content, **values}))
+    return target
+
+
+def test_runs_are_compared(searched, trained, tmp_path, cheap):
+    other = changed(searched, tmp_path / "other", "config.json", seed=7)
+    GENOTYPES["PC_DARTS_cifar"].save(other / "genotype.json")
+    result = json.loads((trained / "result.json").read_text())
+    last = {**result["last"], "test_accuracy": 0.5}
+    again = changed(trained, tmp_path / "again", "result.json", last=last)
+    text = document([Record(folder) for folder in (searched, other, trained, again)])
+    found = Page(text)
+    assert list(remote_references(text)) == [] and {one["id"] for one in found.of("section")} == IDS
+    seconds = sum(bill["wall_s"] for bill in json.loads((searched / "cost.json").read_text())["stages"].values())
+    assert found.row(str(searched))[-2] == f"{number(seconds)} s"
+    accuracies = [result["last"]["test_accuracy"], 0.5]
+    for folder, accuracy in zip((trained, again), accuracies, strict=True):
+        row = found.row(str(folder))
+        assert row[2] == f"{100 * accuracy:.2f} %" and row[-1] == f"{number(seconds)} s"
+    spread = f"{100 * np.mean(accuracies):.2f} % ± {100 * np.std(accuracies, ddof=1):.2f}"
+    assert spread in found.row("mean of 2")
+    entries = [
+        {(cell, i // 2, *edge) for cell in ("normal", "reduce") for i, edge in enumerate(getattr(genotype, cell))}
+        for genotype in (Genotype.load(searched / "genotype.json"), GENOTYPES["PC_DARTS_cifar"])
+    ]
+    (row,) = [row for row in found.tables if row and row[0].startswith("2  ")]
+    assert row == [f"2  {other}", str(len(entries[0] & entries[1])), "–"]
+    labels = [one["aria-label"] for one in found.of("svg") if "aria-label" in one]
+    assert "Accuracy against the all-in cost of the search" in labels
+
+
+def test_a_page_too_large_leaves_out_and_says_so(searched, trained, monkeypatch, cheap):
+    records = [Record(searched), Record(trained), Record(searched)]
+    monkeypatch.setattr(page_module, "LARGEST_PAGE", 150_000)
+    text = document(records)
+    assert "Left out, as the page would be too large" in text and len(text.encode()) < 250_000
+    assert {one["id"] for one in Page(text).of("section")} == IDS
+
+
+# -- faults become sentences -------------------------------------------------------------------------------------------
+
+FILES = (
+    "config.json", "env.json", "metrics.csv", "genotypes.jsonl", "alphas.npz", "cost.json", "scores.npz", "proxy.json",
+    "genotype.json",
+)  # fmt: skip
+DAMAGES = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "cut in half": lambda content: content[: len(content) // 2],
+    "an empty object": lambda content: b"{}",
+    "a list": lambda content: b"[1, 2]",
+    "binary": lambda content: bytes(range(256)) * 4,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing_or_damaged_is_a_sentence(name, copy, cheap):
+    content = (copy / name).read_bytes()
+    for damage, change in DAMAGES.items():
+        (copy / name).unlink(missing_ok=True)
+        if (new := change(content)) is not None:
+            (copy / name).write_bytes(new)
+        found = Page(document([Record(copy)]))
+        assert {one["id"] for one in found.of("section")} == IDS, damage
+        said = " ".join(found.text.values())
+        if damage == "missing":
+            assert f"There is no {name} in {copy}." in said
+        elif (name, damage) != ("metrics.csv", "cut in half"):  # a shorter table is a table
+            assert re.search(rf"{re.escape(name)}[^.]*", said), damage
+
+
+def test_an_empty_folder_is_a_page_of_sentences(tmp_path):
+    found = Page(document([Record(tmp_path)]))
+    assert {one["id"] for one in found.of("section")} == IDS and not found.of("svg") and not found.of("img")
+
+
+def test_data_that_is_gone_or_changed_shows_no_images(copy, npz, tmp_path, cheap):
+    config = json.loads((copy / "config.json").read_text())
+    for place, words in ((tmp_path / "gone.npz", "there is no such file"), (tmp_path / "other.npz", "has changed")):
+        config["input"]["data"] = str(place)
+        (copy / "config.json").write_text(json.dumps(config))
+        if "other" in place.name:
+            arrays = dict(np.load(npz))
+            arrays["train_images"] = arrays["train_images"][::-1]
+            np.savez(place, **arrays)
+        found = Page(document([Record(copy)]))
+        assert words in found.text["proxy"] and "CV of 72 images" in found.text["proxy"]
+        assert not [one for one in found.of("img") if one["alt"].startswith("image ")]
+
+
+def test_cifar_is_not_downloaded_for_a_report(copy, tmp_path, cheap, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: pytest.fail("a download"))
+    config = json.loads((copy / "config.json").read_text())
+    config["input"] |= {"data": "cifar10", "data_root": str(tmp_path / "nowhere")}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "is not downloaded" in Page(document([Record(copy)])).text["proxy"]
+
+
+def test_a_chosen_search_outside_the_folder_is_refused(copy, cheap):
+    genotype = json.loads((copy / "genotype.json").read_text())
+    genotype["provenance"]["chosen"] = "../../etc"
+    (copy / "genotype.json").write_text(json.dumps(genotype))
+    assert "names '../../etc' as the chosen search" in Page(document([Record(copy)])).text["search"]
+
+
+def test_a_report_that_fails_does_not_fail_the_run(searched, monkeypatch):
+    data = load_data(DataConfig())
+    monkeypatch.setattr(report, "document", lambda records: 1 / 0)
+    said = report.write_report_of_run(searched, data)
+    assert said.startswith("warning: ") and "ZeroDivisionError" in said and said.count("\n") == 0
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_where_it_is_told(copy, tmp_path, capsys, cheap):
+    (copy / "report.html").unlink()
+    assert command_line.main([str(copy)]) == 0 and (copy / "report.html").exists()
+    assert command_line.main([str(copy), str(copy), "-o", str(tmp_path / "both.html")]) == 0
+    assert "2 runs compared" in (tmp_path / "both.html").read_text()
+    assert command_line.main([str(tmp_path / "nowhere")]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+# -- landscape and robustness ------------------------------------------------------------------------------------------
+
+
+def test_landscape_and_robustness_where_their_files_are(copy, cheap):
+    axis, rng = np.linspace(-0.5, 0.5, 5), np.random.default_rng(0)
+    arrays = {"axis": axis, "slice_axis": axis, "sigmas": np.array([0.01, 0.02]), "loss": np.array(1.25)}
+    arrays |= {"surface": rng.random((5, 5)), "slice": rng.random(5), "noise": rng.random((3, 2))}
+    arrays["eigenvalues"] = np.array([12.5, 3.5])
+    (copy / "landscape").mkdir()
+    np.savez(copy / "landscape" / "net.npz", **arrays)
+    (copy / "robustness.csv").write_text("run,threat,fgsm_accuracy,images\nnet,white,0.1234,100\n")
+    found = Page(document([Record(copy)]))
+    assert "Loss 1.25; largest eigenvalues 12.5 and 3.5" in found.text["landscape"]
+    assert found.row("net") == ["white", "12.34 %", "100"]
+    (copy / "landscape" / "net.npz").write_bytes(b"")
+    (copy / "robustness.csv").write_text("")
+    found = Page(document([Record(copy)]))
+    assert "net.npz" in found.text["landscape"] and "robustness.csv cannot be used" in found.text["robustness"]
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_ticks_are_few_round_and_inside(log):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        values = 10.0 ** rng.uniform(-6, 6, 2) * (1 if log else rng.choice([-1, 1], 2))
+        scale = scale_of(values.tolist(), 0.0, 100.0, log=log)
+        ticks = scale.ticks()
+        assert 2 <= len(ticks) <= (12 if log else 7) and all(scale.low <= tick * (1 + 1e-9) for tick in ticks)
+        assert all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in ticks)
+        steps = np.diff(np.log10(ticks) if log else ticks)
+        np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+
+
+def test_whole_numbers_have_whole_ticks():
+    assert scale_of([0, 1, 2], 0, 1).ticks() == [0, 1, 2] and Scale(0, 2, 0, 1).ticks() == [0, 0.5, 1, 1.5, 2]
+
+
+def test_a_line_goes_through_its_points():
+    """Positions are an affine function of the values, of their logarithms on a log scale; gaps are left out."""
+    x, y = np.arange(6), np.array([3.0, 1.0, np.nan, 10.0, 0.0, 100.0])
+    for log, kept in ((False, [0, 1, 3, 4, 5]), (True, [0, 1, 3, 5])):
+        drawn = Page(line_chart("t", [Series("a", x, y)], "x", "y", log=log))
+        (path,) = [one["d"] for one in drawn.of("path") if one.get("class", "").startswith("line")]
+        points = np.array([point.split() for point in path[1:].split("L")], dtype=float)
+        for column, values in ((0, x[kept]), (1, np.log10(y[kept]) if log else y[kept])):
+            fit = np.polyfit(values, points[:, column], 1)
+            np.testing.assert_allclose(points[:, column], np.polyval(fit, values), atol=0.11)
+            assert (fit[0] > 0) == (column == 0)
+        assert len(drawn.of("circle")) == len(kept)
+    assert "no values" in line_chart("t", [Series("a", [0.0], [float("nan")])], "x", "y")
+
+
+def test_histogram_bars_hold_every_value():
+    values = np.random.default_rng(0).normal(size=500)
+    marked = values > 1
+    titles = re.findall(r"([\d,]+) images, ([\d,]+) selected", histogram("t", values, marked, "v"))
+    edges = np.histogram_bin_edges(values, 48)
+    shown = {(int(n), int(m)) for n, m in titles}
+    counts = [np.histogram(v, edges)[0] for v in (values, values[marked])]
+    assert shown == {(n, m) for n, m in zip(*(c.tolist() for c in counts), strict=True) if n}
+
+
+def test_stacked_bars_reach_their_sums():
+    parts = {"a": [1, 2, 3], "b": [3, 2, 0]}
+    bars = Page(stacked_bars("t", ["x", "y", "z"], parts, "class")).of("rect")
+    heights = np.array([float(one["height"]) for one in bars]).reshape(2, 3)
+    np.testing.assert_allclose(heights / heights[0, 0], [[1, 2, 3], [3, 2, 0]], atol=0.02)
+
+
+def test_a_heat_panel_is_its_values():
+    values = np.random.default_rng(0).normal(size=(14, 5))
+    drawn = Page(heat_panel("t", values, 2.0, dots=(3, 4)))
+    (image,) = drawn.of("image")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["href"].split(",")[1]))))
+    assert pixels.shape == (14, 5, 4) and len(drawn.of("circle")) == 2
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        assert tuple(pixels[row, column, :3]) == (RISE if value > 0 else FALL)
+        assert abs(pixels[row, column, 3] - 255 * min(1, abs(value) / 2)) <= 0.5 + 1e-9
+
+
+def test_numbers_are_short_and_right():
+    assert [number(v) for v in (12345, 12345.6, 0.123456, 1.23456e-5, 0, None, float("nan"))] == [
+        "12,345", "12,346", "0.1235", "1.235e-05", "0", "–", "–",
+    ]  # fmt: skip
+
+
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_alpha_cells_and_flags(searched):
+    events = EventAccumulator(str(searched)).Reload()
+    tags = events.Tags()
+    assert {"search/alpha", "search/cells"} <= set(tags["images"]) and "search/val_loss" in tags["scalars"]
+    assert [event.step for event in events.Images("search/cells")] == [0, 1, 2]
+    flags = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"selection.ratio" in flags and b"search.arch_lr" in flags
+
+
+def test_the_heat_map_shows_where_alpha_moved():
+    """Only one entry of one cell moves: the picture changes in its block and nowhere else of the other cell."""
+    start = {name: torch.zeros(14, 8) for name in ("alphas_normal", "alphas_reduce")}
+    moved = {
+        **start,
+        "alphas_normal": torch.zeros(14, 8).index_put((torch.tensor(3), torch.tensor(2)), torch.tensor(1.0)),
+    }
+    drawn = live.draw_alphas([start, moved])
+    normal, reduce = (axes.images[0].get_array() for axes in drawn.axes[:2])
+    expected = moved["alphas_normal"].double().softmax(-1).numpy() - 1 / 8
+    np.testing.assert_allclose(normal[:, 1::2], expected)
+    assert not normal[:, 0::2].any() and not reduce.any()
+    pixels = live.pixels_of(drawn)
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and np.ptp(pixels) > 200
+
+
+def test_sections_agree_with_the_page():
+    assert {*SECTIONS, "compare"} == IDS
