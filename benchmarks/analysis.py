@@ -1,0 +1,133 @@
+"""What the analyses cost: a Hessian product against a gradient, steps of PGD against bare forward and backward passes.
+
+    python -m benchmarks.analysis --network tiny --threads 1
+    python -m benchmarks.analysis --network PC_DARTS_cifar --batch-size 32 --threads 1
+
+Pairs run in turn in one process on the same generated images; a figure is the median over the pairs. A Hessian product
+by double backward differentiates each of a gradient's three products once more in both its factors: three gradients, if
+convolutions were all. An attack's step needs no gradient of the weights: the bare pass that it is compared with gets
+that of the images alone, so that 1.00 would mean that signs, projections and normalisation cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional as F
+
+from darts_space import GENOTYPES, CifarNetwork
+from nas_kmix.analysis.attacks import PixelClassifier, pgd
+from nas_kmix.analysis.objective import cross_entropy_objective
+from nas_kmix.backbones import build_backbone
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.device import to_layout
+from nas_kmix.engine.sources import Source
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    network: str = "tiny"
+    """A backbone, or a published genotype as a network of `channels` and `layers`."""
+    channels: int = 8
+    layers: int = 8
+    classes: int = 100
+    image_size: int = 32
+    batch_size: int = 128
+    """Images of a gradient, a product or a step."""
+    steps: int = 10
+    """Of the attack."""
+    pairs: int = 9
+    channels_last: bool = False
+    device: str = "cpu"
+    threads: int = 0
+    json: Path | None = None
+    """Also write the figures there."""
+
+
+def main(config: Config) -> dict[str, float]:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    model = to_layout(_network(config).to(device).eval(), config.channels_last)
+    data = _images(config, device)
+    objective = cross_entropy_objective(model, data, np.arange(len(data)), chunk_size=config.batch_size)
+    centre = objective.centre
+    vector = torch.randn(len(centre), generator=torch.Generator().manual_seed(0)).to(device)
+    pairs = _time_in_turn(
+        lambda: objective.gradient(centre), lambda: objective.hessian_product(centre, vector), config.pairs, device
+    )
+    figures = {
+        "gradient_s": statistics.median(plain for plain, _ in pairs),
+        "hessian_product_s": statistics.median(full for _, full in pairs),
+        "product_over_gradient": statistics.median(full / plain for plain, full in pairs),
+    }
+
+    pixels, labels = data.images.float() / 255.0, torch.as_tensor(data.labels, device=device)
+    classifier = PixelClassifier(model, data.mean, data.std).to(device).eval()
+    inputs = to_layout(data.normalise(data.images), config.channels_last)
+
+    def bare() -> None:
+        for _ in range(config.steps):
+            images = inputs.detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(model(images), labels), images)
+
+    def attack() -> None:
+        pgd(classifier, pixels, labels, eps=8 / 255, step=2 / 255, steps=config.steps)
+
+    pairs = _time_in_turn(bare, attack, config.pairs, device)
+    figures["attack_steps_per_s"] = statistics.median(config.steps / full for _, full in pairs)
+    figures["attack_steps_over_bare"] = statistics.median(plain / full for plain, full in pairs)
+    print(f"{config.network}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    for name, value in figures.items():
+        print(f"{name:<26}{value:.4g}")
+    if config.json is not None:
+        config.json.write_text(json.dumps(figures) + "\n")
+    return figures
+
+
+def _network(config: Config) -> nn.Module:
+    if config.network not in GENOTYPES:
+        return build_backbone(config.network, num_classes=config.classes)
+    generator = torch.Generator().manual_seed(0)
+    return CifarNetwork(GENOTYPES[config.network], config.channels, config.layers, config.classes, generator=generator)
+
+
+def _images(config: Config, device: torch.device) -> ImageData:
+    rng, size = np.random.default_rng(0), config.image_size
+    pixels = rng.integers(0, 256, (config.batch_size, size, size, 3), dtype=np.uint8)
+    names = tuple(map(str, range(config.classes)))
+    source = Source("generated", "test", rng.integers(0, config.classes, config.batch_size), names, arrays=pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
+    return ImageData(source, size, (0.5,) * 3, (0.25,) * 3, device, images)
+
+
+def _time_in_turn(
+    plain: Callable[[], object], full: Callable[[], object], pairs: int, device: torch.device
+) -> list[tuple[float, float]]:
+    """Seconds of both, pair by pair, after one run of each to warm up."""
+    rows = [(_seconds(plain, device), _seconds(full, device)) for _ in range(1 + pairs)]
+    return rows[1:]
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
