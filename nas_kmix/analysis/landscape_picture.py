@@ -29,7 +29,7 @@ def draw_landscapes(landscapes: Mapping[str, Mapping[str, Any]]) -> Figure:
         surface = np.where(np.isfinite(found["surface"]), found["surface"], np.nan)
         axes.plot_surface(first, second, surface, cmap="viridis", vmin=values.min(), vmax=values.max(), linewidth=0)
         # One scale for all: a surface is flat or deep only beside another.
-        axes.set(zlim=(values.min(), values.max()), xlabel="eigenvector 1", ylabel="eigenvector 2")
+        axes.set(zlim=(values.min(), values.max()), xlabel="eigenvector 1", ylabel="eigenvector 2", zlabel="loss")
         axes.set_title(f"{name}\nλ = {found['eigenvalues'][0]:.3g}, {found['eigenvalues'][1]:.3g}", fontsize=10)
     slices, noise = below.subplots(1, 2)
     _draw_slices(slices, landscapes)
@@ -40,7 +40,7 @@ def draw_landscapes(landscapes: Mapping[str, Mapping[str, Any]]) -> Figure:
 def _draw_slices(axes: Axes, landscapes: Mapping[str, Mapping[str, Any]]) -> None:
     for place, (name, found) in enumerate(landscapes.items()):
         axes.plot(found["slice_axis"], found["slice"], color=COLOURS[place % len(COLOURS)], label=name)
-    axes.set(xlabel="along a random filter-normalised direction", ylabel="loss")
+    axes.set(xlabel="filter-normalised random direction", ylabel="loss")
     axes.legend(fontsize=8)
 
 
@@ -52,4 +52,4 @@ def _draw_noise(axes: Axes, landscapes: Mapping[str, Mapping[str, Any]]) -> None
         mean, deviation = noise.mean(axis=0), noise.std(axis=0, ddof=1)
         axes.plot(sigmas, mean, color=colour, label=name)
         axes.fill_between(sigmas, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel="standard deviation σ of Gaussian noise on the parameters", ylabel="loss")
+    axes.set(xlabel="σ of Gaussian noise on all parameters", ylabel="loss")

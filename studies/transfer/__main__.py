@@ -14,13 +14,11 @@ same command goes on from there.
 from __future__ import annotations
 
 import csv
-import json
 import sys
-import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from signal import SIGTERM, raise_signal
 from typing import Any
 
 import numpy as np
@@ -29,16 +27,13 @@ import tyro
 
 import train_eval
 from darts_space import CifarNetwork, Genotype, cost, random_genotype, read_genotype
-from nas_kmix.engine import files
-from nas_kmix.engine.device import environment
-from nas_kmix.engine.run import StoppedError
+from studies.cells import read_results, run_cells
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 SEEDS = range(3)
 RANDOM_GENOTYPES = 3
 COST_TOLERANCE = 0.1  # how far a random genotype's multiply-adds may be from those of PC_DARTS_cifar
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 SMALL = "--preset cpu --train-images 10000 --val-share 0.02 --eval-every 5"
 FULL = "--preset cpu --channels 16 --epochs 10 --val-share 0"
@@ -111,22 +106,14 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def read_results() -> list[dict[str, Any]]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-
-
 def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
-    """Train, and return the line: the result, the curve and where it was made. Raises StoppedError at its time."""
+    """Train, and return the command, the result and the curve. Raises StoppedError at its time."""
     argv = cell.command(out)
     result = train_eval.run(train_eval.parse(argv))
     folder = Path(result.pop("folder"))
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [{k: float(v) for k, v in row.items() if v and k != "stage"} for row in csv.DictReader(file)]
-    where = environment(torch.device("cpu"))
-    made = {name: where[name] for name in ("packages", "processor", "threads", "commit")}
-    return {"cell": cell.name, "command": argv, **result, "curve": rows, "made": made}
+    return {"command": argv, **result, "curve": rows}
 
 
 def summary(results: list[dict[str, Any]]) -> str:
@@ -156,25 +143,10 @@ def _spread(values: list[float], unit: str) -> str:
 def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     if config.summary:
-        print(summary(read_results()))
+        print(summary(read_results(RESULTS)))
         return 0
-    for cell in cells(config):
-        done = {result["cell"] for result in read_results()}
-        if cell.name in done or not cell.name.startswith(config.only or ""):
-            continue
-        print(f"=== {cell.name}", flush=True)
-        timer = threading.Timer(60.0 * config.minutes, raise_signal, [SIGTERM])
-        timer.daemon = True
-        timer.start()
-        try:
-            line = json.dumps(run_cell(cell, config.out))
-        except StoppedError:
-            print(f"{cell.name} is saved; the same command goes on with it")
-            return TRY_AGAIN
-        finally:
-            timer.cancel()
-        files.write_text(RESULTS, "".join(json.dumps(result) + "\n" for result in read_results()) + line + "\n")
-    return 0
+    work = {cell.name: partial(run_cell, cell, config.out) for cell in cells(config)}
+    return run_cells(work, RESULTS, only=config.only or "", minutes=config.minutes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""Studies as cells of at most half an hour: each appends a line to a results.jsonl and is skipped from then on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from signal import SIGTERM, raise_signal
+from typing import Any
+
+import torch
+
+from nas_kmix.engine import files
+from nas_kmix.engine.device import environment
+from nas_kmix.engine.run import StoppedError
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of the cells that are finished, none where the file is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, *, only: str, minutes: float) -> int:
+    """Run the cells that `results` lacks and whose names begin with `only`, in order; returns an exit code.
+
+    A line is the cell's name, what it returned and where it was made. After `minutes` a cell gets SIGTERM, upon which
+    it must save its state and raise StoppedError: the code is then TRY_AGAIN, and the same command goes on.
+    """
+    for name, work in cells.items():
+        done = read_results(results)
+        if not name.startswith(only) or name in {line["cell"] for line in done}:
+            continue
+        print(f"=== {name}", flush=True)
+        timer = threading.Timer(60.0 * minutes, raise_signal, [SIGTERM])
+        timer.daemon = True
+        timer.start()
+        try:
+            found = work()
+        except StoppedError:
+            print(f"{name} is saved; the same command goes on with it")
+            return TRY_AGAIN
+        finally:
+            timer.cancel()
+        where = environment(torch.device("cpu"))
+        made = {field: where[field] for field in ("packages", "processor", "threads", "commit")}
+        lines = [*done, {"cell": name, **found, "made": made}]
+        files.write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
+    return 0
