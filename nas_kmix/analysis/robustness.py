@@ -19,7 +19,7 @@ import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,7 +120,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         _attack(config, classifiers, models, data, rows)
     if config.natural is not None:
         source = of_known_classes(open_class_folders(config.natural), first.class_names, known=True)
-        natural = _streamed(source, first, config, device)
+        natural = _streamed(source, data)
         for name, model in models.items():
             among_all, among_present = natural_accuracy(model, natural, batch_size=config.batch_size)
             rows[name] |= {"natural_accuracy": among_all, "natural_accuracy_of_its_classes": among_present}
@@ -182,7 +182,7 @@ def _detect(
     """Add the columns of out-of-distribution detection to `rows`."""
     mistaken = config.ood_folders == "mistaken"
     source = of_known_classes(open_class_folders(config.ood), like.class_names, known=mistaken)
-    outside = _streamed(source, like, config, data.device)
+    outside = _streamed(source, data)
     inside = data.good()
     if mistaken:
         inside = inside[np.isin(data.labels[inside], source.labels)]
@@ -196,8 +196,9 @@ def _pixel_classifier(classifier: Classifier, device: torch.device) -> PixelClas
     return PixelClassifier(classifier.model, classifier.mean, classifier.std).to(device).eval()
 
 
-def _streamed(source: Source, like: Classifier, config: Config, device: torch.device) -> ImageData:
-    return ImageData(source, like.image_size, like.mean, like.std, device, None, config.device.workers)
+def _streamed(source: Source, like: ImageData) -> ImageData:
+    """The images of `source`, read from their files and prepared like others."""
+    return replace(like, source=source, images=None, bad={})
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
