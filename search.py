@@ -274,7 +274,7 @@ def _scores(config: Config, data: ImageData, scorer: Scorer | None, folder: Run)
     """The table of scores: given, found, or computed now by `scorer`."""
     if config.scores is not None:
         table = ScoreTable.load(config.scores)
-        if table.key.get("inputs", {}).get("data") != data.fingerprint or table.index[-1] >= len(data):
+        if not table.belongs_to(data):
             raise ValueError(f"--scores {config.scores} was made from other data than --data; score these images anew.")
         data.bad.update(table.bad)
         _adopt(config.scores, ("scorer", "scoring"), folder)
@@ -284,6 +284,8 @@ def _scores(config: Config, data: ImageData, scorer: Scorer | None, folder: Run)
     if path.exists():
         table = ScoreTable.load(path)
         check_key(path, table.key, scoring_key(model, view, config.scoring))
+        if not table.belongs_to(data):
+            raise ValueError(f"{path} is damaged: it has other images than --data; remove it.")
         data.bad.update(table.bad)
         folder.remove_checkpoint("scoring")  # of a run that was killed between the two
         folder.say(f"scoring: {path} fits, skipped")
@@ -420,10 +422,11 @@ def _search(job: Job, key: dict[str, Any], *, stage: str, subfolder: str) -> Gen
     meter = Meter(folder.device)
     first_epoch = first_step = 0
     checkpoint = stage.replace("/", "-")
-    if (state := folder.load_checkpoint(checkpoint, key)) is not None:
-        search.load_state_dict(state["search"])
-        meter.load_state_dict(state["meter"])
-        history, first_epoch, first_step = state["history"], state["epoch"], state["step"]
+    with folder.resumed(checkpoint, key) as state:
+        if state is not None:
+            search.load_state_dict(state["search"])
+            meter.load_state_dict(state["meter"])
+            history, first_epoch, first_step = list(state["history"]), int(state["epoch"]), int(state["step"])
 
     def save(epoch: int, step: int) -> None:
         meter.check(stage, epoch)

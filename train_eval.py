@@ -428,7 +428,8 @@ def _evaluate_checkpoint(config: Config, folder: Run) -> dict[str, Any]:
 def _speed(folder: Run) -> dict[str, float]:
     """Seconds of training, without evaluation, over all invocations, and training images per second."""
     spent = folder.costs["train"]
-    return {"train_s": round(spent.wall_s, 1), "images_per_second": round(spent.images_backward / spent.wall_s, 1)}
+    per_second = spent.images_backward / max(spent.wall_s, 1e-9)
+    return {"train_s": round(spent.wall_s, 1), "images_per_second": round(per_second, 1)}
 
 
 def _check_flags(config: Config) -> None:

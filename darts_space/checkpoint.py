@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import zipfile
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def build_network(description: Any, *, generator: torch.Generator | None = None)
 def load_network(path: str | os.PathLike[str]) -> Network:
     """The network of a checkpoint, on the CPU and in evaluation mode. ValueErrors name the file."""
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save writes
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = error.strerror or error

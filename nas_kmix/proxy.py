@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class ProxyManifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
         counts = np.bincount(self.labels, minlength=len(self.class_names))
-        return {
+        document = {
             "format": FORMAT,
             "version": VERSION,
             "data": self.data,
@@ -120,6 +121,7 @@ class ProxyManifest:
             "content": list(self.content),
             "paths": None if self.paths is None else list(self.paths),
         }
+        return {**document, "checksum": _checksum(document)}
 
     def key(self) -> dict[str, Any]:
         """What the selection depended on."""
@@ -146,7 +148,7 @@ class ProxyManifest:
             raise ValueError(f"{path} has version {raw.get('version')}; this program reads version {VERSION}.")
         try:
             return _from_json(raw)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             cause = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is damaged: {cause}; make the proxy anew.") from error
 
@@ -293,8 +295,14 @@ def _paths(data: ImageData, indices: np.ndarray) -> tuple[str, ...] | None:
     return None if data.source.paths is None else tuple(data.source.paths[i] for i in indices)
 
 
+def _checksum(document: Mapping[str, Any]) -> str:
+    """SHA-256 of all but the checksum itself, whatever the order of the keys."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _from_json(raw: dict[str, Any]) -> ProxyManifest:
-    names = tuple(str(name) for name in raw["class_names"])
+    names = _texts(raw, "class_names")
     indices, labels = _int_array(raw, "indices"), _int_array(raw, "labels")
     weights, arch = (_int_array(raw["halves"], half) for half in ("weights", "arch"))
     n = int(raw["n"])
@@ -304,10 +312,15 @@ def _from_json(raw: dict[str, Any]) -> ProxyManifest:
         raise ValueError("the two halves together are not the indices")
     if labels.shape != indices.shape or labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(f"labels must be one class number in [0, {len(names)}) per index")
-    content = tuple(str(item) for item in raw["content"])
-    paths = None if raw["paths"] is None else tuple(str(item) for item in raw["paths"])
+    content = _texts(raw, "content")
+    paths = None if raw["paths"] is None else _texts(raw, "paths")
     if len(content) != len(indices) or (paths is not None and len(paths) != len(indices)):
         raise ValueError("content and paths must have one entry per index")
+    for path in paths or ():
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or not path.isprintable():
+            raise ValueError(f"the path {path!a} leaves the folder of the data")
+    if raw.get("checksum", _checksum(raw)) != _checksum(raw):
+        raise ValueError("its content is not that of its checksum, which edited files should leave out")
     plain = ("data", "split", "fingerprint", "ratio", "method", "measure", "interval", "balanced", "arch_share")
     return ProxyManifest(
         n=n,
@@ -322,6 +335,14 @@ def _from_json(raw: dict[str, Any]) -> ProxyManifest:
         scores=raw["scores"],
         **{name: raw[name] for name in plain},
     )
+
+
+def _texts(raw: dict[str, Any], name: str) -> tuple[str, ...]:
+    values = raw[name]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be a list of texts")
+    "".join(values).encode()  # a lone half of a surrogate pair could not be written again
+    return tuple(values)
 
 
 def _int_array(raw: dict[str, Any], name: str) -> np.ndarray:

@@ -6,6 +6,7 @@ can afford. What it costs is billed like every other stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,17 +44,17 @@ def train_scorer(
     data: ImageData, config: ScorerConfig, data_config: DataConfig, *, run: Run, key: Mapping[str, Any], path: Path
 ) -> nn.Module:
     """Train on all of `data` and write `path`; resumes from the run's checkpoint."""
-    model = run.layout(_build(config.backbone, data.num_classes, data.stem, config.seed).to(run.device))
+    shape = {"num_classes": data.num_classes, "stem": data.stem}
+    model = run.layout(build_backbone(config.backbone, **shape, seed=config.seed).to(run.device))
     mix = make_mix(config, data.num_classes, model)
     train(model, data, config, data_config, mix=mix, run=run, stage="scorer", key=key)
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(
             "scorer: the weights are not finite after the last step. Start again with --fresh and a lower --scorer.lr."
         )
-    network = {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
     state = {
         "format": FORMAT,
-        "network": network,
+        "network": {"backbone": config.backbone, **shape},
         "class_names": list(data.class_names),
         "mean": list(data.mean),
         "std": list(data.std),
@@ -78,23 +79,26 @@ def load_scorer(
         raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
     if key is not None:
         check_key(path, state.get("key"), key)
-    try:
-        network, classes = state["network"], tuple(state["class_names"])
-        model = _build(network["backbone"], network["num_classes"], network["stem"], seed=0).to(run.device)
-        model.load_state_dict(state["model"])
-        view = replace(data, mean=tuple(state["mean"]), std=tuple(state["std"]))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); train the scorer anew.") from error
+    with files.damage_named(path, "train the scorer anew"):
+        network, classes, constants = state["network"], tuple(state["class_names"]), constants_of(state)
+        shape = {"num_classes": int(network["num_classes"]), "stem": network["stem"]}
     for name, wanted in (("num_classes", data.num_classes), ("stem", data.stem)):
-        if network[name] != wanted:
+        if shape[name] != wanted:
             raise ValueError(
-                f"{path} was trained with {name}={network[name]}, but --data needs {wanted}; "
+                f"{path} was trained with {name}={shape[name]}, but --data needs {wanted}; "
                 f"leave out --scorer to train a new one."
             )
     if classes != data.class_names:
         raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
-    return run.layout(model), view
+    with files.damage_named(path, "train the scorer anew"):
+        model = build_backbone(network["backbone"], **shape, seed=0).to(run.device)
+        model.load_state_dict(state["model"])
+    return run.layout(model), replace(data, **constants)
 
 
-def _build(backbone: str, num_classes: int, stem: str, seed: int) -> nn.Module:
-    return build_backbone(backbone, num_classes=num_classes, stem=stem, seed=seed)
+def constants_of(state: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """The normalisation that a checkpoint tells, as `mean` and `std`. Raises KeyError, TypeError and ValueError."""
+    mean, std = (tuple(map(float, state[name])) for name in ("mean", "std"))
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)):
+        raise ValueError(f"mean and std of the images cannot be {mean} and {std}")
+    return {"mean": mean, "std": std}

@@ -171,13 +171,19 @@ class ScoreTable:
             if meta["format"] != FORMAT or not isinstance(meta["key"], dict):
                 raise ValueError("its meta is of something else")
             bad = {int(index): str(message) for index, message in meta["bad"].items()}
-            table = cls(arrays["index"], arrays["label"], arrays["losses"], meta["key"], bad)
-            table._check()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(arrays["index"], arrays["label"], arrays["losses"], meta["key"], bad).checked()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a scores.npz of nas_kmix ({error}); score the images anew.") from error
-        return table
 
-    def _check(self) -> None:
+    def belongs_to(self, data: ImageData) -> bool:
+        """Whether these are images of `data`, as far as its fingerprint and the labels tell."""
+        inputs = self.key.get("inputs")
+        same = isinstance(inputs, Mapping) and inputs.get("data") == data.fingerprint
+        known = max(self.index[-1], *self.bad, -1) < len(data)
+        return same and known and np.array_equal(self.label, data.labels[self.index])
+
+    def checked(self) -> ScoreTable:
+        """The table itself. Raises ValueError where its rows contradict each other."""
         n = len(self.index) if self.index.ndim == 1 else 0
         if n == 0 or self.label.shape != (n,) or self.losses.ndim != 2 or len(self.losses) != n:
             raise ValueError("its arrays are of different lengths")
@@ -187,6 +193,9 @@ class ScoreTable:
             raise ValueError("its indices do not ascend")
         if not np.isfinite(self.losses).all():
             raise ValueError("it holds losses that are not finite")
+        if min(self.bad, default=0) < 0:
+            raise ValueError("it lists unreadable images of negative numbers")
+        return self
 
 
 def _cv(losses: np.ndarray) -> np.ndarray:
@@ -423,10 +432,12 @@ def score_stage(model: nn.Module, data: ImageData, config: ScoringConfig, *, run
     key = scoring_key(model, data, config)
     tables = []
     done = np.empty(0, dtype=np.int64)
-    if (state := run.load_checkpoint("scoring", key)) is not None:
-        tables = [ScoreTable(*(state[name].numpy() for name in ("index", "label", "losses")), key)]
-        done = tables[0].index
-        data.bad.update(state["bad"])
+    with run.resumed("scoring", key) as state:
+        if state is not None:
+            rows = [state[name].numpy() for name in ("index", "label", "losses")]
+            tables = [ScoreTable(*rows, key, bad=dict(state["bad"])).checked()]
+            done = tables[0].index
+            data.bad.update(state["bad"])
     wanted = np.setdiff1d(data.good(), done)
     progress = run.progress("scoring", len(done) + len(wanted), done=len(done), unit="image")
 

@@ -18,6 +18,7 @@ from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
+from nas_kmix.scorer import constants_of
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,17 @@ class Classifier:
 def load_classifier(path: Path) -> Classifier:
     """Read a checkpoint. Raises ValueError naming the file if it is damaged or of another kind."""
     state = files.load_tensors(path)
-    try:
-        if state.get("format") == NETWORK_FORMAT:
-            model = load_network(path)
-        elif state.get("format") == BACKBONE_FORMAT:
-            network = state["network"]
-            model = build_backbone(network["backbone"], num_classes=network["num_classes"], stem=network["stem"])
-            model.load_state_dict(state["model"])
-        else:
-            raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
-        names = ("class_names", "mean", "std")
-        constants = {name: tuple(state[name]) for name in names}
-        return Classifier(path, model.eval(), state["network"], **constants, image_size=state["image_size"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); train it anew.") from error
+    kind = state.get("format")
+    if kind not in (NETWORK_FORMAT, BACKBONE_FORMAT):
+        raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
+    with files.damage_named(path, "train it anew"):
+        network, names, size = dict(state["network"]), tuple(map(str, state["class_names"])), int(state["image_size"])
+        constants = constants_of(state)
+        if network["num_classes"] != len(names):  # before memory is spent on that many
+            raise ValueError(f"it has {len(names)} class names, and a network of {network['num_classes']} classes")
+    if kind == NETWORK_FORMAT:
+        return Classifier(path, load_network(path), network, names, **constants, image_size=size)
+    with files.damage_named(path, "train it anew"):
+        model = build_backbone(network["backbone"], num_classes=len(names), stem=network["stem"])
+        model.load_state_dict(state["model"])
+    return Classifier(path, model.eval(), network, names, **constants, image_size=size)

@@ -11,8 +11,7 @@ import io
 import json
 import os
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ import numpy as np
 import torch
 
 TEMPORARY_SUFFIX = ".nas_kmix.part"
+# What an archive may unpack to whatever it is made of, and how often its own size beyond that: deflate reaches 1,000
+# times on zeros, photographs and scores never 100.
+SURELY_FITS, MOST_EXPANSION = 1 << 28, 100
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
@@ -71,24 +73,52 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}).") from error
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an archive, without pickles. Raises ValueError naming the file."""
+def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an archive, or those of `names` that it has; the others are not opened. No pickles.
+
+    What the archive says that it unpacks to is checked first. Raises ValueError naming the file.
+    """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            _refuse_bomb(archive, path.stat().st_size)
+            arrays = {}
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                if name != member and (names is None or name in names):
+                    with archive.open(member) as file:
+                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+                        if file.read(1):  # also where the checksum is compared
+                            raise ValueError(f"{member} is longer than its header says")
+            return arrays
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
-    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a complete .npz file ({error}); remove it or make it anew.") from error
+    except Exception as error:  # a damaged archive may raise nearly anything
+        reason = str(error) or type(error).__name__
+        if "Object arrays" in reason:
+            reason = "it holds Python objects; save plain arrays with numpy.savez"
+        raise ValueError(f"{path} is not a complete .npz file ({reason}); remove it or make it anew.") from error
+
+
+def npz_names(path: Path) -> tuple[str, ...]:
+    """Which arrays an archive has; none where it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
+    except Exception:  # `read_npz` says what is wrong
+        return ()
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Load what `save_tensors` wrote: plain containers and tensors only. Raises ValueError naming the file."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
+            _refuse_bomb(archive, path.stat().st_size)
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
@@ -99,6 +129,23 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of ours; remove it, or use --fresh.")
     return state
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, remedy: str) -> Iterator[None]:
+    """Let what goes wrong while the block takes up the content of `path` be a ValueError that names it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}); {remedy}.") from error
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError where a small file says that it unpacks to a huge one; zipfile never unpacks more than that."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > max(SURELY_FITS, MOST_EXPANSION * size):
+        raise ValueError(f"its {size:,} bytes would unpack to {unpacked:,}")
 
 
 def hash_tensors(state: Mapping[str, torch.Tensor]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -134,10 +135,12 @@ class Run:
     def __exit__(self, *exc_info) -> None:
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
-        if self._writer is not None:
-            self._writer.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     # -- stopping ------------------------------------------------------------------------------------------------
 
@@ -185,6 +188,13 @@ class Run:
         check_key(path, state.get("key"), key)
         return state
 
+    @contextmanager
+    def resumed(self, name: str, key: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
+        """`load_checkpoint` for a block that takes the state up. Raises ValueError, too, where that cannot be done."""
+        state = self.load_checkpoint(name, key)
+        with files.damage_named(self.path(f"{self._checkpoints}/{name}.pt"), "remove it, or use --fresh"):
+            yield state
+
     def remove_checkpoint(self, name: str) -> None:
         self.path(f"{self._checkpoints}/{name}.pt").unlink(missing_ok=True)
         with suppress(OSError):
@@ -207,6 +217,8 @@ class Run:
             self.adopt_costs(self.path("cost.json"), tuple(self.costs))
         with suppress(OSError, csv.Error, KeyError, TypeError, ValueError):  # up to the first damage, if any
             for row in csv.DictReader(io.StringIO(self.path("metrics.csv").read_text(encoding="utf-8"))):
+                if None in row:
+                    break  # it has more values than there are columns
                 self._rows[row["stage"], int(row["epoch"])] = {k: v for k, v in row.items() if v}
 
     def log(self, stage: str, epoch: int, **values: float) -> None:
@@ -278,7 +290,7 @@ class Run:
         if self._billing is not None:
             cost, since = self._billing
             now = time.monotonic()
-            cost.wall_s += now - since
+            cost.wall_s += max(0.0, now - since)  # a clock that is set back costs nothing
             cost.peak_rss_bytes = max(cost.peak_rss_bytes, peak_rss_bytes())
             self._billing = (cost, now)
         rows = {name: asdict(cost) for name, cost in self.costs.items()}
@@ -304,7 +316,9 @@ class Run:
                 )
                 for stage in stages
             }
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
+            return False
+        if not all(0 <= value < math.inf for cost in adopted.values() for value in asdict(cost).values()):
             return False
         self.costs.update(adopted)
         return True
@@ -337,7 +351,8 @@ def check_key(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         raise StageMismatchError(f"{path} was not made by the stage {wanted['stage']!r}.", wanted["stage"])
     differing = []
     for part in ("config", "inputs"):
-        old, new = found.get(part) or {}, wanted[part]
+        old, new = found.get(part), wanted[part]
+        old = old if isinstance(old, Mapping) else {}
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 differing.append(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}")

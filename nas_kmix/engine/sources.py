@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from nas_kmix.engine import files
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff"})
+# Whatever a file is called, only these are decoded: Pillow hands PostScript, for one, to a program of its own.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # A lossy file may decode to other pixels under another library version: it is recognised by its bytes instead.
 LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})
 # The constants that the published training scripts use.
@@ -61,11 +63,11 @@ class Source:
             return self.arrays[index]
         path = self.folder / self.paths[index]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.mode == "F" or image.mode.startswith("I"):
                     raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
                 return np.array(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged file may raise nearly anything
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
 
     def content(self, index: int) -> str:
@@ -90,9 +92,9 @@ class Source:
         sizes: Counter[tuple[int, int]] = Counter()
         for path in self.paths:
             try:
-                with Image.open(self.folder / path) as image:
+                with Image.open(self.folder / path, formats=IMAGE_FORMATS) as image:
                     sizes[image.height, image.width] += 1
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+            except Exception:  # a damaged file may raise nearly anything; `read` says what is wrong
                 continue
         if not sizes:
             raise ValueError(
@@ -139,11 +141,8 @@ def splits_of(data: str) -> tuple[str, ...]:
         return ("train", "test")
     if path.is_dir():
         return tuple(split for split in splits if (path / split).is_dir())
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return tuple(split for split in splits if f"{split}_images" in archive.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError):
-        return ()
+    names = files.npz_names(path)
+    return tuple(split for split in splits if f"{split}_images" in names)
 
 
 def source_of(dataset: Any) -> Source:
@@ -207,21 +206,15 @@ def _cifar(name: str, root: Path, split: str, download: bool) -> Source:
 
 def _npz(path: Path, split: str) -> Source:
     """MedMNIST's layout: `{split}_images` (N, H, W) or (N, H, W, 3) uint8, `{split}_labels` (N,) or (N, 1)."""
+    wanted = (f"{split}_images", f"{split}_labels")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in (f"{split}_images", f"{split}_labels") if key not in archive.files]
-            if missing:
-                raise ValueError(f"--data {path} lacks the array {missing[0]}; it has {', '.join(archive.files)}.")
-            images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
-            names = archive["class_names"] if "class_names" in archive.files else None
-    except FileNotFoundError:
-        raise ValueError(f"--data {path}: there is no such file.") from None
-    except (OSError, TypeError, AttributeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"--data {path} cannot be read as .npz ({error}); write it anew with numpy.savez.") from error
+        arrays = files.read_npz(path, (*wanted, "class_names"))
     except ValueError as error:
-        if "pickle" in str(error).lower():
-            raise ValueError(f"--data {path} holds Python objects; save plain arrays with numpy.savez.") from error
-        raise
+        raise ValueError(f"--data {error}") from error
+    if missing := [name for name in wanted if name not in arrays]:
+        raise ValueError(f"--data {path} lacks the array {missing[0]}; it has {', '.join(files.npz_names(path))}.")
+    images, labels = (arrays[name] for name in wanted)
+    names = arrays.get("class_names")
     grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
     if images.dtype != np.uint8 or not grey_or_rgb or 0 in images.shape[1:3]:
         raise ValueError(
@@ -234,8 +227,8 @@ def _npz(path: Path, split: str) -> Source:
             f"--data {path}: {split}_labels must be {len(images)} integers, not {labels.dtype} {labels.shape}."
         )
     labels = labels.astype(np.int64)
-    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
-        raise ValueError(f"--data {path}: class_names must be a list of texts, not {names.dtype} {names.shape}.")
+    if names is not None:
+        names = _class_names(path, names)
     # Without names every class must show itself; a stray label in the millions would make as many classes.
     classes = len(np.unique(labels)) if names is None else len(names)
     if labels.min() < 0 or labels.max() >= classes:
@@ -243,8 +236,21 @@ def _npz(path: Path, split: str) -> Source:
             f"--data {path}: {split}_labels must lie in [0, {classes}), the number of "
             f"{'different labels' if names is None else 'class_names'}; they run from {labels.min()} to {labels.max()}."
         )
-    names = tuple(map(str, range(classes) if names is None else names.astype(str).tolist()))
+    names = tuple(map(str, range(classes))) if names is None else names
     return Source(path.name, split, labels, names, arrays=_to_rgb(images))
+
+
+def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
+    if names.ndim != 1 or names.dtype.kind not in "US":
+        raise ValueError(f"--data {path}: class_names must be a list of texts, not {names.dtype} {names.shape}.")
+    try:
+        found = tuple(name.decode() if isinstance(name, bytes) else name for name in names.tolist())
+        "".join(found).encode()
+    except ValueError as error:
+        raise ValueError(f"--data {path}: class_names are no Unicode text ({error}); write them anew.") from error
+    if len(set(found)) < len(found):
+        raise ValueError(f"--data {path}: class_names has a name twice; give every class its own.")
+    return found
 
 
 def _folder(folder: Path, split: str) -> Source:
@@ -278,9 +284,12 @@ def _files_of(folder: Path, classes: Iterable[str]) -> tuple[tuple[str, ...], np
     """Sorted paths of the images below each class's subfolder, relative to `folder`, and their labels."""
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths += [p.relative_to(folder).as_posix() for p in files]
-        labels += [label] * len(files)
+        images = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths += [p.relative_to(folder).as_posix() for p in images]
+        labels += [label] * len(images)
+    for path in paths:
+        if any(0xD800 <= ord(character) <= 0xDFFF for character in path):  # how Python shows bytes that are no UTF-8
+            raise ValueError(f"{folder} holds {path!a}, a name that is no Unicode text; rename that file or folder.")
     return tuple(paths), np.array(labels, dtype=np.int64)
 
 

@@ -125,12 +125,13 @@ def train(
     meter = Meter(run.device)
     last = best = None
     first_epoch = first_step = 0
-    if (state := run.load_checkpoint(checkpoint or stage, key)) is not None:
-        learner.load_state_dict(state)
-        if run.world.main:  # whose checkpoint holds the sums of all
-            meter.load_state_dict(state["meter"])
-        first_epoch, first_step = state["epoch"], state["step"]
-        last, best = state.get("last"), state.get("best")
+    with run.resumed(checkpoint or stage, key) as state:
+        if state is not None:
+            learner.load_state_dict(state)
+            if run.world.main:  # whose checkpoint holds the sums of all
+                meter.load_state_dict(state["meter"])
+            first_epoch, first_step = int(state["epoch"]), int(state["step"])
+            last, best = state.get("last"), state.get("best")
 
     def save(name: str, epoch: int, step: int) -> None:
         meter.gather(run.world)
