@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import search
 import train_eval
-from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost
+from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, random_genotype
 from nas_kmix.analysis import live, report
 from nas_kmix.analysis.report import __main__ as command_line
 from nas_kmix.analysis.report import page as page_module
@@ -375,6 +375,12 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
     assert row == [f"2  {other}", str(len(entries[0] & entries[1])), "–"]
     labels = [one["aria-label"] for one in found.of("svg") if "aria-label" in one]
     assert "Accuracy against the all-in cost of the search" in labels
+
+
+def test_random_genotypes_share_as_many_edges_as_the_page_says():
+    rng = np.random.default_rng(0)
+    shared = [random_genotype(rng).shared_edges(random_genotype(rng)) for _ in range(2000)]
+    assert np.mean(shared) == pytest.approx(1.5, abs=0.1)
 
 
 def test_a_page_too_large_leaves_out_and_says_so(searched, trained, monkeypatch, cheap):

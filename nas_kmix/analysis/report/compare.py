@@ -224,5 +224,5 @@ def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork]) -> 
         rows.append((f"{i + 1}  {', '.join(names[one])}", *cells))
     head = ("genotype", *(str(i + 1) for i in range(len(genotypes))))
     grid = table(head, rows, caption=f"Shared edges of {EDGES_OF_A_GENOTYPE}")
-    note = "Entries of the same cell, node, operation and input. Two random genotypes share about one."
+    note = "Entries of the same cell, node, operation and input. Two random genotypes share 1.5 on average."
     return join([grid, sentence(note, "note")])

@@ -31,7 +31,7 @@ def _landscapes(record: Record) -> Markup:
     paths = sorted(record.path("landscape").glob("*.npz"))
     if not paths:
         raise ValueError(
-            f"There is no landscape in {record.name}; python -m nas_kmix.analysis.landscape {record.name} "
+            f"There is no landscape in {record.name}; python -m nas_kmix.analysis.landscape {_network(record)} "
             f"--out {record.path('landscape')} computes it."
         )
     return join(_landscape(record, path.stem, files.read_npz(path)) for path in paths)
@@ -75,7 +75,7 @@ def _robustness(record: Record) -> Markup:
     path = record.path("robustness.csv")
     if not path.is_file():
         raise ValueError(
-            f"There is no robustness.csv in {record.name}; python -m nas_kmix.analysis.robustness {record.name} "
+            f"There is no robustness.csv in {record.name}; python -m nas_kmix.analysis.robustness {_network(record)} "
             f"--attack fgsm pgd --out {path} measures it."
         )
     with record.reading("robustness.csv"):
@@ -85,6 +85,11 @@ def _robustness(record: Record) -> Markup:
     return table([name.replace("_", " ") for name in head], shown, caption="Attacks and hard images")
 
 
+def _network(record: Record) -> str:
+    """The trained network of a run: its folder, or the scorer of a search."""
+    return record.name if record.trains else str(record.path("scorer.pt"))
+
+
 def _cell(column: str, value: str) -> str:
     """Accuracies in percent, everything else as it stands."""
-    return percent(float(value), 2) if column.endswith("accuracy") and value else value
+    return percent(float(value), 2) if "accuracy" in column and value else value

@@ -13,7 +13,7 @@ from nas_kmix.scorer import ScorerConfig
 
 SAMPLES, BATCH = 8, 16
 SIDE = 128  # pixels at most
-LABELS = 4  # named under a mix
+LABELS, LEAST = 4, 0.005  # named under a mix, and what share of it is worth a name
 SAMPLE_STREAM, MIX_STREAM = 91, 92  # of random numbers, apart from those of the run
 
 
@@ -57,10 +57,11 @@ def _draw(record: Record, settings: ScorerConfig) -> tuple[torch.Tensor, torch.T
 
 def _sample(pixels: np.ndarray, soft: np.ndarray, names: tuple[str, ...]) -> Markup:
     order = np.argsort(-soft, kind="stable")[:LABELS]
-    parts = [(names[c], float(soft[c])) for c in order.tolist() if soft[c] > 0]
+    parts = [(names[c], float(soft[c])) for c in order.tolist() if soft[c] >= LEAST]
     text = ", ".join(f"{name} {percent(share, 0)}" for name, share in parts)
     bar = tag("div", *(tag("i", style=f"width:{100 * s:.1f}%", class_=f"s{i}") for i, (_, s) in enumerate(parts)))
     lines = [
-        tag("span", tag("i", class_=f"s{i}"), f"{name}: {percent(share, 0)}") for i, (name, share) in enumerate(parts)
+        tag("span", tag("i", class_=f"s{i}"), tag("em", name), tag("b", percent(share, 0)))
+        for i, (name, share) in enumerate(parts)
     ]
     return tag("div", picture(pixels, f"Mix of {text}", side=SIDE, class_="pixels"), bar, *lines, class_="sample")
