@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -356,14 +357,17 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
     result = json.loads((trained / "result.json").read_text())
     last = {**result["last"], "test_accuracy": 0.5}
     again = changed(trained, tmp_path / "again", "result.json", last=last)
-    text = document([Record(folder) for folder in (searched, other, trained, again)])
+    folders = (searched, other, trained, again)
+    parent = os.path.commonpath([folder.parent for folder in folders])
+    short = {folder: folder.relative_to(parent).as_posix() for folder in folders}
+    text = document([Record(folder) for folder in folders])
     found = Page(text)
     assert list(remote_references(text)) == [] and {one["id"] for one in found.of("section")} == IDS
     seconds = sum(bill["wall_s"] for bill in json.loads((searched / "cost.json").read_text())["stages"].values())
-    assert found.row(str(searched))[-2] == f"{number(seconds)} s"
+    assert found.row(short[searched])[-2] == f"{number(seconds)} s"
     accuracies = [result["last"]["test_accuracy"], 0.5]
     for folder, accuracy in zip((trained, again), accuracies, strict=True):
-        row = found.row(str(folder))
+        row = found.row(short[folder])
         assert row[2] == f"{100 * accuracy:.2f} %" and row[-1] == f"{number(seconds)} s"
     spread = f"{100 * np.mean(accuracies):.2f} % ± {100 * np.std(accuracies, ddof=1):.2f}"
     assert spread in found.row("mean of 2")
@@ -372,7 +376,7 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
         for genotype in (Genotype.load(searched / "genotype.json"), GENOTYPES["PC_DARTS_cifar"])
     ]
     (row,) = [row for row in found.tables if row and row[0].startswith("2  ")]
-    assert row == [f"2  {other}", str(len(entries[0] & entries[1])), "–"]
+    assert row == [f"2  {short[other]}", str(len(entries[0] & entries[1])), "–"]
     labels = [one["aria-label"] for one in found.of("svg") if "aria-label" in one]
     assert "Accuracy against the all-in cost of the search" in labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ def section(records: Sequence[Record]) -> Markup:
                 searched.append(_searched(record))
         except UNREADABLE as error:
             unknown.append(missing(f"{record.name} is not compared: {reason(record, error)}"))
-    parts = [_search_table(searched), _network_table(trained), _accuracy_chart(trained), _shared(searched, trained)]
+    short = _short_names(records)
+    parts = [_search_table(searched, short), _network_table(trained, short), _accuracy_chart(trained)]
+    parts.append(_shared(searched, trained, short))
     return join([*parts, *unknown])
 
 
@@ -149,7 +152,13 @@ def _groups(runs: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[
     return [(name, list(members)) for name, members in itertools.groupby(sorted(runs, key=key), key=key)]
 
 
-def _search_table(searched: Sequence[Searched]) -> Markup:
+def _short_names(records: Sequence[Record]) -> dict[Path, str]:
+    """The folders without the path that they have in common."""
+    parent = os.path.commonpath([record.folder.resolve().parent for record in records])
+    return {record.folder: os.path.relpath(record.folder.resolve(), parent) for record in records}
+
+
+def _search_table(searched: Sequence[Searched], short: dict[Path, str]) -> Markup:
     if not searched:
         return sentence("None of these runs is a search.", "note")
     rows = []
@@ -158,12 +167,12 @@ def _search_table(searched: Sequence[Searched]) -> Markup:
             skips = "–" if run.genotype is None else " and ".join(str(n) for n in run.genotype.skip_connections())
             cost = "–" if run.seconds is None else f"{number(run.seconds)} s"
             ratio = "–" if run.ratio is None else f"{run.ratio:.2f}×"
-            rows.append((run.record.name, proxy, run.seed, run.reliability, skips, cost, ratio))
+            rows.append((short[run.record.folder], proxy, run.seed, run.reliability, skips, cost, ratio))
     head = ("run", "proxy", "seed", "reliability", "skips", "all-in cost", "all-in speed-up")
     return table(head, rows, caption="Searches", text_columns=2)
 
 
-def _network_table(trained: Sequence[TrainedNetwork]) -> Markup:
+def _network_table(trained: Sequence[TrainedNetwork], short: dict[Path, str]) -> Markup:
     if not trained:
         return missing("No accuracy is compared: none of these runs is of train_eval.py.")
     rows = []
@@ -173,7 +182,7 @@ def _network_table(trained: Sequence[TrainedNetwork]) -> Markup:
             search = "–" if run.search_seconds is None else f"{number(run.search_seconds)} s"
             last, best = ("–" if a is None else percent(a, 2) for a in (run.accuracy, run.best))
             counts = (number(costs[0]), number(costs[1]), f"{number(costs[2])} s")
-            rows.append((run.record.name, origin, run.seed, last, best, *counts, search))
+            rows.append((short[run.record.folder], origin, run.seed, last, best, *counts, search))
         known = [run.accuracy for run in members if run.accuracy is not None]
         if len(known) > 1:
             spread = f"{percent(float(np.mean(known)), 2)} ± {100 * np.std(known, ddof=1):.2f}"
@@ -200,12 +209,12 @@ def _accuracy_chart(trained: Sequence[TrainedNetwork]) -> Markup:
     return figure(title, drawn, how, legend([one.name for one in series]), class_="wide")
 
 
-def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork]) -> Markup:
+def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork], short: dict[Path, str]) -> Markup:
     """How many of their 16 edges the genotypes have in common."""
     names: dict[Genotype, list[str]] = {}
     for run in (*searched, *trained):
         if run.genotype is not None:
-            names.setdefault(run.genotype, []).append(run.record.name)
+            names.setdefault(run.genotype, []).append(short[run.record.folder])
     if len(names) < 2:
         return missing("Shared edges need two different genotypes.")
     genotypes = list(names)
