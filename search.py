@@ -6,13 +6,15 @@
     python search.py --preset paper --data cifar100 --stop-after proxy --export-list proxy.tsv
 
 Four stages, each ending in one file that the next one reads: scorer.pt, scores.npz, proxy.json, genotype.json. The
-same command again resumes or skips, stage by stage; --scorer, --scores and --proxy start later in the chain.
+same command again resumes or skips, stage by stage; --scorer, --scores and --proxy start later in the chain. Under
+torchrun all processes train the scorer and score; then those but the first leave it to search on its device.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
+from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, StageMismatchError, check_key, stage_key
@@ -193,8 +196,8 @@ def run(config: Config) -> Result:
         selection=replace(config.selection, seed=config.seed),
     )
     device = pick_device(config.device)
-    options = {"amp": config.device.amp, "channels_last": config.device.channels_last}
-    with Run(config.out, stages=STAGES, device=device, compared_by=COMPARED_BY, **options) as folder:
+    options = {"amp": config.device.amp, "channels_last": config.device.channels_last, "compared_by": COMPARED_BY}
+    with joined(device) as world, Run(config.out, stages=STAGES, device=device, world=world, **options) as folder:
         data = load_data(config.input, device=device, workers=config.device.workers)
         _check_search(config, data)
         if config.fresh:
@@ -209,7 +212,7 @@ def run(config: Config) -> Result:
             folder.write_records()
             folder.write_cost()
             _list_bad_images(data, folder)
-            if config.report and (folder.started or not folder.path("report.html").exists()):
+            if config.report and folder.world.main and (folder.started or not folder.path("report.html").exists()):
                 folder.say(write_report_of_run(folder.folder, data))
             return result
         except BaseException:
@@ -221,11 +224,6 @@ def run(config: Config) -> Result:
 def _stages(config: Config, data: ImageData, folder: Run) -> Result:
     """Scorer, scores, proxy, genotype: each given, found or made, until `--stop-after`."""
     result = Result(folder.folder)
-    if config.proxy == ALL_IMAGES:
-        share = config.selection.arch_share
-        weights, arch = split_halves(data.good(), data.labels[data.good()], share, seed=config.seed)
-        halves = Halves(weights, arch, identity=f"all images, arch_share {share}")
-        return replace(result, genotype=_searches(config, data, halves, folder))
     needs_scores = config.selection.method != "random" or config.stop_after in ("scorer", "scores")
     if config.proxy is None and needs_scores:
         scorer = _scorer(config, data, folder) if config.scores is None else None
@@ -234,6 +232,13 @@ def _stages(config: Config, data: ImageData, folder: Run) -> Result:
         result = replace(result, table=_scores(config, data, scorer, folder))
         if config.stop_after == "scores":
             return result
+    if not folder.go_on_alone():
+        return result
+    if config.proxy == ALL_IMAGES:
+        share = config.selection.arch_share
+        weights, arch = split_halves(data.good(), data.labels[data.good()], share, seed=config.seed)
+        halves = Halves(weights, arch, identity=f"all images, arch_share {share}")
+        return replace(result, genotype=_searches(config, data, halves, folder))
     if config.proxy is None:
         proxy = _selection(config, data, result.table, folder)
     else:
@@ -408,6 +413,9 @@ def _one_search(job: Job, key: dict[str, Any], *, subfolder: str) -> Genotype:
     if (genotype := _found_genotype(path, key, job.folder)) is None:
         genotype = _search(job, key, stage=stage, subfolder=subfolder)
         genotype.save(path, provenance=key)
+    for name in ("genotypes.jsonl", "alphas.npz"):
+        if not path.with_name(name).exists():
+            job.folder.say(f"warning: {path.with_name(name)} is gone; remove {path.name} to search anew and get both")
     job.folder.remove_checkpoint(stage.replace("/", "-"))
     return genotype
 
@@ -585,7 +593,7 @@ def _check_search(config: Config, data: ImageData) -> None:
 
 
 def _list_bad_images(data: ImageData, folder: Run) -> None:
-    if data.bad:
+    if data.bad and folder.world.main:
         path = folder.path("bad_images.txt")
         files.write_text(path, "".join(f"{data.bad[index]}\n" for index in sorted(data.bad)))
         folder.say(f"warning: {len(data.bad)} files cannot be read and are left out; they are listed in {path}")
@@ -666,7 +674,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         nonlocal config
         config = parse(argv)
-        print(_summary(config, run(config), argv))
+        result = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(_summary(config, result, argv))
 
     return cli.exit_code(work, lambda error: _remedy(config, error))
 

@@ -48,6 +48,7 @@ def train_scorer(
     model = run.layout(build_backbone(config.backbone, **shape, seed=config.seed).to(run.device))
     mix = make_mix(config, data.num_classes, model)
     train(model, data, config, data_config, mix=mix, run=run, stage="scorer", key=key)
+    run.world.align_buffers(model)  # so that all processes score with one network
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(
             "scorer: the weights are not finite after the last step. Start again with --fresh and a lower --scorer.lr."
@@ -61,7 +62,8 @@ def train_scorer(
         "image_size": data.image_size,
         "model": model.state_dict(),
     }
-    files.save_tensors(path, {"key": dict(key), **state})
+    if run.world.main:
+        files.save_tensors(path, {"key": dict(key), **state})
     run.remove_checkpoint("scorer")
     return model
 

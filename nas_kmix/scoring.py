@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from nas_kmix.boxes import boxes_from_uniforms
 from nas_kmix.engine import files
 from nas_kmix.engine.data import Batch, ImageData
+from nas_kmix.engine.distributed import World
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.mixing import box_plan, mix_labels, paste
@@ -217,8 +218,9 @@ def score_dataset(
     """Score the images `indices` of `data` (default: all) with a classifier (N, 3, S, S) to logits (N, classes).
 
     Shards of 512 images are handed to `on_shard` as they are done; `ScoreTable.merge` puts shards together. The model
-    is in eval mode meanwhile and as before afterwards. `run` gives precision and memory layout (default: float32).
-    Files that cannot be read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
+    is in eval mode meanwhile and as before afterwards. `run` gives precision and memory layout (default: float32), and
+    its world the processes that the shards are dealt out to; each of them ends with the whole table. Files that cannot
+    be read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
     NonFiniteLossError.
     """
     key = scoring_key(model, data, config)
@@ -226,26 +228,32 @@ def score_dataset(
     if len(sources.pool) < config.k:
         raise ValueError(f"Scoring mixes {config.k} different images, but only {len(sources.pool)} can be read.")
     wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
+    world = World() if run is None else run.world
     shards = [wanted[i : i + IMAGES_PER_SHARD] for i in range(0, len(wanted), IMAGES_PER_SHARD)]
+    shards += [wanted[:0]] * (-len(shards) % world.size)  # every process has as many, and shares each one it has done
+    shards = shards[world.rank :: world.size]
     was_training = model.training
     model.eval()
     try:
         tables = [ScoreTable(wanted[:0], wanted[:0], np.empty((0, config.draws), dtype=np.float32), key, data.bad)]
-        for batch in data.batches(shards):
-            if len(batch.indices) == 0:  # not one file of it can be read
-                continue
-            sources.take_anchors(batch)
-            draws = _draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
-            parts = draws.batches(config.batch_size)
-            losses = [_anchor_losses(model, data, sources, part, config, run) for part in parts]
-            losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
+        for shard, batch in zip(shards, data.batches(shards), strict=True):
+            losses = np.empty((0, config.draws), dtype=np.float32)
+            if len(batch.indices):  # else not one file of it can be read
+                sources.take_anchors(batch)
+                draws = _draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
+                parts = draws.batches(config.batch_size)
+                losses = [_anchor_losses(model, data, sources, part, config, run) for part in parts]
+                losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
                 raise NonFiniteLossError(
                     f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train it anew with a "
                     f"lower --scorer.lr and --fresh."
                 )
-            tables.append(ScoreTable(batch.indices, data.labels[batch.indices], losses, key, data.bad))
+            bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
+            own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad)
+            tables.append(_shared(own, world))
+            data.bad.update(tables[-1].bad)
             on_shard(tables[-1])
     finally:
         model.train(was_training)
@@ -273,6 +281,22 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
     anchor = np.zeros((len(partners), 1), dtype=np.int64)
     plan = box_plan(np.hstack([anchor, partners]), draws.boxes, (data.image_size,) * 2, device=data.device)
     return paste(batch.images, plan), mix_labels(batch.labels, plan.partners, plan.weights, data.num_classes)
+
+
+def _shared(own: ScoreTable, world: World) -> ScoreTable:
+    """The shards that the processes have just done, as one: the same bits as if a single process had done all."""
+    if world.size == 1:
+        return own
+    indices = [np.frombuffer(payload, dtype=np.int64) for payload in world.gather(own.index.tobytes())]
+    labels = [np.frombuffer(payload, dtype=np.int64) for payload in world.gather(own.label.tobytes())]
+    draws = own.losses.shape[1]
+    losses = [np.frombuffer(p, dtype=np.float32).reshape(-1, draws) for p in world.gather(own.losses.tobytes())]
+    bads = [json.loads(payload) for payload in world.gather(json.dumps(own.bad).encode())]
+    tables = [
+        ScoreTable(index, label, loss, own.key, {int(i): text for i, text in bad.items()})
+        for index, label, loss, bad in zip(indices, labels, losses, bads, strict=True)
+    ]
+    return ScoreTable.merge(tables)
 
 
 @dataclass(frozen=True)
@@ -458,6 +482,7 @@ def score_stage(model: nn.Module, data: ImageData, config: ScoringConfig, *, run
         progress.close()
         table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
         run.write_cost()  # before the result, so that one that stands has been paid for
-        table.save(path)
+        if run.world.main:
+            table.save(path)
         run.remove_checkpoint("scoring")
     return table

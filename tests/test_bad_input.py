@@ -39,6 +39,7 @@ from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy
 from nas_kmix.scorer import FORMAT, load_scorer
 from nas_kmix.scoring import ScoreTable, ScoringConfig, scoring_key
 
+KEY = stage_key("scorer", {"epochs": 1}, {})
 SECONDS = 20  # a reader that takes longer hangs
 IMAGES = 24
 LABELS = np.arange(IMAGES) % 3
@@ -61,8 +62,7 @@ def whole(tmp_path_factory) -> Path:
     preparation = {"class_names": ["0", "1", "2"], "mean": [0.5] * 3, "std": [0.3] * 3, "image_size": 8}
     scorer = build_backbone("tiny", num_classes=3)
     content = {"network": {"backbone": "tiny", "num_classes": 3, "stem": "cifar"}, "model": scorer.state_dict()}
-    key = stage_key("scorer", {"epochs": 1}, {"data": data.fingerprint})
-    files.save_tensors(place / "scorer.pt", {"format": FORMAT, "key": key, **preparation, **content})
+    files.save_tensors(place / "scorer.pt", {"format": FORMAT, "key": KEY, **preparation, **content})
     shape = {"kind": "cifar", "layers": 3, "num_classes": 3, "channels": 2, "auxiliary": False}
     network = build_network({**shape, "genotype": genotype.to_json()}, generator=torch.Generator().manual_seed(0))
     files.save_tensors(place / "last.pt", {**preparation, **network_checkpoint(network)})
@@ -124,7 +124,7 @@ def read_checkpoint(path: Path) -> object:
     """What resumes from a checkpoint, as a stage does."""
     run = Run(path.parent, stages=(), checkpoints=".")
     model = build_backbone("tiny", num_classes=3)
-    with run.resumed(path.stem, files.load_tensors(path).get("key") or {"stage": "scorer"}) as state:
+    with run.resumed(path.stem, KEY) as state:
         model.load_state_dict(state["model"])
         return files.hash_tensors(model.state_dict()), tuple(map(float, state["mean"])), int(state["image_size"])
 
@@ -256,9 +256,8 @@ def mutated_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
     if kind == "shape":
         return rng.choice([array.ravel(), array[None], array[..., None], array.T])
     if kind == "fill" and array.dtype.kind in "uif":
-        return np.full_like(
-            array, rng.choice([-1, 7, 127]) if array.dtype.kind != "f" else rng.choice([np.nan, np.inf, -1, 0])
-        )
+        values = [np.nan, np.inf, -1, 0] if array.dtype.kind == "f" else [0, 7, 127]
+        return np.full_like(array, rng.choice(values))
     if kind == "cut" and array.ndim:
         return array[rng.choice([slice(0), slice(1), slice(None, None, -1), slice(-3), slice(3, None)])]
     if kind == "text":

@@ -1,6 +1,7 @@
 """Several processes under torchrun with gloo: the same training as one process, and one end for all of them."""
 
 import csv
+import json
 import os
 import shlex
 import signal
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 import two_ranks
+import two_scorers
 from conftest import draw_pixels
 
+import search
 import train_eval
+from nas_kmix import scoring
+from nas_kmix.engine import run as run_module
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.run import Run
@@ -139,6 +144,48 @@ def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
     for rank in range(3):
         evaluate(two_ranks.make_network(), data, run=Run(tmp_path, stages=(), world=World(rank, 3)), batch_size=2)
     assert sorted(seen) == list(range(11))
+
+
+# -- search.py ---------------------------------------------------------------------------------------------------------
+
+SEARCH = shlex.split(
+    "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 16 --scoring.draws 3 --ratio .5 --channels 2 "
+    "--partial 2 --layers 3 --epochs 1 --batch-size 16 --max-resident-gb 0 --scoring.pool-size 8 --no-report"
+)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(scoring, "IMAGES_PER_SHARD", scoring.IMAGES_PER_SHARD)
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_CHECKPOINTS", 60.0)
+
+
+def test_two_processes_score_as_one_and_the_first_goes_on_to_search(image_folder, tmp_path, small_shards, capsys):
+    """A streamed set with a file that nobody can read: every image scored once, the same bytes at the end."""
+    folder = image_folder(per_class=17, sizes=((16, 16),), truncated=("train/bee/3.png",))
+    command = [*SEARCH, "--data", folder, "--out"]
+    assert two_scorers.main([*map(str, command), str(tmp_path / "one")]) == 0
+    scorer = ["--scorer", tmp_path / "one" / "scorer.pt"]
+    process = torchrun(tmp_path / "log", ROOT / "tests" / "two_scorers.py", *command, tmp_path / "two", *scorer)
+    assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    bills = [json.loads((run / "cost.json").read_text())["stages"] for run in (one, two)]
+    assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * 3
+    said = (tmp_path / "log").read_text()
+    assert said.count("selection: ") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said
+    assert not (two / "checkpoints").exists()
+
+
+def test_two_processes_train_the_scorer_and_agree_on_it(npz, tmp_path):
+    """Their scores come from one network: the key of scores.npz is that of scorer.pt."""
+    folder = tmp_path / "run"
+    command = [ROOT / "search.py", *SEARCH, "--data", npz, "--out", folder, "--stop-after", "scores"]
+    assert ended(torchrun(tmp_path / "log", *command), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert search.main([*map(str, command[1:])]) == 0  # a single process finds that all of it fits
+    bill = json.loads((folder / "cost.json").read_text())["stages"]
+    assert bill["scorer"]["images_backward"] == 27 and bill["scoring"]["skipped"]
 
 
 # -- one end for all ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One training on several devices or machines, as torchrun starts it: which process this is, and what all agree on.
+"""One job on several devices or machines, as torchrun starts it: which process this is, and what all agree on.
 
 Without torchrun the world is a single process and every function here returns at once. Decisions travel between the
 CPUs (gloo), gradients by DistributedDataParallel between the devices (NCCL on GPUs).
@@ -46,6 +46,17 @@ class World:
         distributed.all_reduce(together, operation)
         return together.tolist()
 
+    def gather(self, payload: bytes) -> list[bytes]:
+        """What every process gives, in the order of their ranks (a sync point)."""
+        if self.size == 1:
+            return [payload]
+        lengths = [int(n) for n in self.total(*(len(payload) * (rank == self.rank) for rank in range(self.size)))]
+        room = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        room[: len(payload)] = torch.tensor(list(payload), dtype=torch.uint8)
+        everyone = [torch.empty_like(room) for _ in lengths]
+        distributed.all_gather(everyone, room)
+        return [given[:n].numpy().tobytes() for given, n in zip(everyone, lengths, strict=True)]
+
     def barrier(self) -> None:
         """Wait until every process has come here."""
         self.total(0.0)
@@ -67,7 +78,7 @@ class World:
 def joined(device: torch.device) -> Iterator[World]:
     """The world that torchrun has started this process in, or that of a single process.
 
-    Raises OSError, a sentence, where another process of the training is lost.
+    Raises OSError, a sentence, where another process of the job is lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -80,7 +91,7 @@ def joined(device: torch.device) -> Iterator[World]:
         if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise
         reason = str(error).splitlines()[0]
-        raise OSError(f"Another process of this training has ended ({reason}); its own log tells why.") from error
+        raise OSError(f"Another process of this job has ended ({reason}); its own log tells why.") from error
     finally:
         distributed.destroy_process_group()
 

@@ -27,6 +27,7 @@ import torch
 from nas_kmix.engine import files
 from nas_kmix.engine.device import autocast, to_layout
 from nas_kmix.engine.distributed import World
+from nas_kmix.engine.events import EventFile
 from nas_kmix.engine.progress import Progress
 
 try:
@@ -100,7 +101,7 @@ class Run:
         self._signum: int | None = None
         self._lock: IO[str] | None = None
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
-        self._writer = None
+        self._events: EventFile | None = None
         self._checkpoint_time = time.monotonic()
 
     def __enter__(self) -> Run:
@@ -135,12 +136,13 @@ class Run:
     def __exit__(self, *exc_info) -> None:
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        finally:
-            if self._lock is not None:
-                self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def go_on_alone(self) -> bool:
+        """End the common work of the processes: True in the one that does the rest by itself."""
+        main, self.world = self.world.main, World() if self.world.main else self.world
+        return main
 
     # -- stopping ------------------------------------------------------------------------------------------------
 
@@ -196,9 +198,10 @@ class Run:
             yield state
 
     def remove_checkpoint(self, name: str) -> None:
-        self.path(f"{self._checkpoints}/{name}.pt").unlink(missing_ok=True)
-        with suppress(OSError):
-            self.path(self._checkpoints).rmdir()
+        if self.world.main:
+            self.path(f"{self._checkpoints}/{name}.pt").unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path(self._checkpoints).rmdir()
 
     def clear(self, names: tuple[str, ...]) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
@@ -232,27 +235,31 @@ class Run:
         writer.writeheader()
         writer.writerows(self._rows.values())
         files.write_text(self.path("metrics.csv"), table.getvalue())
-        writer = self._tensorboard()
-        for name, value in values.items():
-            writer.add_scalar(f"{stage}/{name}", value, epoch)
+        from torch.utils.tensorboard.summary import scalar  # takes seconds to import
+
+        self._show(epoch, *(scalar(f"{stage}/{name}", value) for name, value in values.items()))
 
     def log_picture(self, stage: str, epoch: int, name: str, pixels: np.ndarray) -> None:
         """Show uint8 (H, W, 3) in TensorBoard."""
         if self.world.main:
-            self._tensorboard().add_image(f"{stage}/{name}", pixels, epoch, dataformats="HWC")
+            from torch.utils.tensorboard.summary import image
 
-    def _tensorboard(self) -> Any:
-        """The writer of TensorBoard's events; when it is opened, the run's flags go first."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-            from torch.utils.tensorboard.summary import hparams
+            self._show(epoch, image(f"{stage}/{name}", pixels, dataformats="HWC"))
 
-            self._writer = SummaryWriter(str(self.folder))
-            config = self.path("config.json")
-            flags = flat(files.read_json(config)) if config.exists() else {}
-            for summary in hparams(flags, dict.fromkeys(self._compared_by, 0.0)):
-                self._writer.file_writer.add_summary(summary)
-        return self._writer
+    def _show(self, epoch: int, *summaries: Any) -> None:
+        """Add to TensorBoard's events, the flags before the first. A run goes on without them: they are copies."""
+        from torch.utils.tensorboard.summary import hparams
+
+        try:
+            if self._events is None:
+                config = self.path("config.json")
+                flags = flat(files.read_json(config)) if config.exists() else {}
+                events = EventFile(self.folder)
+                events.add(0, *hparams(flags, dict.fromkeys(self._compared_by, 0.0)))
+                self._events = events
+            self._events.add(epoch, *summaries)
+        except (OSError, ValueError) as error:
+            self.say(f"warning: TensorBoard misses {self.folder}, epoch {epoch} ({error})")
 
     @property
     def started(self) -> bool:
