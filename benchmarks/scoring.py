@@ -61,12 +61,14 @@ def main(config: Config) -> dict[str, float]:
     scoring = ScoringConfig(draws=config.draws, batch_size=config.batch_size)
     anchors = np.sort(rng.choice(pool, size=config.images, replace=False))
     mixes = config.images * config.draws
-    batch = torch.randn(config.batch_size, 3, size, size, device=device)
+    sizes = [min(config.batch_size, mixes - start) for start in range(0, mixes, config.batch_size)]
+    # As many batches as scoring has, since the same one over and over would come from the cache.
+    batches = [torch.randn(n, 3, size, size, device=device) for n in sizes]
 
     def bare() -> None:
         with torch.inference_mode():
-            for start in range(0, mixes, config.batch_size):
-                model(batch[: min(config.batch_size, mixes - start)])
+            for batch in batches:
+                model(batch)
 
     def scored() -> None:
         score_dataset(model, data, scoring, indices=anchors)
