@@ -1,4 +1,4 @@
-"""Two operations of the supernet that PyTorch has, but not in a form that is fast enough: both differentiable.
+"""Two operations of the supernet that PyTorch has, but not in a form that is fast enough.
 
 `depthwise` is a 5x5 depthwise convolution. `normalised_mix` is what follows every convolution and every pool in a
 supernet, up to the sum over a node's edges, as one matrix:
@@ -9,6 +9,8 @@ A pointwise convolution, a BatchNorm without learnt scale and a weighted sum are
 and the variance of x @ pointwise follows from the covariance of x: var = diag(pointwise^T cov(x) pointwise). So
 neither the pointwise convolution's result nor the normalised one ever exists; x is read twice and only x is kept.
 
+Both are differentiable, but only once: a backward pass with create_graph=True is refused.
+
 Tensors are (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1 convolution is a matrix
 product over the last axis.
 """
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPSILON = 1e-5  # nn.BatchNorm2d's
@@ -89,8 +90,8 @@ class _NormalisedMix(torch.autograd.Function):
         return y, mean_z, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        _refuse_to_be_differentiated_twice()
         x, mean, projected, inverse, scaled, matrix, mix, rectified = ctx.saved_tensors
         grad = grad.contiguous()
         if rectified is not None:
@@ -114,6 +115,13 @@ class _NormalisedMix(torch.autograd.Function):
         return grad_x, grad_pointwise, grad_mix, None
 
 
+def _refuse_to_be_differentiated_twice() -> None:
+    if torch.is_grad_enabled():  # in a backward pass only by create_graph=True
+        raise RuntimeError(
+            "The fast supernet cannot be differentiated twice (create_graph=True); use darts_space.PlainSuperNet."
+        )
+
+
 def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     """Depthwise convolution that keeps H and W but for the stride: x (N, H, W, C), weight (C, 1, 5, 5).
 
@@ -133,8 +141,8 @@ class _Depthwise(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        _refuse_to_be_differentiated_twice()
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         by_input = by_weight = None

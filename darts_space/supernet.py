@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
 from darts_space.conversion import from_plain
 from darts_space.derivation import derive
-from darts_space.fused import batch_to_space, depthwise, normalised_mix, space_to_batch
+from darts_space.fused import batch_to_space, depthwise, normalised_mix, pointwise_convolution, space_to_batch
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
 from darts_space.search_network import SearchNetwork
@@ -52,8 +52,9 @@ SKIP = PRIMITIVES.index("skip_connect")
 class StateEdges(nn.Module):
     """All edges that leave one state (or both input states, S = 2) for the T nodes after it: E = S * T edges.
 
-    (N, H, W, S * C) -> what these edges add to the mixed and to the bypassing channels of each of the T nodes:
-    (N, H / stride, W / stride, T, C / K) and (N, H / stride, W / stride, T, C / K, K - 1).
+    (N, H, W, S * C) -> what these edges add to each of the T nodes: to their mixed channels
+    (N, H / stride, W / stride, T * C / K); and to all channels, without a convolution or pool on the way,
+    (N, H / stride, W / stride, T * C).
 
     Axes of channels are in the order (kernel size, state, node, channel), as far as there are several of each.
     """
@@ -96,7 +97,7 @@ class StateEdges(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """`weights` (6 + K, S, T): of the operations `MIXED`, of the skip connection, and K - 1 times the edge's."""
-        t, c, k = self.targets, self.mixed, self.partial
+        c, k = self.mixed, self.partial
         front, behind = x.unflatten(3, (self.sources, k * c)).split([c, (k - 1) * c], dim=4)
         front, behind = front.flatten(3), behind.flatten(3)
         first, second, dilated = self._depthwise_filters()
@@ -128,13 +129,13 @@ class StateEdges(nn.Module):
 
         if self.stride == 2:
             mixed = mixed + norms(_even_and_odd(front), self._skip_matrix(), self._mixing_matrices(weights[6:7])[0])
-            behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1) if k > 1 else mixed[..., :0]
-            bypass = self._passing(behind, weights[7:], self.own_channel[c:, :, 1:])
-            mixed = mixed.unflatten(3, (t, c))
+            if k == 1:
+                bypass = mixed.new_zeros(()).expand_as(mixed)
+            else:
+                behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+                bypass = self._passing(behind, weights[7:], self.own_channel[c:])
         else:
-            # `split`, here as elsewhere: the gradients of slices would be zeros, filled in one by one.
-            skip, bypass = self._passing(x, weights[6:], self.own_channel).split([1, k - 1], dim=5)
-            mixed = mixed.unflatten(3, (t, c)) + skip.squeeze(5)
+            bypass = self._passing(x, weights[6:], self.own_channel)
         norms.track()
         return mixed, bypass
 
@@ -167,14 +168,12 @@ class StateEdges(nn.Module):
     def _passing(self, x: Tensor, weights: Tensor, own_channel: Tensor) -> Tensor:
         """What reaches the nodes unchanged but for a weight (blocks, S, T) per block of C / K channels and edge.
 
-        x (N, H, W, S * blocks * C / K) -> (N, H, W, T, C / K, blocks): the axis order is the channel shuffle.
+        x (N, H, W, S * blocks * C / K) -> (N, H, W, T * C), where the channels are shuffled already.
         """
         blocks, s, t = weights.shape
-        matrix = weights.transpose(0, 1)[:, :, None, :, None, None] * own_channel.reshape(
-            blocks, self.mixed, 1, self.mixed, blocks
-        )
-        matrix = matrix.reshape(s * blocks * self.mixed, t * self.mixed * blocks)
-        return (x @ matrix.to(x.dtype)).unflatten(3, (t, self.mixed, blocks))
+        c, k = self.mixed, self.partial
+        matrix = weights.transpose(0, 1)[:, :, None, :, None] * own_channel.reshape(blocks, c, 1, c * k)
+        return pointwise_convolution(x, matrix.reshape(s * blocks * c, t * c * k))
 
 
 class _Norms:
@@ -242,6 +241,7 @@ class FusedCell(nn.Module):
         preprocess0 = FactorizedReduce if previous_reduces else ReLUConvBN  # see PlainCell
         self.preprocess0 = preprocess0(in_channels[0], channels, affine=False)
         self.preprocess1 = ReLUConvBN(in_channels[1], channels, affine=False)
+        self.register_buffer("every_kth", torch.eye(channels)[::partial].contiguous(), persistent=False)
         strides = [2 if reduces and 0 in states else 1 for states in STATES]
         self.edges = nn.ModuleList(
             StateEdges(states, channels, partial, stride) for states, stride in zip(STATES, strides, strict=True)
@@ -262,11 +262,12 @@ class FusedCell(nn.Module):
         mixed: list[list[Tensor]] = [[] for _ in range(NODES)]
         bypass: list[list[Tensor]] = [[] for _ in range(NODES)]
         for node, (edges, weight) in enumerate(zip(self.edges, weights, strict=True)):
-            for later, parts in enumerate(zip(*(part.unbind(3) for part in edges(state, weight)), strict=True), node):
-                mixed[later].append(parts[0])
-                bypass[later].append(parts[1])
-            # A node is the sum of its edges. The shuffle: the mixed channels and the bypassing ones by turns.
-            state = torch.cat([_sum(mixed[node])[..., None], _sum(bypass[node])], dim=4).flatten(3)
+            parts = [part.chunk(edges.targets, 3) for part in edges(state, weight)]
+            for later, (mixed_part, bypass_part) in enumerate(zip(*parts, strict=True), node):
+                mixed[later].append(mixed_part)
+                bypass[later].append(bypass_part)
+            # A node is the sum of its edges. The shuffle: every K-th channel is a mixed one.
+            state = _sum(bypass[node]) + pointwise_convolution(_sum(mixed[node]), self.every_kth)
             nodes.append(state)
         return torch.cat(nodes, dim=3).permute(0, 3, 1, 2)
 
