@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
-from nas_kmix.engine.distributed import joined
+from nas_kmix.engine.distributed import is_main, joined
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, StageMismatchError, check_key, stage_key
@@ -675,7 +674,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal config
         config = parse(argv)
         result = run(config)
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             print(_summary(config, result, argv))
 
     return cli.exit_code(work, lambda error: _remedy(config, error))

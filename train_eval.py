@@ -14,7 +14,6 @@ share of the training images where there is none; test images are only reported 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +33,7 @@ from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
-from nas_kmix.engine.distributed import World, joined
+from nas_kmix.engine.distributed import World, is_main, joined
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import Recipe
@@ -469,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         result = run(parse(argv))
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             print(json.dumps(result))
 
     return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")

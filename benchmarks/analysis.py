@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,12 @@ import tyro
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.measure import generated_images, seconds
 from darts_space import GENOTYPES, CifarNetwork
 from nas_kmix.analysis.attacks import PixelClassifier, pgd
 from nas_kmix.analysis.objective import cross_entropy_objective
 from nas_kmix.backbones import build_backbone
-from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.device import to_layout
-from nas_kmix.engine.sources import Source
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ def main(config: Config) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     model = to_layout(_network(config).to(device).eval(), config.channels_last)
-    data = _images(config, device)
+    rng = np.random.default_rng(0)
+    data = generated_images(config.batch_size, config.image_size, config.classes, device, rng=rng)
     objective = cross_entropy_objective(model, data, np.arange(len(data)), chunk_size=config.batch_size)
     centre = objective.centre
     vector = torch.randn(len(centre), generator=torch.Generator().manual_seed(0)).to(device)
@@ -104,29 +103,12 @@ def _network(config: Config) -> nn.Module:
     return CifarNetwork(GENOTYPES[config.network], config.channels, config.layers, config.classes, generator=generator)
 
 
-def _images(config: Config, device: torch.device) -> ImageData:
-    rng, size = np.random.default_rng(0), config.image_size
-    pixels = rng.integers(0, 256, (config.batch_size, size, size, 3), dtype=np.uint8)
-    names = tuple(map(str, range(config.classes)))
-    source = Source("generated", "test", rng.integers(0, config.classes, config.batch_size), names, arrays=pixels)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
-    return ImageData(source, size, (0.5,) * 3, (0.25,) * 3, device, images)
-
-
 def _time_in_turn(
     plain: Callable[[], object], full: Callable[[], object], pairs: int, device: torch.device
 ) -> list[tuple[float, float]]:
     """Seconds of both, pair by pair, after one run of each to warm up."""
-    rows = [(_seconds(plain, device), _seconds(full, device)) for _ in range(1 + pairs)]
+    rows = [(seconds(plain, device), seconds(full, device)) for _ in range(1 + pairs)]
     return rows[1:]
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/mixing.py`
 
+from benchmarks.measure import seconds
 from nas_kmix.backbones import build_backbone
 from nas_kmix.boxes import draw_phi, nested_boxes, stick_lengths
 from nas_kmix.mixing import DCutMix, DMixup, SaliencyDCutMix
@@ -107,18 +107,15 @@ def mixers(device: torch.device) -> dict[str, Work]:
 
 def interleaved(works: dict[str, Work], rounds: int, device: torch.device, *, often: int = 1) -> dict[str, float]:
     """Median seconds of each, run in turn, all but the first `often` times, so that all meet the same disturbances."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     first = next(iter(works))
     for turn in range(-1, rounds):  # one turn to warm up
         for name, work in works.items():
             for _ in range(1 if name == first else often):
-                start = time.perf_counter()
-                work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                taken = seconds(work, device)
                 if turn >= 0:
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                    times[name].append(taken)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def batch_of(size: int, n: int, config: Config) -> tuple[torch.Tensor, torch.Tensor]:

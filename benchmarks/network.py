@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ import torch
 import tyro
 from torch.nn import functional as F
 
+from benchmarks.measure import seconds
 from darts_space import read_genotype
 from darts_space.network import NETWORKS, Network
 
@@ -56,7 +57,7 @@ def main(config: Config) -> dict[str, float]:
     for mode, step in (("training", train_step), ("evaluation", evaluate)):
         for run in runs:
             step(*run)  # the first is slower
-        pairs = [[_seconds(step, *run) for run in runs] for _ in range(config.pairs)]
+        pairs = [[seconds(partial(step, *run), config.device) for run in runs] for _ in range(config.pairs)]
         figures[f"{mode}_images_per_second"] = config.batch_size / statistics.median(pair[1] for pair in pairs)
         figures[f"{mode}_speedup"] = statistics.median(plain / last for plain, last in pairs)
     print(f"torch {torch.__version__}, {platform.machine()}, {config.device}, {torch.get_num_threads()} threads")
@@ -77,14 +78,6 @@ def train_step(model: Network, images: torch.Tensor) -> None:
 @torch.no_grad()
 def evaluate(model: Network, images: torch.Tensor) -> None:
     model.eval()(images)
-
-
-def _seconds(step, model: Network, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    step(model, images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

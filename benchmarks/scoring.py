@@ -12,7 +12,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/scoring.py`
 
+from benchmarks.measure import generated_images, seconds
 from nas_kmix.backbones import build_backbone
-from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.sources import Source
 from nas_kmix.scoring import ScoringConfig, score_dataset
 
 
@@ -52,11 +50,7 @@ def main(config: Config) -> dict[str, float]:
     device = torch.device(config.device)
     rng = np.random.default_rng(0)
     size, pool = config.image_size, 10 * config.images
-    pixels = rng.integers(0, 256, size=(pool, size, size, 3), dtype=np.uint8)
-    names = tuple(map(str, range(config.classes)))
-    source = Source("generated", "train", rng.integers(0, config.classes, size=pool), names, arrays=pixels)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
-    data = ImageData(source, size, (0.5,) * 3, (0.25,) * 3, device, images)
+    data = generated_images(pool, size, config.classes, device, rng=rng)
     model = build_backbone(config.backbone, num_classes=config.classes, stem=data.stem).to(device).eval()
     scoring = ScoringConfig(draws=config.draws, batch_size=config.batch_size)
     anchors = np.sort(rng.choice(pool, size=config.images, replace=False))
@@ -75,7 +69,7 @@ def main(config: Config) -> dict[str, float]:
 
     for warm_up in (bare, scored):
         warm_up()
-    rows = [(_time(bare, device), _time(scored, device)) for _ in range(config.pairs)]
+    rows = [(seconds(bare, device), seconds(scored, device)) for _ in range(config.pairs)]
     figures = {
         "scoring_ratio": statistics.median(plain / full for plain, full in rows),
         "overhead_us_per_mix": statistics.median(1e6 * (full - plain) / mixes for plain, full in rows),
@@ -91,14 +85,6 @@ def main(config: Config) -> dict[str, float]:
     if config.json is not None:
         config.json.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
-
-
-def _time(work, device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import seconds
 from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.search_network import SearchNetwork
@@ -110,14 +110,6 @@ def works(form: str, config: Config) -> dict[str, Callable[[], object]]:
 def forward_backward(model: SearchNetwork, batch: Batch) -> None:
     """The gradients of all parameters."""
     torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 class OperationCount(TorchDispatchMode):

@@ -61,11 +61,10 @@ class StateEdges(nn.Module):
 
     def __init__(self, states: tuple[int, ...], channels: int, partial: int, stride: int):
         super().__init__()
-        self.rows = edge_rows(states)
-        self.sources, self.targets = len(states), len(self.rows) // len(states)
+        e = len(edge_rows(states))
+        self.sources, self.targets = len(states), e // len(states)
         self.partial, self.stride = partial, stride
-        self.mixed = channels // partial
-        e, c = len(self.rows), self.mixed
+        self.mixed = c = channels // partial
         # The first axis: the two blocks of the separable convolutions, then the one of the dilated convolutions.
         self.depthwise_3x3 = nn.Parameter(torch.empty(3, e, c, 1, 3, 3))
         self.depthwise_5x5 = nn.Parameter(torch.empty(3, e, c, 1, 5, 5))

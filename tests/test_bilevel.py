@@ -16,15 +16,6 @@ from darts_space.search_network import ARCHITECTURE_NAMES, SearchNetwork
 from darts_space.supernet import SuperNet
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small further threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class SmoothNet(nn.Module):
     """A two-path network without kinks, so that its second derivatives exist everywhere."""
 

@@ -36,15 +36,6 @@ P_VALUE = 1e-4  # the generators are seeded: a test passes or fails for good
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dcutmix_areas.json").read_text())["cases"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are tiny: on a busy machine a second thread costs more than the rest of the test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def blank(n, hw=HW):
     """A batch for plans that look at nothing but its shape."""
     return torch.zeros(n, 1, *hw)

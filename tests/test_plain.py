@@ -22,15 +22,6 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "genotype_parse.json").r
 TABLES = ("alphas_normal", "betas_normal", "alphas_reduce", "betas_reduce")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small further threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(seed: int = 0, *, dtype: torch.dtype = torch.float64, **arguments) -> PlainSuperNet:
     """A small supernet whose alpha and beta differ enough to matter."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,15 +14,6 @@ from darts_space.search_network import ARCHITECTURE_NAMES
 from darts_space.supernet import SuperNet
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small further threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build_both(dtype: torch.dtype = torch.float64, **arguments) -> tuple[PlainSuperNet, SuperNet]:
     """The same small network in both forms; its alpha and beta differ enough to matter."""
     arguments = {"channels": 8, "num_classes": 7, "layers": 5, **arguments}

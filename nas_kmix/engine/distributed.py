@@ -74,6 +74,11 @@ class World:
         return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def is_main() -> bool:
+    """Whether this process is rank 0, also where there is no world any more or none yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The world that torchrun has started this process in, or that of a single process.

@@ -10,7 +10,7 @@ two, on the same 1,000 test images, and FGSM white-box and PGD grey- and black-b
 After --minutes a training or the landscapes save their state and the program ends with code 75; the same command goes
 on from there. A trial of everything:
 
-    python -m studies.generalisation --results /tmp/trial.jsonl --out /tmp/trial \
+    python -m studies.generalisation --results runs/trial.jsonl --out runs/trial \
         "--train-flags=--limit-steps 2 --epochs 1" "--analysis-flags=--images 20"
 """
 
