@@ -30,7 +30,7 @@ def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for group, states in enumerate(STATES):
             parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
             for edge, row in enumerate(edge_rows(states)):
-                for name, index, plain_name in _correspondence(edge):
+                for name, index, plain_name in _correspondence(edge, states):
                     if (value := state.get(f"{cell}.edges.{row}.operations.{plain_name}")) is not None:
                         parts.setdefault(name, {})[index] = value
             for name, values in parts.items():
@@ -45,14 +45,14 @@ def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
         batches = state[f"{cell}.preprocess1.2.num_batches_tracked"]  # every norm has seen the same
         for group, states in enumerate(STATES):
             for edge, row in enumerate(edge_rows(states)):
-                for name, index, plain_name in _correspondence(edge):
+                for name, index, plain_name in _correspondence(edge, states):
                     stacked = state.get(f"{cell}.edges.{group}.{name}")
                     if stacked is None or index[0] >= len(stacked):  # only strided edges have weights in their skip
                         continue
                     plain = f"{cell}.edges.{row}.operations.{plain_name}"
                     result[plain] = stacked[index].clone()
-                    if name == "running_var":
-                        result[plain.replace(name, "num_batches_tracked")] = batches.clone()
+                    if name.endswith("_var"):
+                        result[plain.replace("running_var", "num_batches_tracked")] = batches.clone()
     return result
 
 
@@ -60,24 +60,25 @@ def _cells(state: dict[str, Tensor]) -> list[str]:
     return sorted({".".join(name.split(".")[:2]) for name in state if name.startswith("cells.")})
 
 
-def _correspondence(edge: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _correspondence(edge: int, states: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Where the tensors of one edge are: name in the fast form and index in that tensor, name in the plain form."""
-    for size, operation in enumerate(_POOLS):
-        yield from _norm(size, edge, f"{operation}.1")
+    source = edge * len(states) // len(edge_rows(states))
+    for pool, operation in enumerate(_POOLS):
+        yield from _norm("pools", (pool, source), f"{operation}.1")
     for block, (operations, position) in enumerate(_BLOCKS):
         for size, operation in enumerate(operations):
             depthwise = ("depthwise_3x3", "depthwise_5x5")[size]
             yield depthwise, (block, edge), f"{operation}.{position}.weight"
             yield "pointwise", (block, size, edge), f"{operation}.{position + 1}.weight"
-            yield from _norm(2 + 2 * block + size, edge, f"{operation}.{position + 2}")
+            yield from _norm("running", (2 * block + size, edge), f"{operation}.{position + 2}")
     for half, name in enumerate(("conv_even", "conv_odd")):
         yield "skip", (half, edge), f"{_SKIP}.{name}.weight"
-    yield from _norm(8, edge, f"{_SKIP}.bn")
+    yield from _norm("running", (6, edge), f"{_SKIP}.bn")
 
 
-def _norm(row: int, edge: int, plain_name: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    for name in ("running_mean", "running_var"):
-        yield name, (row, edge), f"{plain_name}.{name}"
+def _norm(kind: str, index: tuple[int, ...], plain_name: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    for statistic in ("mean", "var"):
+        yield f"{kind}_{statistic}", index, f"{plain_name}.running_{statistic}"
 
 
 def _stacked(parts: dict[tuple[int, ...], Tensor]) -> Tensor:

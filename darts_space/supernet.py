@@ -7,11 +7,11 @@ The mathematics is PC-DARTS's, which `darts_space.plain` spells out edge by edge
 state: whatever leaves a state, to all nodes after it, is computed together (`StateEdges`), because all of these edges
 read the same first 1/K of the channels and nothing else of the cell.
 
-- One depthwise convolution serves both kernel sizes on all edges: the 3x3 filters sit in a 5x5 frame of zeros.
-- One matrix is all that comes after it: the pointwise convolutions, their BatchNorms, the mixing weights
-  softmax(alpha) (equation 1) and softmax(beta) (section 3.3), and the sum over the edges into a node
-  (`darts_space.fused`).
-- A pool is the same tensor on all edges.
+- One depthwise convolution serves both kernel sizes on all edges: the 3x3 filters sit in a 5x5 frame of zeros. One
+  grouped pointwise convolution and one BatchNorm follow.
+- The mixing weights, softmax(alpha) (equation 1) times softmax(beta) (section 3.3), are the scales of the BatchNorms;
+  what is left of the sum over a node's edges is a matrix of zeros and ones.
+- A pool and its BatchNorm are the same tensor on all edges: the mixing weights spread it over the nodes.
 - The other channels bypass (equation 2): again a matrix, of beta alone. The channel shuffle is the order in which a
   node writes its channels down.
 
@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +33,13 @@ from torch.nn import functional as F
 from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
 from darts_space.conversion import from_plain
 from darts_space.derivation import derive
-from darts_space.fused import batch_to_space, depthwise, normalised_mix, pointwise_convolution, space_to_batch
+from darts_space.kernels import batch_norm, batch_to_space, depthwise, pointwise_convolution, space_to_batch
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
 from darts_space.search_network import SearchNetwork
 
 __all__ = ["SuperNet", "derive"]
 
-MOMENTUM = 0.1  # of the running statistics, nn.BatchNorm2d's
 MIXED = tuple(
     map(
         PRIMITIVES.index,
@@ -69,13 +70,15 @@ class StateEdges(nn.Module):
         self.depthwise_3x3 = nn.Parameter(torch.empty(3, e, c, 1, 3, 3))
         self.depthwise_5x5 = nn.Parameter(torch.empty(3, e, c, 1, 5, 5))
         self.pointwise = nn.Parameter(torch.empty(3, 2, e, c, c, 1, 1))  # kernel size 3, 5
-        # The first axis: the two pools, the three blocks with either kernel size, with stride 2 the skip connection.
-        rows = 8
+        # The first axis: the three blocks with either kernel size; with stride 2 the skip connection.
+        rows = 6
         if stride == 2:
             self.skip = nn.Parameter(torch.empty(2, e, c // 2, c, 1, 1))  # of the even pixels, of the odd ones
-            rows = 9
+            rows = 7
         self.register_buffer("running_mean", torch.zeros(rows, e, c))
         self.register_buffer("running_var", torch.ones(rows, e, c))
+        self.register_buffer("pools_mean", torch.zeros(2, self.sources, c))
+        self.register_buffer("pools_var", torch.ones(2, self.sources, c))
         for name, pattern in self._patterns().items():
             self.register_buffer(name, pattern.contiguous(), persistent=False)
 
@@ -84,11 +87,10 @@ class StateEdges(nn.Module):
         s, t, c, k = self.sources, self.targets, self.mixed, self.partial
         copy = torch.eye(s * c).view(s * c, s, 1, c).expand(s * c, s, t, c).flatten(1)  # of a state for each node
         patterns = {
-            "copy_twice": copy.repeat(1, 2),
-            "copy_both": torch.block_diag(copy, copy),
-            "own_block": torch.eye(2 * s * t),
-            "own_node": torch.eye(t * c),
-            "own_channel": torch.eye(k * c).view(k * c, k, c).transpose(1, 2),  # the shuffle
+            "copies": copy.repeat(1, 2),
+            "sums": torch.eye(t * c).repeat(2 * s, 1),  # over all edges that enter a node
+            "own_channel": torch.eye(c).view(1, c, 1, c),
+            "own_place": torch.eye(k * c).view(k * c, k, c).transpose(1, 2).reshape(k, c, 1, k * c),  # the shuffle
         }
         if self.stride == 2:
             patterns["own_half"] = torch.eye(2 * s).view(2, s, 1, 2, s).permute(0, 1, 2, 4, 3)[..., None, :, None]
@@ -99,113 +101,95 @@ class StateEdges(nn.Module):
         c, k = self.mixed, self.partial
         front, behind = x.unflatten(3, (self.sources, k * c)).split([c, (k - 1) * c], dim=4)
         front, behind = front.flatten(3), behind.flatten(3)
+        pools_weight, *convolutions_weight, bypass_weight = weights.split(
+            [2, 2, 2, k] if self.stride == 1 else [2, 2, 2, 1, k - 1]
+        )
+        separable_scale, dilated_scale, *skip_scale = (
+            weight[..., None].expand(*weight.shape, c).flatten() for weight in convolutions_weight
+        )
         first, second, dilated = self._depthwise_filters()
-        first_pointwise, second_pointwise, dilated_pointwise = self._pointwise_matrices()
-        pools_mix, separable_mix, dilated_mix = self._mixing_matrices(weights[:6])
-        norms = _Norms(self)
+        first_pointwise, second_pointwise, dilated_pointwise = self._pointwise_filters()
 
+        planes = front.permute(0, 3, 1, 2)
         pools = torch.cat(
             [
-                F.max_pool2d(front.permute(0, 3, 1, 2), 3, self.stride, 1).permute(0, 2, 3, 1),
-                F.avg_pool2d(front.permute(0, 3, 1, 2), 3, self.stride, 1, count_include_pad=False).permute(0, 2, 3, 1),
+                F.max_pool2d(planes, 3, self.stride, 1),
+                F.avg_pool2d(planes, 3, self.stride, 1, count_include_pad=False),
             ],
-            dim=3,
-        )
-        mixed = norms(pools, self.copy_both, pools_mix)
+            dim=1,
+        ).permute(0, 2, 3, 1)
+        pools = batch_norm(pools, self.pools_mean.view(-1), self.pools_var.view(-1), training=self.training)
+        mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
         front = F.relu(front)
-        copies = self.copy_twice.to(x.dtype)
-        separable = norms(depthwise(front @ copies, first, self.stride), first_pointwise, rectify=True)
-        mixed = mixed + norms(depthwise(separable, second), second_pointwise, separable_mix)
+        copies = self.copies.to(x.dtype)
+        separable = first_pointwise(depthwise(front @ copies, first, self.stride))
+        separable = F.relu(self._norm(0, separable), inplace=True)
+        separable = second_pointwise(depthwise(separable, second))
+        mixed = mixed + self._sum(self._norm(2, separable, separable_scale))
         if self.stride == 2:  # every second pixel of every second pixel
-            every_second = depthwise(front[:, ::2, ::2] @ copies, dilated)
-            mixed = mixed + norms(every_second, dilated_pointwise, dilated_mix)
+            every_second = dilated_pointwise(depthwise(front[:, ::2, ::2] @ copies, dilated))
+            mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
         elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
-            every_second = depthwise(space_to_batch(front) @ copies, dilated)
-            mixed = mixed + batch_to_space(norms(every_second, dilated_pointwise, dilated_mix))
+            every_second = dilated_pointwise(depthwise(space_to_batch(front) @ copies, dilated))
+            mixed = mixed + batch_to_space(self._sum(self._norm(4, every_second, dilated_scale)))
         else:
-            mixed = mixed + norms(depthwise(front @ copies, dilated, dilation=2), dilated_pointwise, dilated_mix)
+            every_second = dilated_pointwise(depthwise(front @ copies, dilated, dilation=2))
+            mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
 
-        if self.stride == 2:
-            mixed = mixed + norms(_even_and_odd(front), self._skip_matrix(), self._mixing_matrices(weights[6:7])[0])
-            if k == 1:
-                bypass = mixed.new_zeros(()).expand_as(mixed)
-            else:
-                behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-                bypass = self._passing(behind, weights[7:], self.own_channel[c:])
-        else:
-            bypass = self._passing(x, weights[6:], self.own_channel)
-        norms.track()
-        return mixed, bypass
+        if self.stride == 1:
+            return mixed, self._spread(x, bypass_weight, self.own_place)
+        skip = pointwise_convolution(_even_and_odd(front), self._skip_filters())
+        mixed = mixed + self._sum(self._norm(6, skip, *skip_scale))
+        if k == 1:
+            return mixed, mixed.new_zeros(()).expand_as(mixed)
+        behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        return mixed, self._spread(behind, bypass_weight, self.own_place[1:])
+
+    def _norm(self, row: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """BatchNorm of all edges' channels, whose running statistics begin in `row`."""
+        rows = slice(row, row + x.shape[3] // self.running_mean[0].numel())
+        mean, var = self.running_mean[rows].view(-1), self.running_var[rows].view(-1)
+        return batch_norm(x, mean, var, scale, training=self.training)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """What all edges, and both kernel sizes, add to the nodes' channels."""
+        return x @ self.sums[: x.shape[3]].to(x.dtype)
 
     def _depthwise_filters(self) -> tuple[Tensor, ...]:
         """Of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""
         framed = torch.stack([F.pad(self.depthwise_3x3, (1, 1, 1, 1)), self.depthwise_5x5], dim=1)
         return framed.flatten(1, 3).unbind(0)
 
-    def _pointwise_matrices(self) -> tuple[Tensor, ...]:
-        """Of each of the three blocks, with one block of the matrix for each convolution."""
-        matrices = (
-            self.pointwise.flatten(4).flatten(1, 2).transpose(2, 3)[:, :, :, None] * self.own_block[:, None, :, None]
-        )
-        return matrices.flatten(3, 4).flatten(1, 2).unbind(0)
+    def _pointwise_filters(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The convolutions of each of the three blocks, in groups of one edge or more.
 
-    def _mixing_matrices(self, weights: Tensor) -> tuple[Tensor, ...]:
-        """Of each pair of operations (a single one for the skip connection), from its edges' channels to the nodes'."""
-        pairs = (weights.shape[0] + 1) // 2
-        matrices = weights.reshape(pairs, -1, self.targets, 1, 1, 1) * self.own_node.view(
-            self.targets, self.mixed, self.targets, self.mixed
-        )
-        return matrices.flatten(4).flatten(1, 3).unbind(0)
+        On a CPU groups of eight channels are the fastest, or of more if an edge has more; a GPU prefers a single one.
+        """
+        edges = 2 * self.sources * self.targets
+        together = math.gcd(edges, max(1, 8 // self.mixed)) if self.pointwise.device.type == "cpu" else edges
+        filters = self.pointwise.flatten(1, 2)
+        if together > 1:
+            own_edge = torch.eye(together, dtype=filters.dtype, device=filters.device)
+            filters = filters.view(3, -1, together, self.mixed, 1, self.mixed) * own_edge[:, None, :, None]
+        shape = -1, together * self.mixed, 1, 1
+        for weight in filters.unbind(0):
+            yield functools.partial(pointwise_convolution, weight=weight.reshape(shape), groups=edges // together)
 
-    def _skip_matrix(self) -> Tensor:
+    def _skip_filters(self) -> Tensor:
         """The two halves of FactorizedReduce, from the even and the odd pixels of each state to its edges' channels."""
         s, t, c = self.sources, self.targets, self.mixed
         weight = self.skip.view(2, s, t, c // 2, c).permute(0, 1, 4, 2, 3)[:, :, :, None, :, None]
-        return (weight * self.own_half).reshape(2 * s * c, s * t * c)
+        return (weight * self.own_half).reshape(2 * s * c, s * t * c).t()[..., None, None]
 
-    def _passing(self, x: Tensor, weights: Tensor, own_channel: Tensor) -> Tensor:
-        """What reaches the nodes unchanged but for a weight (blocks, S, T) per block of C / K channels and edge.
+    def _spread(self, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+        """What reaches the nodes unchanged but for a weight (B, S, T) per block of channels and edge.
 
-        x (N, H, W, S * blocks * C / K) -> (N, H, W, T * C), where the channels are shuffled already.
+        x (N, H, W, S * B * C / K) -> (N, H, W, T * D): `places` (B, C / K, 1, D) says which of a node's D channels
+        each channel of a block becomes.
         """
-        blocks, s, t = weights.shape
-        c, k = self.mixed, self.partial
-        matrix = weights.transpose(0, 1)[:, :, None, :, None] * own_channel.reshape(blocks, c, 1, c * k)
-        return pointwise_convolution(x, matrix.reshape(s * blocks * c, t * c * k))
-
-
-class _Norms:
-    """The BatchNorms of one pass through a `StateEdges` (or the only one of an nn.BatchNorm2d).
-
-    They come in the order of their running statistics, whose first axis is cut into as many as each call needs.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.row = 0
-        self.used: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, x: Tensor, pointwise: Tensor, mix: Tensor | None = None, *, rectify: bool = False) -> Tensor:
-        """BatchNorm(x @ pointwise) @ mix, see `normalised_mix`."""
-        module = self.module
-        running = None
-        if not module.training:
-            rows = slice(self.row, self.row + pointwise.shape[1] // module.running_mean[0].numel())
-            running = module.running_mean[rows].flatten(), module.running_var[rows].flatten()
-            self.row = rows.stop
-        y, statistics = normalised_mix(x, pointwise, mix, rectify=rectify, statistics=running)
-        self.used.append(statistics)
-        self.pixels = x.shape[:3].numel()
-        return y
-
-    @torch.no_grad()
-    def track(self) -> None:
-        """While training, move the running statistics as nn.BatchNorm2d does (towards the unbiased variance)."""
-        if self.module.training:
-            mean, var = (torch.cat(parts).view_as(self.module.running_mean) for parts in zip(*self.used, strict=True))
-            self.module.running_mean.lerp_(mean, MOMENTUM)
-            self.module.running_var.lerp_(var * (self.pixels / (self.pixels - 1)), MOMENTUM)
+        matrix = weights.transpose(0, 1)[:, :, None, :, None] * places
+        return pointwise_convolution(x, matrix.flatten(0, 2).flatten(1).t()[..., None, None])
 
 
 def preprocessed(x: Tensor, module: ReLUConvBN | FactorizedReduce) -> Tensor:
@@ -213,15 +197,14 @@ def preprocessed(x: Tensor, module: ReLUConvBN | FactorizedReduce) -> Tensor:
     x = F.relu(x)
     if isinstance(module, FactorizedReduce):
         x, norm = _even_and_odd(x), module.bn
-        matrix = torch.block_diag(*(conv.weight.flatten(1).t() for conv in (module.conv_even, module.conv_odd)))
+        weight = torch.block_diag(*(conv.weight.flatten(1) for conv in (module.conv_even, module.conv_odd)))
+        weight = weight[..., None, None]
     else:
-        norm, matrix = module[2], module[1].weight.flatten(1).t()
-    norms = _Norms(norm)
-    y = norms(x, matrix)
-    norms.track()
+        weight, norm = module[1].weight, module[2]
     if norm.training:
         norm.num_batches_tracked += 1
-    return y
+    x = pointwise_convolution(x, weight)
+    return batch_norm(x, norm.running_mean, norm.running_var, training=norm.training)
 
 
 def _even_and_odd(x: Tensor) -> Tensor:
@@ -266,7 +249,7 @@ class FusedCell(nn.Module):
                 mixed[later].append(mixed_part)
                 bypass[later].append(bypass_part)
             # A node is the sum of its edges. The shuffle: every K-th channel is a mixed one.
-            state = _sum(bypass[node]) + pointwise_convolution(_sum(mixed[node]), self.every_kth)
+            state = _sum(bypass[node]) + _sum(mixed[node]) @ self.every_kth.to(state.dtype)
             nodes.append(state)
         return torch.cat(nodes, dim=3).permute(0, 3, 1, 2)
 
