@@ -10,8 +10,11 @@ product over the last axis.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+OURS = {"cpu"}
+"""Devices where PyTorch's own are not good enough; elsewhere everything here is a few calls of PyTorch's."""
 
 EPSILON = 1e-5  # nn.BatchNorm2d's, as is
 MOMENTUM = 0.1  # of the running statistics
@@ -23,25 +26,38 @@ def pointwise_convolution(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
 
 
 def batch_norm(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None, *, training: bool
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
 ) -> Tensor:
-    """nn.BatchNorm2d on x (N, H, W, C), with a scale `weight` (C,) if any; the running statistics move in place.
+    """nn.BatchNorm2d on x (N, C, H, W) in channels_last; while training the running statistics move in place.
 
     Raises ValueError while training on a single pixel, whose variance is nought.
     """
-    count = x.shape[:3].numel()
+    count = x.numel() // x.shape[1]
     if training and count == 1:
         raise ValueError("BatchNorm cannot normalise a single pixel while training; use a larger batch or images.")
     weight = None if weight is None else weight.contiguous()  # PyTorch's gradient by x is wrong otherwise, on a CPU
-    planes = x.permute(0, 3, 1, 2)
-    if training and x.device.type == "cpu":
-        planes, mean, var = _BatchNorm.apply(planes, weight)
-        with torch.no_grad():
-            running_mean.lerp_(mean, MOMENTUM)
-            running_var.lerp_(var * (count / (count - 1)), MOMENTUM)
-    else:
-        planes = F.batch_norm(planes, running_mean, running_var, weight, None, training, MOMENTUM, EPSILON)
-    return planes.permute(0, 2, 3, 1)
+    if not training or x.device.type not in OURS:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPSILON)
+    y, mean, var = _BatchNorm.apply(x, weight, bias)
+    with torch.no_grad():
+        running_mean.lerp_(mean, MOMENTUM)
+        running_var.lerp_(var * (count / (count - 1)), MOMENTUM)
+    return y
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """PyTorch's, computed by `batch_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked += 1
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=self.training)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -53,7 +69,7 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
         by_column = torch.ops.aten.batch_norm_update_stats(_columns(x), None, None, 0.0)
         means, variances = (values.view(x.shape[3], -1) for values in by_column)
@@ -62,10 +78,10 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return F.batch_norm(x, mean, var, weight, eps=EPSILON), mean, var
+        return F.batch_norm(x, mean, var, weight, bias, eps=EPSILON), mean, var
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         _refuse_to_be_differentiated_twice()
         x, weight, mean, var = ctx.saved_tensors
         grad, width = grad.contiguous(memory_format=torch.channels_last), x.shape[3]
@@ -80,12 +96,12 @@ class _BatchNorm(torch.autograd.Function):
         # What goes through the mean and the variance: grad loses its mean and its correlation with the normalised x.
         by_x = F.batch_norm(x, mean, var, *(sums * (scale * (-x.shape[1] / x.numel()))), eps=EPSILON)
         by_x.addcmul_(grad, scale.to(grad.dtype)[:, None, None])
-        return by_x, None if weight is None else sums[0]
+        return by_x, *(part if needed else None for part, needed in zip(sums, ctx.needs_input_grad[1:], strict=True))
 
 
 def _columns(x: Tensor) -> Tensor:
-    """x (N, C, H, W), in channels_last, as (1, W * C, N * H, 1), in channels_last too."""
-    x = x.permute(0, 2, 3, 1)
+    """x (N, C, H, W), in channels_last, as (1, W * C, N * H, 1), in channels_last too; float32 at least."""
+    x = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
     return x.reshape(1, -1, 1, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)
 
 
@@ -96,37 +112,48 @@ def _refuse_to_be_differentiated_twice() -> None:
         )
 
 
-def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, *, copies: Tensor | None = None) -> Tensor:
     """Depthwise convolution that keeps H and W but for the stride: x (N, H, W, C), weight (C, 1, 5, 5).
 
-    The first half of the filters is 3x3 in a frame of zeros, which has no gradient.
+    With `copies` (B, C), a matrix that copies channels, it is of x @ copies, which is not kept.
     """
-    return _Depthwise.apply(x, weight.to(x.dtype), stride, dilation)
+    return _Depthwise.apply(x, weight.to(x.dtype), None if copies is None else copies.to(x.dtype), stride, dilation)
 
 
 class _Depthwise(torch.autograd.Function):
     """The backward pass is PyTorch's, except for the weights' gradient on a CPU."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.shape, ctx.stride, ctx.dilation = x.shape, stride, dilation
+    def forward(ctx, x: Tensor, weight: Tensor, copies: Tensor | None, stride: int, dilation: int) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, copies)
+        ctx.stride, ctx.dilation = stride, dilation
+        if copies is not None:
+            x = _product(x, copies)
+        ctx.shape = x.shape
         x = x.permute(0, 3, 1, 2)
         return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_to_be_differentiated_twice()
-        x, weight = ctx.saved_tensors
+        x, weight, copies = ctx.saved_tensors
         grad = grad.contiguous()
-        by_input = by_weight = None
+        by_x = by_weight = None
         if ctx.needs_input_grad[0]:
-            like = grad.new_empty(()).expand(ctx.shape) if x is None else x
-            by_input, _ = _convolution_backward(grad, like, weight, ctx.stride, ctx.dilation, by_input=True)
+            like = grad.new_empty(ctx.shape)  # its shape and layout are all that is used
+            by_x, _ = _convolution_backward(grad, like, weight, ctx.stride, ctx.dilation, by_input=True)
+            if copies is not None:
+                by_x = _product(by_x, copies.t())
         if ctx.needs_input_grad[1]:
-            narrow = grad.device.type == "cpu" and ctx.dilation == 1
+            x = x if copies is None else _product(x, copies)
+            narrow = grad.device.type in OURS and ctx.dilation == 1
             by_weight = (_by_weight_in_columns if narrow else _by_weight)(grad, x, weight, ctx.stride, ctx.dilation)
-        return by_input, by_weight, None, None
+        return by_x, by_weight, None, None, None
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix as a single matrix product, which `matmul` alone does not always make of it."""
+    return (x.flatten(0, 2) @ matrix).unflatten(0, x.shape[:3])
 
 
 def _convolution_backward(
@@ -141,23 +168,31 @@ def _convolution_backward(
     return by_x.permute(0, 2, 3, 1) if by_input else None, by_weight
 
 
-def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int = 1) -> Tensor:
     return _convolution_backward(grad, x, weight, stride, dilation, by_input=False)[1]
 
 
-def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    """The same, fifteen times as fast: oneDNN has a fast kernel for filters of any height, but at most three wide.
+def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int, _: int) -> Tensor:
+    """The same, fifteen times as fast: oneDNN has a fast kernel for filters that are at most three wide.
 
-    It gives columns 1..3; and, over x moved by a pixel, column 0 or 4 of the filters that are not framed by zeros.
+    It gives columns 1..3. For column 0 of the filters that are not framed by zeros, x moves to the right by a pixel;
+    for column 4 the output's gradient also moves, by two of x's pixels. The kernel is fast for images at least as high
+    as the filters.
     """
+    if (lower := weight.shape[2] - x.shape[1]) > 0:
+        x = F.pad(x, (0, 0, 0, 0, 0, lower))
+        grad = F.pad(grad, (0, 0, 0, 0, 0, (x.shape[1] - 1) // stride + 1 - grad.shape[1]))
+    result = F.pad(_by_weight(grad, x, weight[..., 1:4], stride), (1, 1))
     framed = len(weight) // 2
-    middle = _by_weight(grad, x, weight[..., 1:4], stride, dilation)
-    grad, x, narrow = grad[..., framed:].contiguous(), x[..., framed:], weight[framed:, ..., 1:4]
-    column = x.new_zeros(()).expand(*x.shape[:2], 1, x.shape[3])
-    right, left = torch.cat([column, x[:, :, :-1]], dim=2), torch.cat([x[:, :, 1:], column], dim=2)
-    result = F.pad(middle, (1, 1))
-    result[framed:, ..., :1] = _by_weight(grad, right, narrow, stride, dilation)[..., :1]
-    result[framed:, ..., 4:] = _by_weight(grad, left, narrow, stride, dilation)[..., 2:]
+    grad, x, weight = grad[..., framed:], x[..., framed:], weight[framed:, ..., 1:4]
+    n, height, width, channels = grad.shape
+    right = F.pad(x, (0, 0, 1, 1))
+    shift = 2 // stride  # in pixels of the gradient
+    pixels = grad.new_zeros(n * height * (width + shift) + shift, channels)
+    still, moved = (part.view(n, height, -1, channels) for part in (pixels[shift:], pixels[:-shift]))
+    still[:, :, :width] = grad  # the zeros after a row are those before the next one in `moved`
+    result[framed:, ..., :1] = _by_weight(still, right, weight, stride)[..., :1]
+    result[framed:, ..., 4:] = _by_weight(moved, right, weight, stride)[..., 2:]
     return result
 
 

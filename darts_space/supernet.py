@@ -30,10 +30,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from darts_space import kernels
 from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
 from darts_space.conversion import from_plain
 from darts_space.derivation import derive
-from darts_space.kernels import batch_norm, batch_to_space, depthwise, pointwise_convolution, space_to_batch
+from darts_space.kernels import (
+    BatchNorm2d,
+    batch_norm,
+    batch_to_space,
+    depthwise,
+    pointwise_convolution,
+    space_to_batch,
+)
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
 from darts_space.search_network import SearchNetwork
@@ -100,7 +108,7 @@ class StateEdges(nn.Module):
         """`weights` (6 + K, S, T): of the operations `MIXED`, of the skip connection, and K - 1 times the edge's."""
         c, k = self.mixed, self.partial
         front, behind = x.unflatten(3, (self.sources, k * c)).split([c, (k - 1) * c], dim=4)
-        front, behind = front.flatten(3), behind.flatten(3)
+        front = front.flatten(3)
         pools_weight, *convolutions_weight, bypass_weight = weights.split(
             [2, 2, 2, k] if self.stride == 1 else [2, 2, 2, 1, k - 1]
         )
@@ -117,24 +125,24 @@ class StateEdges(nn.Module):
                 F.avg_pool2d(planes, 3, self.stride, 1, count_include_pad=False),
             ],
             dim=1,
-        ).permute(0, 2, 3, 1)
+        )
         pools = batch_norm(pools, self.pools_mean.view(-1), self.pools_var.view(-1), training=self.training)
+        pools = pools.permute(0, 2, 3, 1)
         mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
         front = F.relu(front)
-        copies = self.copies.to(x.dtype)
-        separable = first_pointwise(depthwise(front @ copies, first, self.stride))
+        separable = first_pointwise(depthwise(front, first, self.stride, copies=self.copies))
         separable = F.relu(self._norm(0, separable), inplace=True)
         separable = second_pointwise(depthwise(separable, second))
         mixed = mixed + self._sum(self._norm(2, separable, separable_scale))
         if self.stride == 2:  # every second pixel of every second pixel
-            every_second = dilated_pointwise(depthwise(front[:, ::2, ::2] @ copies, dilated))
+            every_second = dilated_pointwise(depthwise(front[:, ::2, ::2], dilated, copies=self.copies))
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
         elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
-            every_second = dilated_pointwise(depthwise(space_to_batch(front) @ copies, dilated))
+            every_second = dilated_pointwise(depthwise(space_to_batch(front), dilated, copies=self.copies))
             mixed = mixed + batch_to_space(self._sum(self._norm(4, every_second, dilated_scale)))
         else:
-            every_second = dilated_pointwise(depthwise(front @ copies, dilated, dilation=2))
+            every_second = dilated_pointwise(depthwise(front, dilated, dilation=2, copies=self.copies))
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
 
         if self.stride == 1:
@@ -143,14 +151,14 @@ class StateEdges(nn.Module):
         mixed = mixed + self._sum(self._norm(6, skip, *skip_scale))
         if k == 1:
             return mixed, mixed.new_zeros(()).expand_as(mixed)
-        behind = F.max_pool2d(behind.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        behind = F.max_pool2d(behind.flatten(3).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         return mixed, self._spread(behind, bypass_weight, self.own_place[1:])
 
     def _norm(self, row: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """BatchNorm of all edges' channels, whose running statistics begin in `row`."""
         rows = slice(row, row + x.shape[3] // self.running_mean[0].numel())
         mean, var = self.running_mean[rows].view(-1), self.running_var[rows].view(-1)
-        return batch_norm(x, mean, var, scale, training=self.training)
+        return batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training).permute(0, 2, 3, 1)
 
     def _sum(self, x: Tensor) -> Tensor:
         """What all edges, and both kernel sizes, add to the nodes' channels."""
@@ -164,10 +172,12 @@ class StateEdges(nn.Module):
     def _pointwise_filters(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The convolutions of each of the three blocks, in groups of one edge or more.
 
-        On a CPU groups of eight channels are the fastest, or of more if an edge has more; a GPU prefers a single one.
+        On a CPU groups of eight channels are the fastest, or of more if an edge has more. Elsewhere kernels for groups
+        are slow, so that a single one is better as long as it is not very wide.
         """
         edges = 2 * self.sources * self.targets
-        together = math.gcd(edges, max(1, 8 // self.mixed)) if self.pointwise.device.type == "cpu" else edges
+        width = 8 if self.pointwise.device.type in kernels.OURS else 256
+        together = math.gcd(edges, max(1, width // self.mixed))
         filters = self.pointwise.flatten(1, 2)
         if together > 1:
             own_edge = torch.eye(together, dtype=filters.dtype, device=filters.device)
@@ -192,28 +202,13 @@ class StateEdges(nn.Module):
         return pointwise_convolution(x, matrix.flatten(0, 2).flatten(1).t()[..., None, None])
 
 
-def preprocessed(x: Tensor, module: ReLUConvBN | FactorizedReduce) -> Tensor:
-    """What `module` does, (N, H, W, C) -> (N, H, W, channels)."""
-    x = F.relu(x)
-    if isinstance(module, FactorizedReduce):
-        x, norm = _even_and_odd(x), module.bn
-        weight = torch.block_diag(*(conv.weight.flatten(1) for conv in (module.conv_even, module.conv_odd)))
-        weight = weight[..., None, None]
-    else:
-        weight, norm = module[1].weight, module[2]
-    if norm.training:
-        norm.num_batches_tracked += 1
-    x = pointwise_convolution(x, weight)
-    return batch_norm(x, norm.running_mean, norm.running_var, training=norm.training)
-
-
 def _even_and_odd(x: Tensor) -> Tensor:
     """What FactorizedReduce reads: even pixels, then odd ones, as channels; zeros after an odd H or W."""
     odd = F.pad(x[:, 1::2, 1::2], (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     return torch.cat([x[:, ::2, ::2], odd], dim=3)
 
 
-class FusedCell(nn.Module):
+class GroupedCell(nn.Module):
     """Two states in, four nodes, their concatenation (N, 4 * channels, H, W) out; H and W halved if `reduces`."""
 
     def __init__(
@@ -231,15 +226,14 @@ class FusedCell(nn.Module):
 
     def forward(self, state0: Tensor, state1: Tensor, *weights: Tensor) -> Tensor:
         """`weights`: what each of the four `StateEdges` takes; beta is in them already."""
-        # The inputs' own type goes through, but what a BatchNorm needs is computed in the weights' type, float32.
-        device = state0.device.type
+        state = torch.cat([self.preprocess0(state0), self.preprocess1(state1)], dim=1).permute(0, 2, 3, 1)
+        # From here on the inputs' own type goes through; what a BatchNorm needs stays in the weights' type, float32.
+        device = state.device.type
         autocasts = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
-            return self._forward(state0, state1, weights)
+            return self._nodes(state, weights)
 
-    def _forward(self, state0: Tensor, state1: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        inputs = (state0, self.preprocess0), (state1, self.preprocess1)
-        state = torch.cat([preprocessed(x.permute(0, 2, 3, 1), module) for x, module in inputs], dim=3)
+    def _nodes(self, state: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         nodes: list[Tensor] = []
         mixed: list[list[Tensor]] = [[] for _ in range(NODES)]
         bypass: list[list[Tensor]] = [[] for _ in range(NODES)]
@@ -264,10 +258,13 @@ class SuperNet(SearchNetwork):
     Starts with the weights that `PlainSuperNet` draws from the same generator.
     """
 
-    cell = FusedCell
+    cell = GroupedCell
 
     def __init__(self, *args, generator: torch.Generator | None = None, **kwargs):
         super().__init__(*args, **kwargs, generator=torch.Generator())
+        for name, module in list(self.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                self.set_submodule(name, BatchNorm2d(module.num_features, affine=module.affine))
         self.load_state_dict(from_plain(PlainSuperNet(*args, **kwargs, generator=generator).state_dict()))
 
     def forward(self, images: Tensor) -> Tensor:

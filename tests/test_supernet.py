@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from darts_space import kernels
 from darts_space.bilevel import BilevelConfig, Search
 from darts_space.conversion import from_plain, to_plain
 from darts_space.plain import PlainSuperNet
@@ -87,6 +88,12 @@ def test_so_they_are_without_edge_normalisation_and_at_odd_sizes(arguments, imag
         assert_close(found[name], grad, 1e-10, scale, name)
 
 
+def test_so_they_are_on_the_path_of_other_devices(monkeypatch):
+    """Which takes PyTorch's BatchNorm and one group for all pointwise convolutions."""
+    monkeypatch.setattr(kernels, "OURS", set())
+    test_values_gradients_and_statistics_are_the_plain_network_s(4, "cifar", 4, 16)
+
+
 def test_state_dicts_convert_both_ways():
     plain, fast = build_both()
     state = plain.state_dict()
@@ -102,7 +109,7 @@ def test_state_dicts_convert_both_ways():
 def test_twenty_steps_stay_with_the_plain_search(unrolled):
     """Alpha, beta, weights and statistics, and the genotype in the end."""
     config = BilevelConfig(epochs=4, frozen_epochs=0, unrolled=unrolled)
-    both = [Search(model, config) for model in build_both(channels=4, layers=3)]
+    both = [Search(model, config) for model in build_both()]
     for step in range(20):
         for search in both:
             search.step(draw_batch(4, 8, seed=2 * step), draw_batch(4, 8, seed=2 * step + 1))
@@ -114,10 +121,7 @@ def test_twenty_steps_stay_with_the_plain_search(unrolled):
 
 
 def test_float32_is_as_accurate_as_the_plain_network():
-    """The error against float64 of logits, weights' and architecture's gradients: its ratio in the median batch.
-
-    At most 2 is the aim. The architecture's gradients miss it (2.3), so their bound only holds what there is.
-    """
+    """The error against float64 of logits, weights' and architecture's gradients: its ratio in the median batch."""
     ratios = []
     for seed in range(5):
         single = dict(zip(("plain", "fast"), build_both(torch.float32), strict=True))
@@ -133,7 +137,7 @@ def test_float32_is_as_accurate_as_the_plain_network():
             errors[name] = torch.tensor([relative_error(pairs) for pairs in groups])
         ratios.append(errors["fast"] / errors["plain"])
     ratios = torch.stack(ratios)
-    assert (ratios.median(0).values <= torch.tensor([2, 2, 3])).all(), ratios
+    assert (ratios.median(0).values <= 2).all(), ratios
 
 
 def relative_error(pairs) -> float:

@@ -1,0 +1,121 @@
+"""BatchNorm and depthwise convolution against PyTorch's in float64: values, every gradient, running statistics."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from darts_space import kernels
+from darts_space.kernels import BatchNorm2d, batch_norm, batch_to_space, depthwise, space_to_batch
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradients_of(function, *inputs):
+    """The value, and the gradients by all inputs of its product with one fixed tensor."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    found = torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), inputs)
+    return y.detach(), *found
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5, 7), (1, 3, 1, 9), (2, 5, 1, 1), (8, 1, 3, 3)])
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("devices", [{"cpu"}, set()])
+def test_batch_norm_is_pytorch_s(shape, parameters, training, devices, monkeypatch):
+    monkeypatch.setattr(kernels, "OURS", devices)
+    x, weight, bias = 3 + draw(*shape), *(draw(shape[1], seed=seed) for seed in (1, 2))
+    statistics = [[draw(shape[1], seed=3), draw(shape[1], seed=4).square()] for _ in range(2)]
+    inputs = x.contiguous(memory_format=torch.channels_last), *(weight, bias)[:parameters]
+    found = gradients_of(lambda x, *p: batch_norm(x, *statistics[0], *p, training=training), *inputs)
+
+    def expected_from(x, weight=None, bias=None):
+        return F.batch_norm(x, *statistics[1], weight, bias, training)
+
+    for left, right in zip(found, gradients_of(expected_from, x, *inputs[1:]), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+    for left, right in zip(*statistics, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_that_is_a_column_has_the_right_gradients():
+    """PyTorch 2.14's backward pass in channels_last is wrong for such a scale."""
+    x, table = draw(4, 6, 5, 5).contiguous(memory_format=torch.channels_last), draw(6, 3, seed=1)
+    statistics = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    found = gradients_of(lambda x, t: batch_norm(x, *statistics, t[:, 1], training=True), x, table)
+    expected = gradients_of(lambda x, t: F.batch_norm(x, None, None, training=True) * t[:, 1, None, None], x, table)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+def test_batch_norm_in_float32_is_more_accurate_than_pytorch_s():
+    """In channels_last; for values, and for the gradients by x and by the scale."""
+    x, weight = draw(32, 8, 32, 32) + 1, draw(8, seed=1)
+
+    def errors(function):
+        exact = gradients_of(lambda x, w: F.batch_norm(x, None, None, w, training=True), x, weight)
+        found = gradients_of(function, x.float().contiguous(memory_format=torch.channels_last), weight.float())
+        return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)])
+
+    ours = errors(lambda x, w: batch_norm(x, torch.zeros(8), torch.ones(8), w, training=True))
+    theirs = errors(lambda x, w: F.batch_norm(x, None, None, w, training=True))
+    assert (ours < 5e-7).all() and (ours <= theirs).all(), (ours, theirs)
+
+
+def test_the_module_counts_its_batches_and_moves_its_statistics():
+    ours, theirs = BatchNorm2d(6).double(), torch.nn.BatchNorm2d(6).double()
+    for seed in range(3):
+        x = draw(4, 6, 5, 5, seed=seed).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(ours(x), theirs(x))
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_a_single_pixel_is_refused_while_training():
+    with pytest.raises(ValueError, match="single pixel"):
+        batch_norm(torch.zeros(1, 3, 1, 1), torch.zeros(3), torch.ones(3), training=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)])
+@pytest.mark.parametrize("copied", [False, True])
+def test_depthwise_is_a_grouped_convolution(stride, dilation, size, copied):
+    channels = 6
+    filters = draw(channels, 1, 5, 5, seed=1)
+    x = draw(3, *size, 2 if copied else channels)
+    copies = torch.eye(2, dtype=torch.float64).repeat(1, 3) if copied else None
+
+    def expected_from(x, filters):
+        x = x if copies is None else x @ copies
+        y = F.conv2d(x.permute(0, 3, 1, 2), filters, None, stride, 2 * dilation, dilation, channels)
+        return y.permute(0, 2, 3, 1)
+
+    expected = gradients_of(expected_from, x, filters)
+    found = gradients_of(lambda x, f: depthwise(x, f, stride, dilation, copies=copies), x, filters)
+    *found, by_filters = found
+    *expected, expected_by_filters = expected
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+    # The first half of the filters is a 3x3 one in a frame of zeros: the frame's gradient is nobody's.
+    by_filters, expected_by_filters = (
+        torch.cat([F.pad(g[:3, ..., 1:4, 1:4], (1, 1, 1, 1)), g[3:]]) for g in (by_filters, expected_by_filters)
+    )
+    torch.testing.assert_close(by_filters, expected_by_filters, rtol=1e-11, atol=1e-11)
+
+
+def test_neither_is_differentiated_twice():
+    x = draw(2, 4, 4, 6).requires_grad_()
+    y = depthwise(x, draw(6, 1, 5, 5)).square().sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_dilation_is_a_convolution_of_every_second_pixel():
+    x, filters = draw(3, 6, 8, 4), draw(4, 1, 5, 5, seed=1)
+    assert torch.equal(batch_to_space(space_to_batch(x)), x)
+    found = batch_to_space(depthwise(space_to_batch(x), filters))
+    torch.testing.assert_close(found, depthwise(x, filters, dilation=2))
