@@ -127,9 +127,10 @@ class OperationCount(TorchDispatchMode):
 
 def operations(form: str, config: Config, device: str) -> int:
     """Tensor operations of one forward and backward pass, whatever the size of the batch."""
-    model, _, (images, labels) = build(form, config)
+    model, _, batch = build(form, config)
+    model, batch = model.to(device), tuple(part[:2].to(device) for part in batch)
     with OperationCount() as counted:
-        forward_backward(model.to(device), (images[:2].to(device), labels[:2].to(device)))
+        forward_backward(model, batch)
     return counted.count
 
 
@@ -213,15 +214,8 @@ def main(config: Config) -> dict[str, float]:
         )
     compute = 3 * PLAIN_MACS * config.batch_size / figures["gemm_macs_per_s"]
     figures["forward_backward_over_gemm_roof"] = figures["forward_backward_fast_s"] / compute
-    for name in (
-        "memory_ratio",
-        "op_ratio",
-        "plain_ops",
-        "fast_ops",
-        "fast_ops_on_cpu",
-        "plain_memory_bytes",
-        "fast_memory_bytes",
-    ):
+    numbers = ("memory_ratio", "op_ratio", "plain_ops", "fast_ops", "fast_ops_on_cpu")
+    for name in (*numbers, "plain_memory_bytes", "fast_memory_bytes"):
         print(f"{name:<20}{figures[name]:12,.2f}")
     print(
         f"roof: {figures['gemm_macs_per_s'] / 1e9:.0f} G multiply-adds/s, "
