@@ -30,6 +30,7 @@ def draw_landscapes(landscapes: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.plot_surface(first, second, surface, cmap="viridis", vmin=values.min(), vmax=values.max(), linewidth=0)
         # One scale for all: a surface is flat or deep only beside another.
         axes.set(zlim=(values.min(), values.max()), xlabel="eigenvector 1", ylabel="eigenvector 2", zlabel="loss")
+        axes.set_box_aspect(None, zoom=0.85)  # the layout does not know how far the label of the third axis stands out
         axes.set_title(f"{name}\nλ = {found['eigenvalues'][0]:.3g}, {found['eigenvalues'][1]:.3g}", fontsize=10)
     slices, noise = below.subplots(1, 2)
     _draw_slices(slices, landscapes)
