@@ -29,7 +29,7 @@ from darts_space import GENOTYPES, CifarNetwork
 from nas_kmix.analysis.attacks import PixelClassifier, pgd
 from nas_kmix.analysis.objective import cross_entropy_objective
 from nas_kmix.backbones import build_backbone
-from nas_kmix.engine.device import to_layout
+from nas_kmix.engine.device import DeviceConfig, pick_device, to_layout
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    device = pick_device(DeviceConfig(device=config.device, threads=config.threads))
     model = to_layout(_network(config).to(device).eval(), config.channels_last)
     rng = np.random.default_rng(0)
     data = generated_images(config.batch_size, config.image_size, config.classes, device, rng=rng)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/mix
 from benchmarks.measure import seconds
 from nas_kmix.backbones import build_backbone
 from nas_kmix.boxes import draw_phi, nested_boxes, stick_lengths
+from nas_kmix.engine.device import DeviceConfig, pick_device
 from nas_kmix.mixing import DCutMix, DMixup, SaliencyDCutMix
 from nas_kmix.rivals import CutMix, Cutout, Mixup
 
@@ -157,8 +158,7 @@ def step_ratios(backbone: str, config: Config) -> dict[str, float]:
 
 
 def main(config: Config) -> dict[str, float]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    pick_device(DeviceConfig(device=config.device, threads=config.threads))
     figures: dict[str, float] = {}
     for index, backbone in enumerate(config.backbones):
         prefix = "" if index == 0 else f"{backbone}_"

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from benchmarks.measure import seconds
 from darts_space import read_genotype
 from darts_space.network import NETWORKS, Network
+from nas_kmix.engine.device import DeviceConfig, pick_device
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    pick_device(DeviceConfig(device=config.device, threads=config.threads))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(config.batch_size, 3, config.input_size, config.input_size, generator=generator)
     runs = []

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/sco
 
 from benchmarks.measure import generated_images, seconds
 from nas_kmix.backbones import build_backbone
+from nas_kmix.engine.device import DeviceConfig, pick_device
 from nas_kmix.scoring import ScoringConfig, score_dataset
 
 
@@ -45,9 +46,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    device = pick_device(DeviceConfig(device=config.device, threads=config.threads))
     rng = np.random.default_rng(0)
     size, pool = config.image_size, 10 * config.images
     data = generated_images(pool, size, config.classes, device, rng=rng)

@@ -34,6 +34,7 @@ from benchmarks.measure import seconds
 from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.search_network import SearchNetwork
+from nas_kmix.engine.device import DeviceConfig, pick_device
 
 PLAIN_MACS = 56_596_992
 PLAIN_OPERATIONS = range(13_000, 15_001)
@@ -180,8 +181,7 @@ def roof(config: Config) -> dict[str, float]:
 
 
 def main(config: Config) -> dict[str, float]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    pick_device(DeviceConfig(device=config.device, threads=config.threads))
     if config.memory_of is not None:
         print(added_memory(config.memory_of, config))
         return {}

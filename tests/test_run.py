@@ -327,6 +327,31 @@ def test_the_device_is_found_and_threads_are_set():
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told to keep memory")
+def test_large_tensors_reuse_memory():
+    """In a process of its own: after the first pass no page has to be fetched again."""
+    code = """
+import resource, torch
+from nas_kmix.engine.device import DeviceConfig, pick_device
+pick_device(DeviceConfig(device="cpu", threads=1))
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (1, 20, 80):
+        torch.zeros(size * 2**18) + 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(new_pages(), new_pages())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(run_module.__file__).parents[2],
+        check=True,
+    )
+    first, second = map(int, done.stdout.split())
+    assert first > 1000 and second < 50
+
+
 def test_autocast_and_layout_are_what_was_asked_for():
     cpu, x = torch.device("cpu"), torch.ones(2, 3, 4, 5)
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
