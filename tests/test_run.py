@@ -6,6 +6,7 @@ Also the device as data, which a run is given.
 import csv
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
