@@ -87,10 +87,12 @@ def owner_map(boxes: np.ndarray | Tensor, size: Size, *, device: torch.device | 
     y, x, h, w = boxes.unsqueeze(-1).unbind(2)  # (N, K-1, 1) each
     rows = torch.arange(size[0], device=boxes.device)
     columns = torch.arange(size[1], device=boxes.device)
-    inside_rows = ((rows >= y) & (rows < y + h)).float()  # (N, K-1, H)
-    inside_columns = ((columns >= x) & (columns < x + w)).float()  # (N, K-1, W)
-    # A sum over k of outer products is a batched matrix product; small integers are exact in float32.
-    return torch.bmm(inside_rows.transpose(1, 2), inside_columns).to(torch.uint8)
+    inside_rows = ((rows >= y) & (rows < y + h)).view(torch.uint8).unsqueeze(3)  # (N, K-1, H, 1)
+    inside_columns = ((columns >= x) & (columns < x + w)).view(torch.uint8).unsqueeze(2)  # (N, K-1, 1, W)
+    owner = inside_rows[:, 0] & inside_columns[:, 0]
+    for k in range(1, boxes.shape[1]):
+        owner += inside_rows[:, k] & inside_columns[:, k]
+    return owner
 
 
 def pixel_shares(sides: np.ndarray, size: Size) -> np.ndarray:

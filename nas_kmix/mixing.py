@@ -15,6 +15,7 @@ K = 2 too, and `v_k ~ Beta(a, (K-k) a)` as a finite Dirichlet demands, not Beta(
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +52,12 @@ class MixPlan:
     weights: Tensor
     owner: Tensor | None
 
+    def split(self, size: int) -> Iterator[MixPlan]:
+        """Plans of at most `size` mixes each, in order."""
+        for i in range(0, len(self.partners), size):
+            rows = slice(i, i + size)
+            yield MixPlan(self.partners[rows], self.weights[rows], None if self.owner is None else self.owner[rows])
+
 
 def paste(sources: Tensor, plan: MixPlan) -> Tensor:
     """Show source `partners[n, owner[n, y, x]]` at every pixel: (P, C, H, W) to (N, C, H, W).
@@ -74,7 +81,9 @@ def _paste_masked(sources: Tensor, plan: MixPlan) -> Tensor:
     """Bytes, source by source, by bit masks: whole images are fetched, faster than single pixels while K is small."""
     mixed = sources.index_select(0, plan.partners[:, 0])
     for k in range(1, plan.partners.shape[1]):
-        mask = (plan.owner == k).to(sources.dtype).neg_().unsqueeze(1)  # all bits set where source k shows
+        mask = (
+            (plan.owner == k).view(torch.uint8).neg_().view(sources.dtype).unsqueeze(1)
+        )  # all bits set where source k shows
         difference = sources.index_select(0, plan.partners[:, k]).bitwise_xor_(mixed)
         mixed.bitwise_xor_(difference.bitwise_and_(mask))
     return mixed

@@ -30,13 +30,14 @@ from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run, stage_key
-from nas_kmix.mixing import box_plan, mix_labels, paste
+from nas_kmix.mixing import MixPlan, box_plan, mix_labels, paste
 
 Measure = Literal["cv", "mean", "std"]
 FORMAT = "nas_kmix/scores"
 PHI, BOXES, PARTNERS, POOL = 1, 2, 3, 4  # one random stream per quantity
 DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
 IMAGES_PER_SHARD = 512
+BYTES_IN_CACHE = 400_000  # of mixed images: 130 at 32 px
 RELIABILITY_SPLITS = 20
 
 
@@ -322,7 +323,7 @@ def _anchor_losses(model, data, sources: _Sources, draws: _Draws, config, run) -
     partners = np.column_stack([anchors, sources.first_partner + draws.partners])
     plan = box_plan(partners, draws.boxes, tuple(sources.images.shape[-2:]), device=data.device)
 
-    images = data.normalise(paste(sources.images, plan))
+    images = _mixed_images(data, sources, plan)
     if run is None:
         logits = model(images)
     else:
@@ -331,11 +332,21 @@ def _anchor_losses(model, data, sources: _Sources, draws: _Draws, config, run) -
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     if config.loss == "anchor":
         return F.nll_loss(log_probabilities, sources.labels[plan.partners[:, 0]], reduction="none")
-    soft = mix_labels(sources.labels, plan.partners, plan.weights, data.num_classes)
-    losses = -(soft * log_probabilities).sum(dim=1)
+    losses = -(plan.weights * log_probabilities.gather(1, sources.labels[plan.partners])).sum(dim=1)
     if config.loss == "minus_entropy":
+        soft = mix_labels(sources.labels, plan.partners, plan.weights, data.num_classes)
         losses = losses + torch.special.xlogy(soft, soft).sum(dim=1)
     return losses
+
+
+def _mixed_images(data: ImageData, sources: _Sources, plan: MixPlan) -> Tensor:
+    """The mixes, normalised: on a CPU in parts that stay in its cache between the steps."""
+    n, shape = len(plan.partners), sources.images.shape[1:]
+    at_once = max(1, BYTES_IN_CACHE // shape.numel()) if data.device.type == "cpu" else n
+    images = torch.empty(n, *shape, device=data.device)
+    for part, out in zip(plan.split(at_once), images.split(at_once), strict=True):
+        data.normalise(paste(sources.images, part), out)
+    return images
 
 
 def _draw(indices: np.ndarray, pool_rows: np.ndarray, size: tuple[int, int], config: ScoringConfig) -> _Draws:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (N, 3, H, W) to float32 with `(x / 255 - mean) / std` per channel."""
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
+    """uint8 (N, 3, H, W) to float32 with `(x / 255 - mean) / std` per channel, written into `out` if given."""
     mean_, std_ = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in (mean, std))
-    return images.to(torch.float32, copy=True).mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
+    result = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
+    return result.mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
 
 
 def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Tensor:

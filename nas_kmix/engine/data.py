@@ -182,9 +182,9 @@ class ImageData:
         """Read one batch."""
         return next(self.batches([np.asarray(indices, dtype=np.int64)]))
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 to float32 with this set's published or measured constants."""
-        return augment.normalise(images, self.mean, self.std)
+    def normalise(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """uint8 to float32 with this set's published or measured constants; into `out` if given."""
+        return augment.normalise(images, self.mean, self.std, out)
 
     def content(self, index: int) -> str:
         """A short hash that recognises this image in another copy of the set (see `Source.content`)."""
