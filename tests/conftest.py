@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import alone as alone
+from processes import npz as npz
+from processes import server as server
 
 
 @pytest.fixture(autouse=True)

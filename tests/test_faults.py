@@ -23,16 +23,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_pixels
-from test_kill import (  # noqa: F401, fixtures among them
-    alone,
+from processes import (
     assert_equal,
     assert_whole,
     command,
     completed,
     ended,
     has_reached,
-    npz,
-    server,
     start,
     wait_for,
 )
@@ -325,7 +322,7 @@ def test_data_that_change_between_the_stages_are_refused(data, untouched, tmp_pa
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_runs_in_one_folder_and_two_interrupts(server, npz, alone, tmp_path):  # noqa: F811
+def test_two_runs_in_one_folder_and_two_interrupts(server, npz, alone, tmp_path):
     """The second process is refused and disturbs nothing; the second Ctrl-C does not wait."""
     folder, log, other_log = tmp_path / "run", tmp_path / "log", tmp_path / "other"
     process = start(server, command(npz, folder), log)
@@ -343,7 +340,7 @@ def test_two_runs_in_one_folder_and_two_interrupts(server, npz, alone, tmp_path)
 
 
 @pytest.mark.slow
-def test_fifty_kills(server, npz, alone, tmp_path):  # noqa: F811
+def test_fifty_kills(server, npz, alone, tmp_path):
     """At random moments of a run, from its first line to its last; what comes to its end is compared and begun anew."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     span, kills, ends = 4.0, 0, 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_pixels
-from test_kill import ended, server, start, wait_for  # noqa: F401, a fixture among them
+from processes import ended, start, wait_for
 
 import train_eval
 from nas_kmix.engine import files
@@ -27,7 +27,7 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_five_times_it_ends_the_same(server, tmp_path, seed):  # noqa: F811
+def test_killed_five_times_it_ends_the_same(server, tmp_path, seed):
     np.savez(tmp_path / "x.npz", train_images=draw_pixels(60, 32, 32, 3), train_labels=np.arange(60) % 3)
     argv = [*FLAGS, "--data", str(tmp_path / "x.npz"), "--out"]
     log, alone, folder = tmp_path / "log", tmp_path / "alone", tmp_path / "run"
