@@ -3,6 +3,7 @@
     python -m benchmarks.supernet --threads 2
     python -m benchmarks.supernet --batch-size 256 --pairs 3 --threads 2 --json supernet.json
     python -m benchmarks.supernet --device cuda --batch-size 256
+    python -m benchmarks.supernet --threads 1 --profile       # where the time goes, on a CPU
 
 The two forms run in turn in one process on the same images; a ratio is the median over the pairs of (time of the plain
 form / time of the fast form). The plain form does what PC-DARTS's published loop does: all gradients in both steps.
@@ -19,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,8 @@ class Config:
     threads: int = 0
     json: Path | None = None
     """Also write the figures there."""
+    profile: bool = False
+    """Only print the seconds of one forward and backward pass by kind of operation."""
     memory_of: Literal["plain", "fast"] | None = None
     """Only print what one bilevel step of this form adds to the memory, in bytes (used by the benchmark itself)."""
 
@@ -126,6 +130,53 @@ class OperationCount(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+KINDS = {
+    "BatchNorm": {"native_batch_norm", "native_batch_norm_backward", "batch_norm_update_stats", "addcmul_"},
+    "ReLU": {"relu", "relu_", "threshold_backward"},
+    "pools": {"max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward"},
+    "matrix products": {"mm", "addmm", "bmm"},
+    "sums and scales": {"add", "add_", "mul", "sum"},
+    "copies and zeros": {"cat", "clone", "copy_", "constant_pad_nd", "new_zeros", "slice_backward", "zeros", "stack"},
+}
+
+
+class Profile(TorchDispatchMode):
+    """Seconds below autograd by kind of operation, on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ["depthwise convolutions", "other convolutions", *KINDS, "all else"], 0.0
+        )
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        start = time.perf_counter()
+        result = operation(*args, **(kwargs or {}))
+        self.seconds[self._kind(operation.overloadpacket.__name__, args)] += time.perf_counter() - start
+        return result
+
+    @staticmethod
+    def _kind(name: str, args: tuple) -> str:
+        if name.startswith("convolution"):
+            weight = args[2] if name.endswith("backward") else args[1]
+            depthwise = weight.shape[1] == 1 and weight.shape[2:].numel() > 1
+            return "depthwise convolutions" if depthwise else "other convolutions"
+        return next((kind for kind, names in KINDS.items() if name in names), "all else")
+
+
+def profile(config: Config) -> dict[str, dict[str, float]]:
+    """Of both forms, after passes to warm up."""
+    found = {}
+    for form in FORMS:
+        model, _, batch = build(form, config)
+        for _ in range(3):
+            forward_backward(model, batch)
+        with Profile() as measured:
+            forward_backward(model, batch)
+        found[form] = measured.seconds
+    return found
+
+
 def operations(form: str, config: Config, device: str) -> int:
     """Tensor operations of one forward and backward pass, whatever the size of the batch."""
     model, _, batch = build(form, config)
@@ -184,6 +235,12 @@ def main(config: Config) -> dict[str, float]:
     pick_device(DeviceConfig(device=config.device, threads=config.threads))
     if config.memory_of is not None:
         print(added_memory(config.memory_of, config))
+        return {}
+    if config.profile:
+        plain, fast = profile(config).values()
+        print(f"{'seconds':<24}   plain    fast")
+        for kind in plain:
+            print(f"{kind:<24}{plain[kind]:8.3f}{fast[kind]:8.3f}")
         return {}
     macs = multiply_adds(config)
     counts = {form: operations(form, config, "meta") for form in FORMS}
