@@ -107,8 +107,8 @@ class StateEdges(nn.Module):
     def forward(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """`weights` (6 + K, S, T): of the operations `MIXED`, of the skip connection, and K - 1 times the edge's."""
         c, k = self.mixed, self.partial
-        front, behind = x.unflatten(3, (self.sources, k * c)).split([c, (k - 1) * c], dim=4)
-        front = front.flatten(3)
+        states = x.unflatten(3, (self.sources, k * c))
+        front = states[..., :c].flatten(3).contiguous()
         pools_weight, *convolutions_weight, bypass_weight = weights.split(
             [2, 2, 2, k] if self.stride == 1 else [2, 2, 2, 1, k - 1]
         )
@@ -136,7 +136,8 @@ class StateEdges(nn.Module):
         separable = second_pointwise(depthwise(separable, second))
         mixed = mixed + self._sum(self._norm(2, separable, separable_scale))
         if self.stride == 2:  # every second pixel of every second pixel
-            every_second = dilated_pointwise(depthwise(front[:, ::2, ::2], dilated, copies=self.copies))
+            even, odd = _even_and_odd(front)
+            every_second = dilated_pointwise(depthwise(even, dilated, copies=self.copies))
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
         elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
             every_second = dilated_pointwise(depthwise(space_to_batch(front), dilated, copies=self.copies))
@@ -147,11 +148,11 @@ class StateEdges(nn.Module):
 
         if self.stride == 1:
             return mixed, self._spread(x, bypass_weight, self.own_place)
-        skip = pointwise_convolution(_even_and_odd(front), self._skip_filters())
+        skip = pointwise_convolution(torch.cat([even, odd], dim=3), self._skip_filters())
         mixed = mixed + self._sum(self._norm(6, skip, *skip_scale))
         if k == 1:
             return mixed, mixed.new_zeros(()).expand_as(mixed)
-        behind = F.max_pool2d(behind.flatten(3).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        behind = F.max_pool2d(states[..., c:].flatten(3).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         return mixed, self._spread(behind, bypass_weight, self.own_place[1:])
 
     def _norm(self, row: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -202,10 +203,10 @@ class StateEdges(nn.Module):
         return pointwise_convolution(x, matrix.flatten(0, 2).flatten(1).t()[..., None, None])
 
 
-def _even_and_odd(x: Tensor) -> Tensor:
-    """What FactorizedReduce reads: even pixels, then odd ones, as channels; zeros after an odd H or W."""
+def _even_and_odd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What FactorizedReduce reads: even pixels, and odd ones with zeros after an odd H or W."""
     odd = F.pad(x[:, 1::2, 1::2], (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-    return torch.cat([x[:, ::2, ::2], odd], dim=3)
+    return x[:, ::2, ::2], odd
 
 
 class GroupedCell(nn.Module):
