@@ -64,7 +64,7 @@ def _correspondence(edge: int, states: tuple[int, ...]) -> Iterator[tuple[str, t
     """Where the tensors of one edge are: name in the fast form and index in that tensor, name in the plain form."""
     source = edge * len(states) // len(edge_rows(states))
     for pool, operation in enumerate(_POOLS):
-        yield from _norm("pools", (pool, source), f"{operation}.1")
+        yield from _norm("running_pools", (pool, source), f"{operation}.1")
     for block, (operations, position) in enumerate(_BLOCKS):
         for size, operation in enumerate(operations):
             depthwise = ("depthwise_3x3", "depthwise_5x5")[size]

@@ -85,8 +85,8 @@ class StateEdges(nn.Module):
             rows = 7
         self.register_buffer("running_mean", torch.zeros(rows, e, c))
         self.register_buffer("running_var", torch.ones(rows, e, c))
-        self.register_buffer("pools_mean", torch.zeros(2, self.sources, c))
-        self.register_buffer("pools_var", torch.ones(2, self.sources, c))
+        self.register_buffer("running_pools_mean", torch.zeros(2, self.sources, c))
+        self.register_buffer("running_pools_var", torch.ones(2, self.sources, c))
         for name, pattern in self._patterns().items():
             self.register_buffer(name, pattern.contiguous(), persistent=False)
 
@@ -126,7 +126,9 @@ class StateEdges(nn.Module):
             ],
             dim=1,
         )
-        pools = batch_norm(pools, self.pools_mean.view(-1), self.pools_var.view(-1), training=self.training)
+        pools = batch_norm(
+            pools, self.running_pools_mean.view(-1), self.running_pools_var.view(-1), training=self.training
+        )
         pools = pools.permute(0, 2, 3, 1)
         mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
