@@ -126,10 +126,8 @@ class StateEdges(nn.Module):
             ],
             dim=1,
         )
-        pools = batch_norm(
-            pools, self.running_pools_mean.view(-1), self.running_pools_var.view(-1), training=self.training
-        )
-        pools = pools.permute(0, 2, 3, 1)
+        mean, var = self.running_pools_mean.view(-1), self.running_pools_var.view(-1)
+        pools = batch_norm(pools, mean, var, training=self.training).permute(0, 2, 3, 1)
         mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
         front = F.relu(front)
