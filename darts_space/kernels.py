@@ -61,7 +61,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """BatchNorm while training, on a CPU. It costs what PyTorch's costs, but its sums are ten to thirty times as accurate in float32.
+    """BatchNorm while training, on a CPU, at PyTorch's cost, with sums ten to thirty times as accurate in float32.
 
     PyTorch sums a channels_last tensor up pixel by pixel, each channel in a single float32: after 65,536 pixels the
     fifth digit is wrong. Here the pixels of a row count as channels of their own, so that each sum is shorter by the
