@@ -30,8 +30,7 @@ def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, 
     it must save its state and raise StoppedError: the code is then TRY_AGAIN, and the same command goes on.
     """
     for name, work in cells.items():
-        done = read_results(results)
-        if not name.startswith(only) or name in {line["cell"] for line in done}:
+        if not name.startswith(only) or name in {line["cell"] for line in read_results(results)}:
             continue
         print(f"=== {name}", flush=True)
         timer = threading.Timer(60.0 * minutes, raise_signal, [SIGTERM])
@@ -46,6 +45,7 @@ def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, 
             timer.cancel()
         where = environment(torch.device("cpu"))
         made = {field: where[field] for field in ("packages", "processor", "threads", "commit")}
-        lines = [*done, {"cell": name, **found, "made": made}]
+        # Read again: another process may have appended since.
+        lines = [*read_results(results), {"cell": name, **found, "made": made}]
         files.write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
     return 0
