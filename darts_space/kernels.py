@@ -25,6 +25,14 @@ def pointwise_convolution(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     return F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), groups=groups).permute(0, 2, 3, 1)
 
 
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix in the dtype of x: x (N, H, W, A), matrix (A, B) -> (N, H, W, B)."""
+    if x.device.type in OURS:  # oneDNN's convolution is up to three times as fast as MKL's product of narrow matrices
+        return pointwise_convolution(x, matrix.t()[..., None, None])
+    # A single matrix product, which `matmul` alone does not always make of it.
+    return (x.flatten(0, 2) @ matrix.to(x.dtype)).unflatten(0, x.shape[:3])
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor,
@@ -117,7 +125,7 @@ def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, *, 
 
     With `copies` (B, C), a matrix that copies channels, it is of x @ copies, which is not kept.
     """
-    return _Depthwise.apply(x, weight.to(x.dtype), None if copies is None else copies.to(x.dtype), stride, dilation)
+    return _Depthwise.apply(x, weight.to(x.dtype), copies, stride, dilation)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -128,7 +136,7 @@ class _Depthwise(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, copies)
         ctx.stride, ctx.dilation = stride, dilation
         if copies is not None:
-            x = _product(x, copies)
+            x = product(x, copies)
         ctx.shape = x.shape
         x = x.permute(0, 3, 1, 2)
         return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
@@ -143,19 +151,14 @@ class _Depthwise(torch.autograd.Function):
             like = grad.new_empty(ctx.shape)  # its shape and layout are all that is used
             by_x, _ = _convolution_backward(grad, like, weight, ctx.stride, ctx.dilation, by_input=True)
             if copies is not None:
-                by_x = _product(by_x, copies.t())
+                by_x = product(by_x, copies.t())
         if ctx.needs_input_grad[1]:
-            x = x if copies is None else _product(x, copies)
+            x = x if copies is None else product(x, copies)
             if grad.device.type in OURS and ctx.dilation == 1:
                 by_weight = _by_weight_in_columns(grad, x, weight, ctx.stride)
             else:
                 by_weight = _by_weight(grad, x, weight, ctx.stride, ctx.dilation)
         return by_x, by_weight, None, None, None
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix as a single matrix product, which `matmul` alone does not always make of it."""
-    return (x.flatten(0, 2) @ matrix).unflatten(0, x.shape[:3])
 
 
 def _convolution_backward(

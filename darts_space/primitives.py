@@ -64,10 +64,17 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
-        even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+        even, odd = (_every_second_pixel(x, first) for first in (0, 1))
         if x.shape[2] % 2 or x.shape[3] % 2:
             odd = F.pad(odd, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         return self.bn(torch.cat([self.conv_even(even), self.conv_odd(odd)], dim=1))
+
+
+def _every_second_pixel(x: Tensor, first: int) -> Tensor:
+    """x[:, :, first::2, first::2], whose gradient is channels_last where x is; this slice's would be contiguous."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1)[:, first::2, first::2].permute(0, 3, 1, 2)
+    return x[:, :, first::2, first::2]
 
 
 def depthwise_separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:

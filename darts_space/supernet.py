@@ -40,6 +40,7 @@ from darts_space.kernels import (
     batch_to_space,
     depthwise,
     pointwise_convolution,
+    product,
     space_to_batch,
 )
 from darts_space.plain import PlainSuperNet
@@ -163,7 +164,7 @@ class StateEdges(nn.Module):
 
     def _sum(self, x: Tensor) -> Tensor:
         """What all edges, and both kernel sizes, add to the nodes' channels."""
-        return x @ self.sums[: x.shape[3]].to(x.dtype)
+        return product(x, self.sums[: x.shape[3]])
 
     def _depthwise_filters(self) -> tuple[Tensor, ...]:
         """Of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""
@@ -173,11 +174,11 @@ class StateEdges(nn.Module):
     def _pointwise_filters(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The convolutions of each of the three blocks, in groups of one edge or more.
 
-        On a CPU groups of eight channels are the fastest, or of more if an edge has more. Elsewhere kernels for groups
-        are slow, so that a single one is better as long as it is not very wide.
+        On a CPU groups of sixteen channels are the fastest, or of more if an edge has more. Elsewhere kernels for
+        groups are slow, so that a single one is better as long as it is not very wide.
         """
         edges = 2 * self.sources * self.targets
-        width = 8 if self.pointwise.device.type in kernels.OURS else 256
+        width = 16 if self.pointwise.device.type in kernels.OURS else 256
         together = math.gcd(edges, max(1, width // self.mixed))
         filters = self.pointwise.flatten(1, 2)
         if together > 1:
@@ -244,7 +245,7 @@ class GroupedCell(nn.Module):
                 mixed[later].append(mixed_part)
                 bypass[later].append(bypass_part)
             # A node is the sum of its edges. The shuffle: every K-th channel is a mixed one.
-            state = _sum(bypass[node]) + _sum(mixed[node]) @ self.every_kth.to(state.dtype)
+            state = _sum(bypass[node]) + product(_sum(mixed[node]), self.every_kth)
             nodes.append(state)
         return torch.cat(nodes, dim=3).permute(0, 3, 1, 2)
 

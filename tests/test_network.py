@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, random_genotype
 from darts_space.network import BatchNormOfOne
+from darts_space.primitives import FactorizedReduce
 
 CONCAT = (2, 3, 4, 5)
 # Every operation in both cells; in the reduction cell at stride 2, and the skip connection at both strides.
@@ -409,6 +410,22 @@ def test_channels_last_images_give_the_same_result(kind, size):
     result = model(images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
     assert seen == [True], "the layout is kept up to the last cell"
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_factorized_reduce_has_the_input_s_layout(size, layout):
+    """A slice's would be contiguous, which slows the backward pass before it down."""
+    operation = FactorizedReduce(4, 6, affine=True).double()
+    images = draw_images(2, 4, *size)
+    (expected,) = torch.autograd.grad(operation(images.requires_grad_()).square().sum(), images)
+    activations = []
+    operation.relu.register_forward_hook(lambda _module, _inputs, out: activations.append(out))
+    images = images.detach().contiguous(memory_format=layout).requires_grad_()
+    loss = operation(images).square().sum()
+    gradient, below = torch.autograd.grad(loss, [images, *activations])
+    assert below.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["cifar", "imagenet"])
