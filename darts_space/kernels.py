@@ -1,10 +1,10 @@
-"""Operations that PyTorch has, but on a CPU not fast or not accurate enough: depthwise convolution and BatchNorm.
+"""Operations that PyTorch has, but on a CPU not fast, small or accurate enough.
 
-Both are PyTorch's own on other devices. They are differentiable, but only once: a backward pass with create_graph=True
-is refused.
+Separable convolutions, products with narrow matrices, the average pool and BatchNorm; other devices compute them with
+PyTorch's kernels. They are differentiable, but only once: a backward pass with create_graph=True is refused.
 
-Convolutions take tensors (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1 convolution is a
-matrix product over the last axis. BatchNorm takes (N, C, H, W), as nn.BatchNorm2d does.
+Convolutions and products take tensors (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1
+convolution is a matrix product over the last axis. The pool and BatchNorm take (N, C, H, W), as PyTorch's do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,40 @@ def pointwise_convolution(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix in the dtype of x: x (N, H, W, A), matrix (A, B) -> (N, H, W, B)."""
-    if x.device.type in OURS:  # oneDNN's convolution is up to three times as fast as MKL's product of narrow matrices
-        return pointwise_convolution(x, matrix.t()[..., None, None])
+    """x @ matrix in the dtype of x: x (N, H, W, A), matrix (A, B), a constant -> (N, H, W, B)."""
+    if x.device.type in OURS:
+        return _Product.apply(x, matrix)
     # A single matrix product, which `matmul` alone does not always make of it.
     return (x.flatten(0, 2) @ matrix.to(x.dtype)).unflatten(0, x.shape[:3])
+
+
+class _Product(torch.autograd.Function):
+    """The product as a convolution: oneDNN's is up to three times as fast as MKL's product with a narrow matrix.
+
+    PyTorch's convolution keeps its input for the backward pass, even where the weight is a constant; this does not.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        return pointwise_convolution(x, matrix.t()[..., None, None])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (matrix,) = ctx.saved_tensors
+        return product(grad, matrix.t()), None
+
+
+def average_pool(x: Tensor, stride: int) -> Tensor:
+    """3x3 average pooling, padded but without counting the padding: x (N, C, H, W) -> (N, C, H / stride, W / stride).
+
+    PyTorch's is slow in channels_last with few channels, a depthwise convolution is not.
+    """
+    if x.device.type not in OURS:
+        return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
+    window = x.new_ones(x.shape[1], 1, 3, 3)
+    pixels = F.conv2d(x.new_ones(1, 1, *x.shape[2:]), window[:1], None, stride, 1)
+    return F.conv2d(x, window, None, stride, 1, groups=len(window)) / pixels
 
 
 def batch_norm(
@@ -120,61 +149,91 @@ def _refuse_to_be_differentiated_twice() -> None:
         )
 
 
-def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, *, copies: Tensor | None = None) -> Tensor:
-    """Depthwise convolution that keeps H and W but for the stride: x (N, H, W, C), weight (C, 1, 5, 5).
+def separable_convolution(
+    x: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    stride: int = 1,
+    dilation: int = 1,
+    *,
+    copies: Tensor | None = None,
+) -> Tensor:
+    """A depthwise convolution, then a 1x1 convolution in groups: (N, H, W, A) -> (N, H / stride, W / stride, B).
 
-    With `copies` (B, C), a matrix that copies channels, it is of x @ copies, which is not kept.
+    The weights are (A, 1, 5, 5), padded to keep H and W but for the stride, and (B, A / groups, 1, 1). With `copies`
+    (C, A), a matrix that copies channels, x has C of them, and A are made here. Of what is in between nothing is kept
+    for the backward pass.
     """
-    return _Depthwise.apply(x, weight.to(x.dtype), copies, stride, dilation)
+    return _Separable.apply(x, depthwise.to(x.dtype), pointwise.to(x.dtype), copies, stride, dilation)
 
 
-class _Depthwise(torch.autograd.Function):
-    """The backward pass is PyTorch's, except for the weights' gradient on a CPU."""
+class _Separable(torch.autograd.Function):
+    """The backward pass is PyTorch's, except for the depthwise weights' gradient on a CPU.
+
+    The depthwise convolution, a few products per channel, is computed once more for the pointwise weights' gradient:
+    that costs less than a twentieth of a training step, and its result would be two sevenths of a cell's memory.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, copies: Tensor | None, stride: int, dilation: int) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, copies)
+    def forward(
+        ctx, x: Tensor, depthwise: Tensor, pointwise: Tensor, copies: Tensor | None, stride: int, dilation: int
+    ) -> Tensor:
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, depthwise, pointwise, copies)
         ctx.stride, ctx.dilation = stride, dilation
         if copies is not None:
             x = product(x, copies)
         ctx.shape = x.shape
-        x = x.permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
+        between = _depthwise(x, depthwise, stride, dilation)
+        ctx.shape_between = between.shape
+        return pointwise_convolution(between, pointwise, len(depthwise) // pointwise.shape[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_to_be_differentiated_twice()
-        x, weight, copies = ctx.saved_tensors
+        x, depthwise, pointwise, copies = ctx.saved_tensors
+        needs_x, needs_depthwise, needs_pointwise = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
-        by_x = by_weight = None
-        if ctx.needs_input_grad[0]:
-            like = grad.new_empty(ctx.shape)  # its shape and layout are all that is used
-            by_x, _ = _convolution_backward(grad, like, weight, ctx.stride, ctx.dilation, by_input=True)
-            if copies is not None:
-                by_x = product(by_x, copies.t())
-        if ctx.needs_input_grad[1]:
-            x = x if copies is None else product(x, copies)
+        by_x = by_depthwise = by_pointwise = None
+        if copies is not None and x is not None:
+            x = product(x, copies)
+        if needs_pointwise:
+            by_pointwise = _by_weight(grad, _depthwise(x, depthwise, ctx.stride, ctx.dilation), pointwise)
+        if needs_x or needs_depthwise:
+            grad = _by_input(grad, ctx.shape_between, pointwise).contiguous()
+        if needs_x:
+            by_x = _by_input(grad, ctx.shape, depthwise, ctx.stride, ctx.dilation)
+            by_x = by_x if copies is None else product(by_x, copies.t())
+        if needs_depthwise:
             if grad.device.type in OURS and ctx.dilation == 1:
-                by_weight = _by_weight_in_columns(grad, x, weight, ctx.stride)
+                by_depthwise = _by_weight_in_columns(grad, x, depthwise, ctx.stride)
             else:
-                by_weight = _by_weight(grad, x, weight, ctx.stride, ctx.dilation)
-        return by_x, by_weight, None, None, None
+                by_depthwise = _by_weight(grad, x, depthwise, ctx.stride, ctx.dilation)
+        return by_x, by_depthwise, by_pointwise, None, None, None
+
+
+def _depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    x = x.permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
+
+
+def _by_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    like = grad.new_empty(shape)  # its shape and layout are all that is used
+    return _convolution_backward(grad, like, weight, stride, dilation, [True, False, False])[0].permute(0, 2, 3, 1)
+
+
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    return _convolution_backward(grad, x, weight, stride, dilation, [False, True, False])[1]
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, *, by_input: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient by x or by the weight, whose height and width may differ."""
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's. The height and the width of the weight may differ."""
     padding = [size // 2 * dilation for size in weight.shape[2:]]
-    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, padding, [dilation] * 2,
-        False, [0, 0], len(weight), [by_input, not by_input, False],
+        False, [0, 0], x.shape[3] // weight.shape[1], wanted,
     )  # fmt: skip
-    return by_x.permute(0, 2, 3, 1) if by_input else None, by_weight
-
-
-def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int = 1) -> Tensor:
-    return _convolution_backward(grad, x, weight, stride, dilation, by_input=False)[1]
 
 
 def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +35,12 @@ from darts_space.conversion import from_plain
 from darts_space.derivation import derive
 from darts_space.kernels import (
     BatchNorm2d,
+    average_pool,
     batch_norm,
     batch_to_space,
-    depthwise,
     pointwise_convolution,
     product,
+    separable_convolution,
     space_to_batch,
 )
 from darts_space.plain import PlainSuperNet
@@ -120,31 +120,25 @@ class StateEdges(nn.Module):
         first_pointwise, second_pointwise, dilated_pointwise = self._pointwise_filters()
 
         planes = front.permute(0, 3, 1, 2)
-        pools = torch.cat(
-            [
-                F.max_pool2d(planes, 3, self.stride, 1),
-                F.avg_pool2d(planes, 3, self.stride, 1, count_include_pad=False),
-            ],
-            dim=1,
-        )
+        pools = torch.cat([F.max_pool2d(planes, 3, self.stride, 1), average_pool(planes, self.stride)], dim=1)
         mean, var = self.running_pools_mean.view(-1), self.running_pools_var.view(-1)
         pools = batch_norm(pools, mean, var, training=self.training).permute(0, 2, 3, 1)
         mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
         front = F.relu(front)
-        separable = first_pointwise(depthwise(front, first, self.stride, copies=self.copies))
+        separable = separable_convolution(front, first, first_pointwise, self.stride, copies=self.copies)
         separable = F.relu(self._norm(0, separable), inplace=True)
-        separable = second_pointwise(depthwise(separable, second))
+        separable = separable_convolution(separable, second, second_pointwise)
         mixed = mixed + self._sum(self._norm(2, separable, separable_scale))
         if self.stride == 2:  # every second pixel of every second pixel
             even, odd = _even_and_odd(front)
-            every_second = dilated_pointwise(depthwise(even, dilated, copies=self.copies))
+            every_second = separable_convolution(even, dilated, dilated_pointwise, copies=self.copies)
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
         elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
-            every_second = dilated_pointwise(depthwise(space_to_batch(front), dilated, copies=self.copies))
+            every_second = separable_convolution(space_to_batch(front), dilated, dilated_pointwise, copies=self.copies)
             mixed = mixed + batch_to_space(self._sum(self._norm(4, every_second, dilated_scale)))
         else:
-            every_second = dilated_pointwise(depthwise(front, dilated, dilation=2, copies=self.copies))
+            every_second = separable_convolution(front, dilated, dilated_pointwise, dilation=2, copies=self.copies)
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
 
         if self.stride == 1:
@@ -171,8 +165,8 @@ class StateEdges(nn.Module):
         framed = torch.stack([F.pad(self.depthwise_3x3, (1, 1, 1, 1)), self.depthwise_5x5], dim=1)
         return framed.flatten(1, 3).unbind(0)
 
-    def _pointwise_filters(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The convolutions of each of the three blocks, in groups of one edge or more.
+    def _pointwise_filters(self) -> tuple[Tensor, ...]:
+        """Of each of the three blocks, (2 * E * C / K, C / K * edges of a group, 1, 1): groups of one edge or more.
 
         On a CPU groups of sixteen channels are the fastest, or of more if an edge has more. Elsewhere kernels for
         groups are slow, so that a single one is better as long as it is not very wide.
@@ -184,9 +178,7 @@ class StateEdges(nn.Module):
         if together > 1:
             own_edge = torch.eye(together, dtype=filters.dtype, device=filters.device)
             filters = filters.view(3, -1, together, self.mixed, 1, self.mixed) * own_edge[:, None, :, None]
-        shape = -1, together * self.mixed, 1, 1
-        for weight in filters.unbind(0):
-            yield functools.partial(pointwise_convolution, weight=weight.reshape(shape), groups=edges // together)
+        return filters.reshape(3, edges * self.mixed, together * self.mixed, 1, 1).unbind(0)
 
     def _skip_filters(self) -> Tensor:
         """The two halves of FactorizedReduce, from the even and the odd pixels of each state to its edges' channels."""

@@ -1,11 +1,19 @@
-"""BatchNorm and depthwise convolution against PyTorch's in float64: values, every gradient, running statistics."""
+"""BatchNorm and separable convolutions against PyTorch's in float64: values, every gradient, running statistics."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from darts_space import kernels
-from darts_space.kernels import BatchNorm2d, batch_norm, batch_to_space, depthwise, space_to_batch
+from darts_space.kernels import (
+    BatchNorm2d,
+    average_pool,
+    batch_norm,
+    batch_to_space,
+    product,
+    separable_convolution,
+    space_to_batch,
+)
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -83,39 +91,83 @@ def test_a_single_pixel_is_refused_while_training():
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)])
 @pytest.mark.parametrize("copied", [False, True])
-def test_depthwise_is_a_grouped_convolution(stride, dilation, size, copied):
+def test_a_separable_convolution_is_two_grouped_ones(stride, dilation, size, copied):
     channels = 6
-    filters = draw(channels, 1, 5, 5, seed=1)
+    filters, pointwise = draw(channels, 1, 5, 5, seed=1), draw(4, 3, 1, 1, seed=2)
     x = draw(3, *size, 2 if copied else channels)
     copies = torch.eye(2, dtype=torch.float64).repeat(1, 3) if copied else None
 
-    def expected_from(x, filters):
+    def expected_from(x, filters, pointwise):
         x = x if copies is None else x @ copies
         y = F.conv2d(x.permute(0, 3, 1, 2), filters, None, stride, 2 * dilation, dilation, channels)
-        return y.permute(0, 2, 3, 1)
+        return F.conv2d(y, pointwise, groups=2).permute(0, 2, 3, 1)
 
-    expected = gradients_of(expected_from, x, filters)
-    found = gradients_of(lambda x, f: depthwise(x, f, stride, dilation, copies=copies), x, filters)
-    *found, by_filters = found
-    *expected, expected_by_filters = expected
-    for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+    def found_from(x, filters, pointwise):
+        return separable_convolution(x, filters, pointwise, stride, dilation, copies=copies)
+
+    y, by_x, by_filters, by_pointwise = gradients_of(found_from, x, filters, pointwise)
+    expected = list(gradients_of(expected_from, x, filters, pointwise))
     # The first half of the filters is a 3x3 one in a frame of zeros: the frame's gradient is nobody's.
-    by_filters, expected_by_filters = (
-        torch.cat([F.pad(g[:3, ..., 1:4, 1:4], (1, 1, 1, 1)), g[3:]]) for g in (by_filters, expected_by_filters)
+    by_filters, expected[2] = (
+        torch.cat([F.pad(g[:3, ..., 1:4, 1:4], (1, 1, 1, 1)), g[3:]]) for g in (by_filters, expected[2])
     )
-    torch.testing.assert_close(by_filters, expected_by_filters, rtol=1e-11, atol=1e-11)
+    for left, right in zip((y, by_x, by_filters, by_pointwise), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_each_gradient_of_a_separable_convolution_can_be_had_alone(wanted):
+    inputs = draw(2, 6, 5, 2), draw(4, 1, 5, 5, seed=1), draw(4, 2, 1, 1, seed=2)
+    copies = torch.eye(2, dtype=torch.float64).repeat(1, 2)
+    together = gradients_of(lambda *inputs: separable_convolution(*inputs, copies=copies), *inputs)
+
+    def one(x):
+        return separable_convolution(*inputs[:wanted], x, *inputs[wanted + 1 :], copies=copies)
+
+    for left, right in zip(gradients_of(one, inputs[wanted]), (together[0], together[1 + wanted]), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_separable_convolution_keeps_its_input_only():
+    x, filters, pointwise = draw(2, 8, 8, 6).requires_grad_(), draw(6, 1, 5, 5, seed=1), draw(6, 6, 1, 1, seed=2)
+    for weights_learn, kept in ((True, x.numel()), (False, 0)):
+        filters.requires_grad_(weights_learn)
+        pointwise.requires_grad_(weights_learn)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda t: t):
+            separable_convolution(x, filters, pointwise)
+        assert sum(sizes) == kept + filters.numel() + pointwise.numel()
+
+
+@pytest.mark.parametrize("device_is_ours", [True, False])
+def test_a_product_is_one_of_matrices(device_is_ours, monkeypatch):
+    if not device_is_ours:
+        monkeypatch.setattr(kernels, "OURS", set())
+    x, matrix = draw(3, 4, 5, 6), draw(6, 2, seed=1)
+    expected = gradients_of(lambda x: x @ matrix, x)
+    for left, right in zip(gradients_of(lambda x: product(x, matrix), x), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    assert product(x.bfloat16(), matrix).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (5, 6), (1, 3), (1, 1)])
+def test_the_average_pool_is_pytorch_s(stride, size):
+    x = draw(3, 4, *size).contiguous(memory_format=torch.channels_last)
+    expected = gradients_of(lambda x: F.avg_pool2d(x, 3, stride, 1, count_include_pad=False), x)
+    for left, right in zip(gradients_of(lambda x: average_pool(x, stride), x), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
 def test_neither_is_differentiated_twice():
     x = draw(2, 4, 4, 6).requires_grad_()
-    y = depthwise(x, draw(6, 1, 5, 5)).square().sum()
+    y = separable_convolution(x, draw(6, 1, 5, 5), draw(6, 6, 1, 1)).square().sum()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(y, x, create_graph=True)
 
 
 def test_dilation_is_a_convolution_of_every_second_pixel():
-    x, filters = draw(3, 6, 8, 4), draw(4, 1, 5, 5, seed=1)
+    x, filters, pointwise = draw(3, 6, 8, 4), draw(4, 1, 5, 5, seed=1), draw(4, 4, 1, 1, seed=2)
     assert torch.equal(batch_to_space(space_to_batch(x)), x)
-    found = batch_to_space(depthwise(space_to_batch(x), filters))
-    torch.testing.assert_close(found, depthwise(x, filters, dilation=2))
+    found = batch_to_space(separable_convolution(space_to_batch(x), filters, pointwise))
+    torch.testing.assert_close(found, separable_convolution(x, filters, pointwise, dilation=2))
