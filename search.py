@@ -36,7 +36,8 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, StageMismatchError, check_key, stage_key
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy, split_halves
 from nas_kmix.scorer import ScorerConfig, load_scorer, train_scorer
-from nas_kmix.scoring import ScoreTable, ScoringConfig, score_stage, scoring_key
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scoring import ScoringConfig, score_stage, scoring_key
 
 STAGES = ("scorer", "scoring", "selection", "search")
 RESULTS = ("scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt")

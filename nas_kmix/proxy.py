@@ -23,7 +23,7 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.run import stage_key
 from nas_kmix.engine.sources import BadImageError, source_of
 from nas_kmix.sampling import Method, select
-from nas_kmix.scoring import Measure, ScoreTable
+from nas_kmix.scores import Measure, ScoreTable
 
 FORMAT, VERSION = "nas_kmix/proxy", 1
 SELECTION, HALVES = 11, 12  # random streams

@@ -37,7 +37,8 @@ from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.engine.sources import BadImageError, Source
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy
 from nas_kmix.scorer import FORMAT, load_scorer
-from nas_kmix.scoring import ScoreTable, ScoringConfig, scoring_key
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scoring import ScoringConfig, scoring_key
 
 KEY = stage_key("scorer", {"epochs": 1}, {})
 SECONDS = 20  # a reader that takes longer hangs

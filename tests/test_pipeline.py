@@ -29,7 +29,7 @@ from nas_kmix.engine import data as engine_data
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scoring import ScoreTable
+from nas_kmix.scores import ScoreTable
 
 TINY = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "

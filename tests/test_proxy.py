@@ -13,7 +13,7 @@ from PIL import Image
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.sources import Source
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy, split_halves
-from nas_kmix.scoring import ScoreTable
+from nas_kmix.scores import ScoreTable
 
 NAMES = ("ant", "bee", "cow")
 

@@ -30,7 +30,8 @@ from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.run import Run
 from nas_kmix.scorer import load_scorer
-from nas_kmix.scoring import ScoreTable, ScoringConfig, redraw, score_dataset
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scoring import ScoringConfig, redraw, score_dataset
 
 IDS = {"cells", "search", "proxy", "mixes", "cost", "compare", "landscape", "robustness"}
 NAMES = ('<script>alert("ant")</script>', "b&amp;'ee'", "</style><img src=http://wasp.example/x>")

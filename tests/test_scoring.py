@@ -15,7 +15,8 @@ from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
-from nas_kmix.scoring import ScoreTable, ScoringConfig, score_dataset
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scoring import ScoringConfig, score_dataset
 
 CLASSES, SIZE = 5, 12
 CONFIG = ScoringConfig(draws=6, batch_size=64)

@@ -24,7 +24,7 @@ from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.run import Run
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scorer import load_scorer
-from nas_kmix.scoring import ScoreTable
+from nas_kmix.scores import ScoreTable
 
 COPIED = ("config.json", "env.json", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "cost.json")
 

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.scoring import ScoreTable
+from nas_kmix.scores import ScoreTable
 
 IMAGES, COLUMNS = 32, 8
 

@@ -22,7 +22,8 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.sampling import select
-from nas_kmix.scoring import ScoreTable, redraw
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
 THUMBNAIL = 96  # pixels at most

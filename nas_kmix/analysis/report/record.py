@@ -25,7 +25,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, open_data
 from nas_kmix.engine.run import StageCost
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scoring import ScoreTable
+from nas_kmix.scores import ScoreTable
 
 TABLES = {
     "alphas_normal": (EDGES, len(PRIMITIVES)),
