@@ -11,8 +11,6 @@ that of the images alone, so that 1.00 would mean that signs, projections and no
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import tyro
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.measure import generated_images, seconds
+from benchmarks.measure import command_line, generated_images, report, seconds
 from darts_space import GENOTYPES, CifarNetwork
 from nas_kmix.analysis.attacks import PixelClassifier, pgd
 from nas_kmix.analysis.objective import cross_entropy_objective
@@ -86,11 +84,7 @@ def main(config: Config) -> dict[str, float]:
     pairs = _time_in_turn(bare, attack, config.pairs, device)
     figures["attack_steps_per_s"] = statistics.median(config.steps / full for _, full in pairs)
     figures["attack_steps_over_bare"] = statistics.median(plain / full for plain, full in pairs)
-    print(f"{config.network}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
-    for name, value in figures.items():
-        print(f"{name:<26}{value:.4g}")
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures) + "\n")
+    report(figures, config.json, device)
     return figures
 
 
@@ -110,4 +104,4 @@ def _time_in_turn(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, args=command_line(), description=__doc__))

@@ -9,7 +9,6 @@ figure is per worker. The two take turns, and the ratio is the median over the r
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.measure import command_line, report
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.photographs import PhotoTransform
 
@@ -34,9 +34,11 @@ class Config:
     rounds: int = 5
     jitter: bool = False
     """Jitter colours as the preset `imagenet` does."""
+    json: Path | None = None
+    """Also write the figures there."""
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> dict[str, float]:
     torch.set_num_threads(1)
     data = load_data(DataConfig(data=str(config.data), image_size=224, max_resident_gb=0.0), workers=config.workers)
     rng = np.random.default_rng(0)
@@ -55,17 +57,16 @@ def main(config: Config) -> None:
             bare.append(len(indices) / (middle - start))
             loaded.append(n / (end - middle) / max(1, config.workers))
     ratios = [a / b for a, b in zip(loaded, bare, strict=True)]
-    print(
-        json.dumps(
-            {
-                "bare_decoding_images_per_second": round(statistics.median(bare), 1),
-                "loader_images_per_second_and_worker": round(statistics.median(loaded), 1),
-                "ratio": round(statistics.median(ratios), 3),
-                "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-            }
-        )
-    )
+    figures = {
+        "bare_decoding_images_per_second": statistics.median(bare),
+        "loader_images_per_second_and_worker": statistics.median(loaded),
+        "ratio": statistics.median(ratios),
+        "lowest_ratio": min(ratios),
+        "highest_ratio": max(ratios),
+    }
+    report(figures, config.json, "cpu")
+    return figures
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, args=command_line(), description=__doc__))

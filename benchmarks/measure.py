@@ -1,9 +1,13 @@
-"""What the benchmarks share: a stopwatch that waits for the device, and generated images."""
+"""What the benchmarks share: a stopwatch that waits for the device, generated images, and how figures are reported."""
 
 from __future__ import annotations
 
+import json
+import platform
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,3 +33,25 @@ def generated_images(n: int, size: int, classes: int, device: torch.device, *, r
     source = Source("generated", "train", rng.integers(0, classes, n), names, arrays=pixels)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
     return ImageData(source, size, (0.5,) * 3, (0.25,) * 3, device, images)
+
+
+def report(figures: dict[str, float], json_file: Path | None, device: torch.device | str) -> None:
+    """Print the figures and the machine, and write them to `json_file`; `-` prints JSON and nothing else."""
+    if json_file == Path("-"):
+        print(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        print(f"{name:<44}{value:10.4g}")
+    print(machine(device))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def machine(device: torch.device | str) -> str:
+    return f"torch {torch.__version__}, {platform.machine()}, {device}, {torch.get_num_threads()} threads"
+
+
+def command_line() -> list[str]:
+    """The arguments of this process, in which a last --json without a file stands for `--json -`."""
+    arguments = sys.argv[1:]
+    return [*arguments, "-"] if arguments[-1:] == ["--json"] else arguments

@@ -12,8 +12,6 @@ DCutMix with K = 2, a box per image, over that of torchvision's CutMix, a box pe
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/mixing.py`
 
-from benchmarks.measure import seconds
+from benchmarks.measure import command_line, report, seconds
 from nas_kmix.backbones import build_backbone
 from nas_kmix.boxes import draw_phi, nested_boxes, stick_lengths
 from nas_kmix.engine.device import DeviceConfig, pick_device
@@ -171,21 +169,12 @@ def main(config: Config) -> dict[str, float]:
             slower = {k: small[f"loop DCutMix K={k}"] / small[f"DCutMix K={k}"] for k in (3, 5)}
             figures |= {f"loop_over_vectorised_k{k}": value for k, value in slower.items()}
         figures["torchvision_ratio"] = small["DCutMix K=2"] / small["torchvision CutMix"]
-    if config.json == Path("-"):
-        print(json.dumps(figures, indent=2))
-        return figures
-    for name in table.get(32, {}):
-        print(f"{name:<24}" + "".join(f"{times[name]:10.1f} us at {size} px" for size, times in table.items()))
-    for name, value in figures.items():
-        print(f"{name:<44}{value:10.4g}")
-    print(f"torch {torch.__version__}, {platform.machine()}, {config.device}, {torch.get_num_threads()} threads")
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if config.json != Path("-"):
+        for name in table.get(32, {}):
+            print(f"{name:<24}" + "".join(f"{times[name]:10.1f} us at {size} px" for size, times in table.items()))
+    report(figures, config.json, config.device)
     return figures
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[-1:] == ["--json"]:
-        arguments.append("-")
-    main(tyro.cli(Config, args=arguments, description=__doc__))
+    main(tyro.cli(Config, args=command_line(), description=__doc__))

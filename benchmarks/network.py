@@ -10,8 +10,6 @@ difference.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,7 @@ import torch
 import tyro
 from torch.nn import functional as F
 
-from benchmarks.measure import seconds
+from benchmarks.measure import command_line, report, seconds
 from darts_space import read_genotype
 from darts_space.network import NETWORKS, Network
 from nas_kmix.engine.device import DeviceConfig, pick_device
@@ -60,11 +58,7 @@ def main(config: Config) -> dict[str, float]:
         pairs = [[seconds(partial(step, *run), config.device) for run in runs] for _ in range(config.pairs)]
         figures[f"{mode}_images_per_second"] = config.batch_size / statistics.median(pair[1] for pair in pairs)
         figures[f"{mode}_speedup"] = statistics.median(plain / last for plain, last in pairs)
-    print(f"torch {torch.__version__}, {platform.machine()}, {config.device}, {torch.get_num_threads()} threads")
-    for name, value in figures.items():
-        print(f"{name:<30}{value:8.2f}")
-    if config.json:
-        config.json.write_text(json.dumps(figures) + "\n")
+    report(figures, config.json, config.device)
     return figures
 
 
@@ -81,4 +75,4 @@ def evaluate(model: Network, images: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, args=command_line(), description=__doc__))

@@ -8,8 +8,6 @@ over the pairs of (bare forward time / scoring time). 1.00 would mean that mixin
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import sys
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/scoring.py`
 
-from benchmarks.measure import generated_images, seconds
+from benchmarks.measure import command_line, generated_images, report, seconds
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.device import DeviceConfig, pick_device
 from nas_kmix.scoring import ScoringConfig, score_dataset
@@ -75,19 +73,9 @@ def main(config: Config) -> dict[str, float]:
         "forward_us_per_mix": statistics.median(1e6 * plain / mixes for plain, _ in rows),
         "images_per_s": statistics.median(config.images / full for _, full in rows),
     }
-    if config.json == Path("-"):
-        print(json.dumps(figures, indent=2))
-        return figures
-    for name, value in figures.items():
-        print(f"{name:22} {value:.4g}")
-    print(f"{config.backbone}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=2) + "\n")
+    report(figures, config.json, device)
     return figures
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[-1:] == ["--json"]:
-        arguments.append("-")
-    main(tyro.cli(Config, args=arguments, description=__doc__))
+    main(tyro.cli(Config, args=command_line(), description=__doc__))

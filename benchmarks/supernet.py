@@ -15,7 +15,6 @@ nothing, the fast form takes more of them. The roof is a matrix product and a me
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import seconds
+from benchmarks.measure import machine, seconds
 from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.search_network import SearchNetwork
@@ -256,7 +255,7 @@ def main(config: Config) -> dict[str, float]:
         **roof(config),
     }
     plain, fast = (works(form, config) for form in FORMS)
-    print(f"torch {torch.__version__}, {platform.machine()}, {config.device}, {torch.get_num_threads()} threads")
+    print(machine(config.device))
     print(f"batch {config.batch_size}, {config.pairs} pairs    plain      fast     ratio  (lowest, highest)")
     for name in plain:
         for form in (plain, fast):
@@ -282,7 +281,7 @@ def main(config: Config) -> dict[str, float]:
         f"{figures['forward_backward_fast_s'] * figures['copy_bytes_per_s'] / 1e9:.1f} GB"
     )
     if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=2) + "\n")
+        config.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
 
