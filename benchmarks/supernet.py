@@ -36,6 +36,7 @@ from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.search_network import SearchNetwork
 from nas_kmix.engine.device import DeviceConfig, pick_device
+from nas_kmix.engine.run import peak_rss_bytes
 
 PLAIN_MACS = 56_596_992
 PLAIN_OPERATIONS = range(13_000, 15_001)
@@ -204,7 +205,7 @@ def added_memory(form: str, config: Config) -> int:
     before = torch.cuda.memory_allocated() if cuda else _resident_bytes()
     loop.arch_step(batch, batch)
     loop.weight_step(batch)
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_rss_bytes()
     return peak - before
 
 

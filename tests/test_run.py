@@ -120,6 +120,16 @@ def test_costs_add_up_over_invocations(tmp_path, clock):
     assert total == {"wall_s": 10.0, "images_forward": 34, "images_backward": 10}
 
 
+def test_the_peak_is_this_process_s_own():
+    """Not what the process that started it holds, with which Linux's ru_maxrss begins."""
+    command = "from nas_kmix.engine.run import peak_rss_bytes as peak; a = peak(); b = b'1' * 2**28; print(a, peak())"
+    ballast = torch.ones(2**28)  # 1 GiB
+    done = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert 1e7 < before < run_module.peak_rss_bytes() - ballast.nbytes // 2
+    assert after - before > 0.9 * 2**28
+
+
 def test_a_stage_that_is_skipped_keeps_its_cost_and_says_so(tmp_path, clock):
     with open_run(tmp_path) as run, run.stage("scorer"):
         clock[0] += 3
