@@ -171,7 +171,7 @@ class _Separable(torch.autograd.Function):
     """The backward pass is PyTorch's, except for the depthwise weights' gradient on a CPU.
 
     The depthwise convolution, a few products per channel, is computed once more for the pointwise weights' gradient:
-    that costs less than a twentieth of a training step, and its result would be two sevenths of a cell's memory.
+    that costs about a twentieth of a training step, and its results would be three sevenths of what a cell keeps.
     """
 
     @staticmethod
