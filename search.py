@@ -1,6 +1,6 @@
 """Search an architecture on a proxy dataset: images in, `genotype.json` out.
 
-    python search.py --out runs/digits                                # handwritten digits, two minutes on a laptop
+    python search.py --out runs/digits                                # handwritten digits, half a minute on two cores
     python search.py --preset cpu --data cifar100 --out runs/c100     # a small scorer and supernet
     python search.py --preset paper --data cifar100 --out runs/paper  # the paper's settings, for a GPU
     python search.py --preset paper --data cifar100 --stop-after proxy --export-list proxy.tsv
@@ -17,7 +17,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,7 +109,7 @@ class Config:
     """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
 
     preset: Literal["quick", "cpu", "paper", "imagenet"] = "quick"
-    """quick: digits in two minutes | cpu: a small scorer and supernet | paper: the paper's | imagenet: 224 px."""
+    """quick: digits in half a minute | cpu: a small scorer and supernet | paper: the paper's | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
     seed: int = 0
@@ -234,6 +234,8 @@ def _stages(config: Config, data: ImageData, folder: Run) -> Result:
             return result
     if not folder.go_on_alone():
         return result
+    if config.proxy is not None and (flags := _without_effect(config)):
+        folder.say(f"the proxy is given by --proxy {config.proxy}, so there is no effect of {', '.join(flags)}")
     if config.proxy == ALL_IMAGES:
         share = config.selection.arch_share
         weights, arch = split_halves(data.good(), data.labels[data.good()], share, seed=config.seed)
@@ -576,6 +578,15 @@ def _check_flags(config: Config) -> None:
             )
     if config.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {config.seed}.")
+
+
+def _without_effect(config: Config) -> list[str]:
+    """The selection's flags that were changed although the proxy is given; all images are still divided into halves."""
+    preset = PRESETS[config.preset].selection
+    used = {"seed", "arch_share"} if config.proxy == ALL_IMAGES else {"seed"}
+    names = [f.name for f in fields(preset) if f.name not in used]
+    changed = [name for name in names if getattr(config.selection, name) != getattr(preset, name)]
+    return [f"--{name.replace('_', '-')}" for name in changed]
 
 
 def _check_search(config: Config, data: ImageData) -> None:

@@ -37,6 +37,7 @@ from nas_kmix.engine.distributed import World, is_main, joined
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.engine.sources import splits_of
 from nas_kmix.engine.training import TrainConfig, Trained, Validation, train
@@ -392,11 +393,11 @@ def _match_classes(part: Part, trained: Classifier) -> Part:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def _measure(model: nn.Module, evaluated: Evaluated, folder: Run) -> dict[str, float]:
+def _measure(model: nn.Module, evaluated: Evaluated, folder: Run, progress: Progress | None = None) -> dict[str, float]:
     """val_loss, val_accuracy, …, test_accuracy."""
     metrics = {}
     for split, part in evaluated.items():
-        found = evaluate(model, part.data, indices=part.indices, run=folder)
+        found = evaluate(model, part.data, indices=part.indices, run=folder, progress=progress)
         metrics |= {f"{split}_{name}": value for name, value in found.items()}
     return metrics
 
@@ -416,7 +417,10 @@ def _evaluate_checkpoint(config: Config, folder: Run) -> dict[str, Any]:
             f"{len(trained.class_names)} of the network"
         )
     model = folder.layout(trained.model.to(folder.device))
-    metrics = _measure(model, evaluated, folder)
+    own = sum(len(part.indices[folder.world.share(len(part.indices))]) for part in evaluated.values())
+    progress = folder.progress("evaluation", own, unit="image")
+    metrics = _measure(model, evaluated, folder, progress)
+    progress.close()
     if config.export is not None and folder.world.main:
         part = next(iter(evaluated.values()))
         export_model(model, _examples(part.data, part.indices), config.export)

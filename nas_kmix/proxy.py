@@ -162,8 +162,8 @@ class ProxyManifest:
             return self
         if len(data.class_names) != len(self.class_names):
             raise ValueError(
-                f"The proxy of {self.data} has {len(self.class_names)} classes, but --data has {data.num_classes}; "
-                f"give the data set it was made from."
+                f"The proxy of {self.data} has {len(self.class_names)} classes, but {data.source.name} has "
+                f"{data.num_classes}; give the data set it was made from."
             )
         same_names = set(data.class_names) == set(self.class_names)
         relabel = [data.class_names.index(n) if same_names else i for i, n in enumerate(self.class_names)]
@@ -179,7 +179,7 @@ class ProxyManifest:
             if not matches:
                 name = self.paths[position] if self.paths else f"image {old}"
                 raise ValueError(
-                    f"The proxy of {self.data} does not belong to --data: {name} (class "
+                    f"The proxy of {self.data} does not belong to {data.source.name}: {name} (class "
                     f"{self.class_names[label]}, content {content}) is not in it."
                 )
             new[int(old)] = matches.pop()

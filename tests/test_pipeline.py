@@ -358,7 +358,8 @@ def test_a_given_file_without_its_bill_is_used_with_a_warning(finished, npz, tmp
 
 
 def test_no_proxy_searches_on_every_image(npz, tmp_path):
-    completed(command(npz, tmp_path, "--proxy", "none", *ONE_STEP))
+    ended = completed(command(npz, tmp_path, "--proxy", "none", "--method", "random", *ONE_STEP))
+    assert "no effect of" in ended.out and "--method" in ended.out
     assert results_of(tmp_path) == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
     assert costs_of(tmp_path)["search"]["images_forward"] == IMAGES  # 36 for the weights, 36 for the architecture
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
@@ -463,7 +464,7 @@ def test_a_proxy_of_other_data_is_refused_with_the_first_missing_image(finished,
     images[proxy.indices[3:]] ^= 1
     other = write_npz(tmp_path / "other.npz", images, labels)
     argv = command(other, tmp_path / "run", "--proxy", finished[0] / "proxy.json")
-    refused(argv, "does not belong to --data", f"image {proxy.indices[3]} ", proxy.content[3])
+    refused(argv, "does not belong to ", f"image {proxy.indices[3]} ", proxy.content[3])
     relabelled = write_npz(tmp_path / "relabelled.npz", draw_images()[0], (labels + 1) % CLASSES)
     argv = command(relabelled, tmp_path / "run", "--proxy", finished[0] / "proxy.json")
     refused(argv, f"image {proxy.indices[0]} ", proxy.content[0])

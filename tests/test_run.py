@@ -97,6 +97,18 @@ def test_half_written_files_of_others_stay(tmp_path):
         assert (tmp_path / "film.mp4.part").exists()
 
 
+def test_a_command_that_fails_before_its_first_file_leaves_no_folder(tmp_path):
+    new, old, used = (tmp_path / name for name in ("new/run", "old", "used"))
+    old.mkdir()
+    for folder in (new, old, used):
+        with pytest.raises(ValueError, match="no such data"), open_run(folder) as run:
+            if folder == used:
+                run.path("result.json").write_text("{}")
+            raise ValueError("no such data")
+    assert not new.exists() and old.exists()
+    assert (used / "result.json").exists()
+
+
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 

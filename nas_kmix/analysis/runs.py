@@ -63,6 +63,8 @@ def open_runs(runs: Sequence[Path]) -> dict[str, Classifier]:
     for run in runs:
         path = run.resolve()
         name = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
+        if run in runs[: len(found)]:
+            raise ValueError(f"{run} is named twice.")
         if name in found:
             raise ValueError(f"{run} and {found[name].path} would both be called {name}; rename a folder.")
         found[name] = load_classifier(checkpoint_of(run))

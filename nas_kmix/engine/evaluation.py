@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
 
 TOP = 5  # the second accuracy that is customary, where there are more classes than that
@@ -17,13 +18,19 @@ TOP = 5  # the second accuracy that is customary, where there are more classes t
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: ImageData, *, run: Run, batch_size: int = 256, indices: np.ndarray | None = None
+    model: nn.Module,
+    data: ImageData,
+    *,
+    run: Run,
+    batch_size: int = 256,
+    indices: np.ndarray | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Evaluate in evaluation mode on `indices` of `data`, by default on all good images; the mode is put back.
 
     Returns `loss` (cross-entropy in nats, hard labels), `accuracy` and, with more than five classes, `accuracy_top5`,
     as means over the images, in [0, 1]. Bad files count neither way. Each process of the run's world
-    takes its share of the images, and all get the same result.
+    takes its share of the images, and all get the same result. `progress` counts this process's images.
     """
     indices = data.good() if indices is None else indices
     indices = indices[run.world.share(len(indices))]
@@ -42,6 +49,8 @@ def evaluate(
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         sums += torch.stack([loss, top[:, 0].sum(), top.sum()])
         count += len(batch.indices)
+        if progress is not None:
+            progress.update(len(batch.indices))
     model.train(was_training)
     *sums, count = run.world.total(*sums.tolist(), count)
     if count == 0:

@@ -36,6 +36,7 @@ try:
 except ImportError:  # Windows: a second run in one folder is not refused there, and peak memory not known
     fcntl = resource = None
 
+LOCK = ".lock"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
@@ -100,6 +101,7 @@ class Run:
         of the results in place."""
         self._signum: int | None = None
         self._lock: IO[str] | None = None
+        self._new = False
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
         self._events: EventFile | None = None
         self._checkpoint_time = time.monotonic()
@@ -117,8 +119,9 @@ class Run:
 
     def _take_folder(self) -> None:
         try:
+            self._new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115, __exit__ closes it
+            self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115, __exit__ closes it
         except OSError as error:
             raise OSError(f"--out {self.folder} cannot be written to: {error.strerror}.") from error
         if fcntl is not None:
@@ -137,7 +140,16 @@ class Run:
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
         if self._lock is not None:
+            if self._new and exc_info[0] is not None:
+                self._remove_if_empty()
             self._lock.close()
+
+    def _remove_if_empty(self) -> None:
+        """A command that is refused before its first file leaves no folder behind."""
+        with suppress(OSError):
+            if [path.name for path in self.folder.iterdir()] == [LOCK]:
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
 
     def go_on_alone(self) -> bool:
         """End the common work of the processes: True in the one that does the rest by itself."""
