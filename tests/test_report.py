@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ import train_eval
 from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, random_genotype
 from nas_kmix.analysis import live, report
 from nas_kmix.analysis.report import __main__ as command_line
+from nas_kmix.analysis.report import compare
 from nas_kmix.analysis.report import page as page_module
 from nas_kmix.analysis.report.charts import Scale, Series, histogram, line_chart, scale_of, stacked_bars
 from nas_kmix.analysis.report.maps import FALL, RISE, heat_panel
@@ -341,6 +341,24 @@ def test_a_trained_network(trained):
     assert len(found.of("img")) == 8 and "no proxy" not in found.text["proxy"]
 
 
+def test_a_genotype_is_named_as_shortly_as_can_be():
+    typed = random_genotype(np.random.default_rng(3))
+    published = GENOTYPES["PC_DARTS_cifar"]
+    for genotype, given, name in (
+        (published, published.to_text(), "PC_DARTS_cifar"),
+        (typed, typed.to_text(), "typed in, "),
+        (typed, "elsewhere/genotype.json", "elsewhere/genotype.json"),
+    ):
+        assert compare._network_name({"genotype": given}, genotype).startswith(name)
+    assert compare._network_name({"backbone": "tiny"}, None) == "tiny"
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    folders = [tmp_path / name for name in ("a/run", "b/run", "c/other")]
+    assert list(compare._short_names([Record(f) for f in folders]).values()) == ["a/run", "b/run", "c/other"]
+    assert list(compare._short_names([Record(f) for f in folders[1:]]).values()) == ["run", "other"]
+
+
 # -- several runs ------------------------------------------------------------------------------------------------------
 
 
@@ -359,8 +377,8 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
     last = {**result["last"], "test_accuracy": 0.5}
     again = changed(trained, tmp_path / "again", "result.json", last=last)
     folders = (searched, other, trained, again)
-    parent = os.path.commonpath([folder.parent for folder in folders])
-    short = {folder: folder.relative_to(parent).as_posix() for folder in folders}
+    short = {folder: folder.name for folder in folders}  # no two are called the same
+    assert len(set(short.values())) == len(folders)
     text = document([Record(folder) for folder in folders])
     found = Page(text)
     assert list(remote_references(text)) == [] and {one["id"] for one in found.of("section")} == IDS

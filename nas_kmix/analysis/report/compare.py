@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from darts_space import Genotype
+from darts_space import GENOTYPES, Genotype
 from nas_kmix.analysis.report.charts import Series, legend, scatter_chart
 from nas_kmix.analysis.report.cost import all_in_seconds, speed_up
 from nas_kmix.analysis.report.markup import Markup, figure, join, missing, number, percent, sentence, table, tag
@@ -116,7 +116,7 @@ def _trained(record: Record, searched: Sequence[Searched]) -> TrainedNetwork:
     search = _origin(network, genotype, searched)
     return TrainedNetwork(
         record,
-        origin=str(network.get("backbone") or network.get("genotype")) if search is None else search.proxy,
+        origin=_network_name(network, genotype) if search is None else search.proxy,
         seed=record.config.get("seed", 0),
         genotype=genotype,
         accuracy=_accuracy(result.get("last")),
@@ -140,6 +140,16 @@ def _origin(network: dict, genotype: Genotype | None, searched: Sequence[Searche
     return _searched(outside) if known else same[0] if same else None
 
 
+def _network_name(network: dict, genotype: Genotype | None) -> str:
+    """The backbone's name, a published genotype's, or the file's; a genotype that was typed in is told by its hash."""
+    given = str(network.get("backbone") or network.get("genotype"))
+    if genotype in GENOTYPES.values():
+        return next(name for name, published in GENOTYPES.items() if published == genotype)
+    if genotype is not None and "(" in given:
+        return f"typed in, {hashlib.sha256(given.encode()).hexdigest()[:6]}"
+    return given
+
+
 def _accuracy(metrics: dict | None) -> float | None:
     metrics = metrics or {}
     return metrics.get("test_accuracy", metrics.get("val_accuracy"))
@@ -153,9 +163,13 @@ def _groups(runs: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[
 
 
 def _short_names(records: Sequence[Record]) -> dict[Path, str]:
-    """The folders without the path that they have in common."""
-    parent = os.path.commonpath([record.folder.resolve().parent for record in records])
-    return {record.folder: os.path.relpath(record.folder.resolve(), parent) for record in records}
+    """As much of the end of each path as tells them apart."""
+    folders = {record.folder: record.folder.resolve().parts for record in records}
+    for depth in range(1, max(map(len, folders.values())) + 1):
+        names = {folder: "/".join(parts[-depth:]) for folder, parts in folders.items()}
+        if len(set(names.values())) == len(set(folders.values())):
+            break
+    return names
 
 
 def _search_table(searched: Sequence[Searched], short: dict[Path, str]) -> Markup:

@@ -71,9 +71,9 @@ def _appearance(record: Record) -> Markup:
     first = history[same.index(True)].epoch
     settled = history[len(same) - same[::-1].index(False) if False in same else 0].epoch
     changes = sum(a.genotype.shared_edges(b.genotype) < EDGES_OF_A_GENOTYPE for a, b in pairwise(history))
-    kept = "and was kept from then on" if settled == first else f"was left again, and kept from epoch {settled} on"
+    kept = " and was kept from then on" if settled == first else f", was left again and kept from epoch {settled} on"
     return sentence(
-        f"The final genotype first appeared after epoch {first} (of 0 to {history[-1].epoch}) {kept}. "
+        f"The final genotype first appeared after epoch {first} (of 0 to {history[-1].epoch}){kept}. "
         f"From epoch to epoch the genotype changed {plural(changes, 'time')}."
     )
 
