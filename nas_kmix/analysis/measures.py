@@ -36,7 +36,8 @@ def attacked_accuracy(
     With a `substitute`, one set of examples is made on it for all models. Bad files count neither way.
     """
     correct = {name: dict.fromkeys(("clean", *attacks), 0) for name in models}
-    count, progress = 0, Progress(f"attack on {len(models)} networks", len(indices), unit="image")
+    networks = "1 network" if len(models) == 1 else f"{len(models)} networks"
+    count, progress = 0, Progress(f"attack on {networks}", len(indices), unit="image")
     for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / batch_size))):
         if len(batch.indices) == 0:
             continue
