@@ -128,15 +128,18 @@ def test_each_gradient_of_a_separable_convolution_can_be_had_alone(wanted):
         torch.testing.assert_close(left, right)
 
 
-def test_a_separable_convolution_keeps_its_input_only():
-    x, filters, pointwise = draw(2, 8, 8, 6).requires_grad_(), draw(6, 1, 5, 5, seed=1), draw(6, 6, 1, 1, seed=2)
-    for weights_learn, kept in ((True, x.numel()), (False, 0)):
-        filters.requires_grad_(weights_learn)
-        pointwise.requires_grad_(weights_learn)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda t: t):
-            separable_convolution(x, filters, pointwise)
-        assert sum(sizes) == kept + filters.numel() + pointwise.numel()
+@pytest.mark.parametrize(("copied", "weights_learn", "kept"), [(True, True, 1), (False, True, 6), (True, False, 0)])
+def test_a_separable_convolution_keeps_little(copied, weights_learn, kept):
+    """In tensors of the input's size, of a third as many channels if it is copied."""
+    x, filters, pointwise = draw(2, 8, 8, 2 if copied else 6), draw(6, 1, 5, 5, seed=1), draw(6, 6, 1, 1, seed=2)
+    copies = torch.eye(2, dtype=torch.float64).repeat(1, 3) if copied else None
+    for parameter in (filters, pointwise):
+        parameter.requires_grad_(weights_learn)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t):
+        separable_convolution(x.requires_grad_(), filters, pointwise, copies=copies)
+    parameters = sum(t.numel() for t in (filters, pointwise, copies) if t is not None)
+    assert sum(sizes) == kept * draw(2, 8, 8, 2).numel() + parameters
 
 
 @pytest.mark.parametrize("device_is_ours", [True, False])
