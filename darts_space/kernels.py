@@ -1,7 +1,7 @@
 """Operations that PyTorch has, but on a CPU not fast, small or accurate enough.
 
 Separable convolutions, products with narrow matrices, the average pool and BatchNorm; other devices compute them with
-PyTorch's kernels. They are differentiable, but only once: a backward pass with create_graph=True is refused.
+PyTorch's kernels. Separable convolutions and BatchNorm are differentiable only once: create_graph=True is refused.
 
 Convolutions and products take tensors (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1
 convolution is a matrix product over the last axis. The pool and BatchNorm take (N, C, H, W), as PyTorch's do.

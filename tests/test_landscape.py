@@ -360,6 +360,7 @@ def test_an_unfinished_training_and_foreign_files_are_refused(trained, tmp_path,
     out = str(tmp_path / "out")
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
+    (tmp_path / "other" / "tiny").mkdir(parents=True)
     (unfinished / "last.pt").write_bytes((trained / "tiny" / "last.pt").read_bytes())
     torch.save({"format": "nas_kmix/classifier", "model": {}}, tmp_path / "damaged.pt")
     data = str(trained / "tiny.npz")
@@ -370,6 +371,7 @@ def test_an_unfinished_training_and_foreign_files_are_refused(trained, tmp_path,
         ([str(tmp_path / "damaged.pt"), "--data", data], "damaged.pt is damaged"),
         ([str(unfinished / "last.pt")], "config.json does not tell"),
         ([str(trained / "tiny"), str(trained / "tiny")], "is named twice"),
+        ([str(trained / "tiny"), str(tmp_path / "other" / "tiny")], "would both be called tiny"),
         ([str(trained / "tiny"), "--split", "val"], "val_images"),
         ([str(trained / "tiny"), "--data", "digits"], "other classes"),
         ([str(trained / "tiny"), "--points", "4"], "--points must be odd"),

@@ -464,7 +464,7 @@ def test_a_proxy_of_other_data_is_refused_with_the_first_missing_image(finished,
     images[proxy.indices[3:]] ^= 1
     other = write_npz(tmp_path / "other.npz", images, labels)
     argv = command(other, tmp_path / "run", "--proxy", finished[0] / "proxy.json")
-    refused(argv, "does not belong to ", f"image {proxy.indices[3]} ", proxy.content[3])
+    refused(argv, "does not belong to other.npz", f"image {proxy.indices[3]} ", proxy.content[3])
     relabelled = write_npz(tmp_path / "relabelled.npz", draw_images()[0], (labels + 1) % CLASSES)
     argv = command(relabelled, tmp_path / "run", "--proxy", finished[0] / "proxy.json")
     refused(argv, f"image {proxy.indices[0]} ", proxy.content[0])

@@ -60,10 +60,10 @@ def open_runs(runs: Sequence[Path]) -> dict[str, Classifier]:
     if not runs:
         raise ValueError("Name at least one RUN: a run folder of train_eval.py or a checkpoint.")
     found: dict[str, Classifier] = {}
-    for run in runs:
+    for i, run in enumerate(runs):
         path = run.resolve()
         name = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
-        if run in runs[: len(found)]:
+        if run in runs[:i]:
             raise ValueError(f"{run} is named twice.")
         if name in found:
             raise ValueError(f"{run} and {found[name].path} would both be called {name}; rename a folder.")
