@@ -50,6 +50,46 @@ class _Product(torch.autograd.Function):
         return product(grad, matrix.t()), None
 
 
+def copied(x: Tensor, axes: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Copies of channels: x (N, H, W, the product of the old axes) -> (N, H, W, the product of all `axes`).
+
+    `axes` are sizes, `new` the indices of those along which everything is equal. Nothing here is differentiated.
+    """
+    x = x.contiguous().unflatten(3, [1 if axis in new else size for axis, size in enumerate(axes)])
+    if x.device.type not in OURS:
+        return x.expand(*x.shape[:3], *axes).flatten(3)
+    for axis in reversed(new):  # `cat` copies whole rows, which `expand` does channel by channel
+        x = torch.cat([x] * axes[axis], dim=3 + axis)
+    return x.flatten(3)
+
+
+def summed(x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
+    """Sums of channels: x (N, H, W, the product of `axes`) -> (N, H, W, the product of those that are not `gone`)."""
+    if x.device.type in OURS:
+        return _Summed.apply(x, axes, gone)
+    return x.unflatten(3, axes).sum([3 + axis for axis in gone]).flatten(3)
+
+
+class _Summed(torch.autograd.Function):
+    """One half of an axis is added to the other, again and again: few long additions instead of many short ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
+        ctx.axes, ctx.gone = axes, gone
+        x = x.unflatten(3, axes)
+        for axis in gone:
+            while (size := x.shape[3 + axis]) > 1:
+                first, second, *odd = x.split([size // 2] * 2 + [1] * (size % 2), dim=3 + axis)
+                x = first + second
+                for rest in odd:
+                    x.narrow(3 + axis, 0, 1).add_(rest)
+        return x.flatten(3)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return copied(grad, ctx.axes, ctx.gone), None, None
+
+
 def average_pool(x: Tensor, stride: int) -> Tensor:
     """3x3 average pooling, padded but without counting the padding: x (N, C, H, W) -> (N, C, H / stride, W / stride).
 
@@ -156,19 +196,23 @@ def separable_convolution(
     stride: int = 1,
     dilation: int = 1,
     *,
-    copies: Tensor | None = None,
+    axes: tuple[int, ...] | None = None,
 ) -> Tensor:
     """A depthwise convolution, then a 1x1 convolution in groups: (N, H, W, A) -> (N, H / stride, W / stride, B).
 
-    The weights are (A, 1, 5, 5), padded to keep H and W but for the stride, and (B, A / groups, 1, 1). With `copies`
-    (C, A), a matrix that copies channels, x has C of them, and A are made here; then x is all that is kept for the
-    backward pass.
+    The weights are (A, 1, 5, 5), padded to keep H and W but for the stride, and (B, A / groups, 1, 1). With `axes`, the
+    sizes of (kernel size, state, node, channel) that make up A, x has the channels of the states only, and the copies
+    for all kernel sizes and nodes are made here; then x is all that is kept for the backward pass.
     """
-    return _Separable.apply(x, depthwise.to(x.dtype), pointwise.to(x.dtype), copies, stride, dilation)
+    return _Separable.apply(x, depthwise.to(x.dtype), pointwise.to(x.dtype), axes, stride, dilation)
+
+
+_COPIES = (0, 2)
+"""The kernel size and the node."""
 
 
 class _Separable(torch.autograd.Function):
-    """The backward pass is PyTorch's, except for the depthwise weights' gradient on a CPU.
+    """The backward pass is PyTorch's, except for the depthwise convolution on a CPU.
 
     Where channels are copied the depthwise convolution, a few products per channel, is computed once more for the
     pointwise weights' gradient: about 3 % of a training step, for two of the seven tensors per edge that a cell keeps.
@@ -176,26 +220,26 @@ class _Separable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, depthwise: Tensor, pointwise: Tensor, copies: Tensor | None, stride: int, dilation: int
+        ctx, x: Tensor, depthwise: Tensor, pointwise: Tensor, axes: tuple[int, ...] | None, stride: int, dilation: int
     ) -> Tensor:
         kept = x if any(ctx.needs_input_grad[1:3]) else None
-        if copies is not None:
-            x = product(x, copies)
+        if axes is not None:
+            x = copied(x, axes, _COPIES)
         between = _depthwise(x, depthwise, stride, dilation)
-        kept_between = between if ctx.needs_input_grad[2] and copies is None else None
-        ctx.save_for_backward(kept, kept_between, depthwise, pointwise, copies)
-        ctx.stride, ctx.dilation, ctx.shape, ctx.shape_between = stride, dilation, x.shape, between.shape
+        kept_between = between if ctx.needs_input_grad[2] and axes is None else None
+        ctx.save_for_backward(kept, kept_between, depthwise, pointwise)
+        ctx.axes, ctx.stride, ctx.dilation, ctx.shape, ctx.shape_between = axes, stride, dilation, x.shape, between.shape
         return pointwise_convolution(between, pointwise, len(depthwise) // pointwise.shape[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_to_be_differentiated_twice()
-        x, between, depthwise, pointwise, copies = ctx.saved_tensors
+        x, between, depthwise, pointwise = ctx.saved_tensors
         needs_x, needs_depthwise, needs_pointwise = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
         by_x = by_depthwise = by_pointwise = None
-        if copies is not None and x is not None:
-            x = product(x, copies)
+        if ctx.axes is not None and x is not None:
+            x = copied(x, ctx.axes, _COPIES)
         if needs_pointwise:
             if between is None:
                 between = _depthwise(x, depthwise, ctx.stride, ctx.dilation)
@@ -204,7 +248,7 @@ class _Separable(torch.autograd.Function):
             grad = _by_input(grad, ctx.shape_between, pointwise).contiguous()
         if needs_x:
             by_x = _by_input(grad, ctx.shape, depthwise, ctx.stride, ctx.dilation)
-            by_x = by_x if copies is None else product(by_x, copies.t())
+            by_x = by_x if ctx.axes is None else summed(by_x, ctx.axes, _COPIES)
         if needs_depthwise:
             if grad.device.type in OURS and ctx.dilation == 1:
                 by_depthwise = _by_weight_in_columns(grad, x, depthwise, ctx.stride)
@@ -219,6 +263,9 @@ def _depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
 
 
 def _by_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    if weight.shape[1] == 1 and stride == 1 and grad.device.type in OURS:
+        # The same with the filters turned round; oneDNN's convolution is faster forward than backward.
+        return _depthwise(grad, weight.flip(2, 3), stride, dilation)
     like = grad.new_empty(shape)  # its shape and layout are all that is used
     return _convolution_backward(grad, like, weight, stride, dilation, [True, False, False])[0].permute(0, 2, 3, 1)
 
@@ -228,12 +275,13 @@ def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int = 1, dilatio
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int | list[int], dilation: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's. The height and the width of the weight may differ."""
+    """PyTorch's. The height and the width of the weight, and the strides along them, may differ."""
     padding = [size // 2 * dilation for size in weight.shape[2:]]
+    strides = [stride] * 2 if isinstance(stride, int) else stride
     return torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, padding, [dilation] * 2,
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, strides, padding, [dilation] * 2,
         False, [0, 0], x.shape[3] // weight.shape[1], wanted,
     )  # fmt: skip
 
@@ -241,25 +289,30 @@ def _convolution_backward(
 def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The same for dilation 1, four times as fast: oneDNN has a fast kernel for filters that are at most three wide.
 
-    It gives columns 1..3. For column 0 of the filters that are not framed by zeros, x moves to the right by a pixel;
-    for column 4 the output's gradient also moves, by two of x's pixels. The kernel is fast for images at least as high
-    as the filters.
+    Two pixels side by side are seen as one with twice the channels, those of the even and those of the odd columns.
+    There a filter three wide reaches every second column of the image: 0, 2 and 4 of the filters that are five wide.
+    The kernel is fast for images at least as high as the filters.
     """
+    if x.shape[2] % 2:  # zeros change nothing
+        x = F.pad(x, (0, 0, 0, 1))
+        grad = F.pad(grad, (0, 0, 0, x.shape[2] // stride - grad.shape[2]))
     if (lower := weight.shape[2] - x.shape[1]) > 0:
         x = F.pad(x, (0, 0, 0, 0, 0, lower))
         grad = F.pad(grad, (0, 0, 0, 0, 0, (x.shape[1] - 1) // stride + 1 - grad.shape[1]))
-    result = F.pad(_by_weight(grad, x, weight[..., 1:4], stride), (1, 1))
-    framed = len(weight) // 2
-    grad, x, weight = grad[..., framed:], x[..., framed:], weight[framed:, ..., 1:4]
-    n, height, width, channels = grad.shape
-    right = F.pad(x, (0, 0, 1, 1))
-    shift = 2 // stride  # in pixels of the gradient
-    pixels = grad.new_zeros(n * height * (width + shift) + shift, channels)
-    still, moved = (part.view(n, height, -1, channels) for part in (pixels[shift:], pixels[:-shift]))
-    still[:, :, :width] = grad  # the zeros after a row are those before the next one in `moved`
-    result[framed:, ..., :1] = _by_weight(still, right, weight, stride)[..., :1]
-    result[framed:, ..., 4:] = _by_weight(moved, right, weight, stride)[..., 2:]
-    return result
+    three = weight[..., :3]
+    twice = torch.cat([three, three])
+    if stride == 1:
+        odd = _by_weight(grad, x, three)[..., ::2]  # columns 1 and 3 of 1, 2, 3
+        even = _by_weight(_pairs(grad), _pairs(x), twice).unflatten(0, (2, -1)).sum(0)
+    else:  # the even columns of x against all of the gradient, and the odd ones
+        by_column = _by_weight(torch.cat([grad, grad], dim=3), _pairs(x), twice, [stride, 1])
+        even, odd = by_column.unflatten(0, (2, -1)).unbind(0)
+    return torch.stack([even[..., 0], odd[..., 0], even[..., 1], odd[..., 1], even[..., 2]], dim=3)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, H, W / 2, 2 * C)."""
+    return x.view(*x.shape[:2], x.shape[2] // 2, 2 * x.shape[3])
 
 
 def space_to_batch(x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from darts_space.kernels import (
     product,
     separable_convolution,
     space_to_batch,
+    summed,
 )
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
@@ -75,6 +76,7 @@ class StateEdges(nn.Module):
         self.sources, self.targets = len(states), e // len(states)
         self.partial, self.stride = partial, stride
         self.mixed = c = channels // partial
+        self.axes = (2, self.sources, self.targets, c)
         # The first axis: the two blocks of the separable convolutions, then the one of the dilated convolutions.
         self.depthwise_3x3 = nn.Parameter(torch.empty(3, e, c, 1, 3, 3))
         self.depthwise_5x5 = nn.Parameter(torch.empty(3, e, c, 1, 5, 5))
@@ -94,10 +96,7 @@ class StateEdges(nn.Module):
     def _patterns(self) -> dict[str, Tensor]:
         """Zeros and ones: which entries of the matrices in `forward` there are."""
         s, t, c, k = self.sources, self.targets, self.mixed, self.partial
-        copy = torch.eye(s * c).view(s * c, s, 1, c).expand(s * c, s, t, c).flatten(1)  # of a state for each node
         patterns = {
-            "copies": copy.repeat(1, 2),
-            "sums": torch.eye(t * c).repeat(2 * s, 1),  # over all edges that enter a node
             "own_channel": torch.eye(c).view(1, c, 1, c),
             "own_place": torch.eye(k * c).view(k * c, k, c).transpose(1, 2).reshape(k, c, 1, k * c),  # the shuffle
         }
@@ -126,25 +125,25 @@ class StateEdges(nn.Module):
         mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
         front = F.relu(front)
-        separable = separable_convolution(front, first, first_pointwise, self.stride, copies=self.copies)
+        separable = separable_convolution(front, first, first_pointwise, self.stride, axes=self.axes)
         separable = F.relu(self._norm(0, separable), inplace=True)
         separable = separable_convolution(separable, second, second_pointwise)
         mixed = mixed + self._sum(self._norm(2, separable, separable_scale))
         if self.stride == 2:  # every second pixel of every second pixel
             even, odd = _even_and_odd(front)
-            every_second = separable_convolution(even, dilated, dilated_pointwise, copies=self.copies)
+            every_second = separable_convolution(even, dilated, dilated_pointwise, axes=self.axes)
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
         elif x.shape[1] % 2 == x.shape[2] % 2 == 0:
-            every_second = separable_convolution(space_to_batch(front), dilated, dilated_pointwise, copies=self.copies)
+            every_second = separable_convolution(space_to_batch(front), dilated, dilated_pointwise, axes=self.axes)
             mixed = mixed + batch_to_space(self._sum(self._norm(4, every_second, dilated_scale)))
         else:
-            every_second = separable_convolution(front, dilated, dilated_pointwise, dilation=2, copies=self.copies)
+            every_second = separable_convolution(front, dilated, dilated_pointwise, dilation=2, axes=self.axes)
             mixed = mixed + self._sum(self._norm(4, every_second, dilated_scale))
 
         if self.stride == 1:
             return mixed, self._spread(x, bypass_weight, self.own_place)
         skip = pointwise_convolution(torch.cat([even, odd], dim=3), self._skip_filters())
-        mixed = mixed + self._sum(self._norm(6, skip, *skip_scale))
+        mixed = mixed + self._sum(self._norm(6, skip, *skip_scale), kernel_sizes=1)
         if k == 1:
             return mixed, mixed.new_zeros(()).expand_as(mixed)
         behind = F.max_pool2d(states[..., c:].flatten(3).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
@@ -156,9 +155,9 @@ class StateEdges(nn.Module):
         mean, var = self.running_mean[rows].view(-1), self.running_var[rows].view(-1)
         return batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training).permute(0, 2, 3, 1)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """What all edges, and both kernel sizes, add to the nodes' channels."""
-        return product(x, self.sums[: x.shape[3]])
+    def _sum(self, x: Tensor, kernel_sizes: int = 2) -> Tensor:
+        """What all edges, and all kernel sizes, add to the nodes' channels."""
+        return summed(x, (kernel_sizes, *self.axes[1:]), (0, 1))
 
     def _depthwise_filters(self) -> tuple[Tensor, ...]:
         """Of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""

@@ -1,5 +1,8 @@
 """BatchNorm and separable convolutions against PyTorch's in float64: values, every gradient, running statistics."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,9 +13,11 @@ from darts_space.kernels import (
     average_pool,
     batch_norm,
     batch_to_space,
+    copied,
     product,
     separable_convolution,
     space_to_batch,
+    summed,
 )
 
 
@@ -92,24 +97,24 @@ def test_a_single_pixel_is_refused_while_training():
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)])
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_separable_convolution_is_two_grouped_ones(stride, dilation, size, copied):
-    channels = 6
-    filters, pointwise = draw(channels, 1, 5, 5, seed=1), draw(4, 3, 1, 1, seed=2)
+    axes = (2, 2, 3, 1) if copied else None
+    channels = 12
+    filters, pointwise = draw(channels, 1, 5, 5, seed=1), draw(4, 6, 1, 1, seed=2)
     x = draw(3, *size, 2 if copied else channels)
-    copies = torch.eye(2, dtype=torch.float64).repeat(1, 3) if copied else None
 
     def expected_from(x, filters, pointwise):
-        x = x if copies is None else x @ copies
+        x = x[..., [0, 0, 0, 1, 1, 1] * 2] if copied else x
         y = F.conv2d(x.permute(0, 3, 1, 2), filters, None, stride, 2 * dilation, dilation, channels)
         return F.conv2d(y, pointwise, groups=2).permute(0, 2, 3, 1)
 
     def found_from(x, filters, pointwise):
-        return separable_convolution(x, filters, pointwise, stride, dilation, copies=copies)
+        return separable_convolution(x, filters, pointwise, stride, dilation, axes=axes)
 
     y, by_x, by_filters, by_pointwise = gradients_of(found_from, x, filters, pointwise)
     expected = list(gradients_of(expected_from, x, filters, pointwise))
     # The first half of the filters is a 3x3 one in a frame of zeros: the frame's gradient is nobody's.
     by_filters, expected[2] = (
-        torch.cat([F.pad(g[:3, ..., 1:4, 1:4], (1, 1, 1, 1)), g[3:]]) for g in (by_filters, expected[2])
+        torch.cat([F.pad(g[:6, ..., 1:4, 1:4], (1, 1, 1, 1)), g[6:]]) for g in (by_filters, expected[2])
     )
     for left, right in zip((y, by_x, by_filters, by_pointwise), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
@@ -118,28 +123,26 @@ def test_a_separable_convolution_is_two_grouped_ones(stride, dilation, size, cop
 @pytest.mark.parametrize("wanted", range(3))
 def test_each_gradient_of_a_separable_convolution_can_be_had_alone(wanted):
     inputs = draw(2, 6, 5, 2), draw(4, 1, 5, 5, seed=1), draw(4, 2, 1, 1, seed=2)
-    copies = torch.eye(2, dtype=torch.float64).repeat(1, 2)
-    together = gradients_of(lambda *inputs: separable_convolution(*inputs, copies=copies), *inputs)
+    axes = (2, 1, 1, 2)
+    together = gradients_of(lambda *inputs: separable_convolution(*inputs, axes=axes), *inputs)
 
     def one(x):
-        return separable_convolution(*inputs[:wanted], x, *inputs[wanted + 1 :], copies=copies)
+        return separable_convolution(*inputs[:wanted], x, *inputs[wanted + 1 :], axes=axes)
 
     for left, right in zip(gradients_of(one, inputs[wanted]), (together[0], together[1 + wanted]), strict=True):
         torch.testing.assert_close(left, right)
 
 
-@pytest.mark.parametrize(("copied", "weights_learn", "kept"), [(True, True, 1), (False, True, 6), (True, False, 0)])
+@pytest.mark.parametrize(("copied", "weights_learn", "kept"), [(True, True, 1), (False, True, 12), (True, False, 0)])
 def test_a_separable_convolution_keeps_little(copied, weights_learn, kept):
-    """In tensors of the input's size, of a third as many channels if it is copied."""
-    x, filters, pointwise = draw(2, 8, 8, 2 if copied else 6), draw(6, 1, 5, 5, seed=1), draw(6, 6, 1, 1, seed=2)
-    copies = torch.eye(2, dtype=torch.float64).repeat(1, 3) if copied else None
+    """In channels of the input's size; six copies are made of one."""
+    x, filters, pointwise = draw(2, 8, 8, 1 if copied else 6), draw(6, 1, 5, 5, seed=1), draw(6, 6, 1, 1, seed=2)
     for parameter in (filters, pointwise):
         parameter.requires_grad_(weights_learn)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t):
-        separable_convolution(x.requires_grad_(), filters, pointwise, copies=copies)
-    parameters = sum(t.numel() for t in (filters, pointwise, copies) if t is not None)
-    assert sum(sizes) == kept * draw(2, 8, 8, 2).numel() + parameters
+        separable_convolution(x.requires_grad_(), filters, pointwise, axes=(2, 1, 3, 1) if copied else None)
+    assert sum(sizes) == kept * 2 * 8 * 8 + filters.numel() + pointwise.numel()
 
 
 @pytest.mark.parametrize("device_is_ours", [True, False])
@@ -151,6 +154,25 @@ def test_a_product_is_one_of_matrices(device_is_ours, monkeypatch):
     for left, right in zip(gradients_of(lambda x: product(x, matrix), x), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
     assert product(x.bfloat16(), matrix).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device_is_ours", [True, False])
+@pytest.mark.parametrize("axes", [(2, 2, 4, 3), (2, 1, 3, 4), (1, 2, 5, 1), (3, 7, 1, 2)])
+@pytest.mark.parametrize("some", [(0, 1), (0, 2), (2,)])
+def test_channels_are_copied_and_summed(device_is_ours, axes, some, monkeypatch):
+    """Against indices and a loop; one is the other's gradient."""
+    if not device_is_ours:
+        monkeypatch.setattr(kernels, "OURS", set())
+    left = [size for axis, size in enumerate(axes) if axis not in some]
+    x, y = draw(2, 3, 5, math.prod(left)), draw(2, 3, 5, math.prod(axes), seed=1)
+    copies, sums = copied(x, axes, some), torch.zeros_like(x)
+    for place, index in enumerate(np.ndindex(*axes)):
+        source = np.ravel_multi_index([i for axis, i in enumerate(index) if axis not in some], left)
+        assert torch.equal(copies[..., place], x[..., source])
+        sums[..., source] += y[..., place]
+    found, by_y = gradients_of(lambda y: summed(y, axes, some), y)
+    torch.testing.assert_close(found, sums, rtol=1e-12, atol=1e-12)
+    assert torch.equal(by_y, copied(draw(*x.shape, seed=9), axes, some))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
