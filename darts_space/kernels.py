@@ -228,7 +228,8 @@ class _Separable(torch.autograd.Function):
         between = _depthwise(x, depthwise, stride, dilation)
         kept_between = between if ctx.needs_input_grad[2] and axes is None else None
         ctx.save_for_backward(kept, kept_between, depthwise, pointwise)
-        ctx.axes, ctx.stride, ctx.dilation, ctx.shape, ctx.shape_between = axes, stride, dilation, x.shape, between.shape
+        ctx.axes, ctx.stride, ctx.dilation = axes, stride, dilation
+        ctx.shape, ctx.shape_between = x.shape, between.shape
         return pointwise_convolution(between, pointwise, len(depthwise) // pointwise.shape[1])
 
     @staticmethod

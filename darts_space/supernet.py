@@ -95,7 +95,7 @@ class StateEdges(nn.Module):
 
     def _patterns(self) -> dict[str, Tensor]:
         """Zeros and ones: which entries of the matrices in `forward` there are."""
-        s, t, c, k = self.sources, self.targets, self.mixed, self.partial
+        s, c, k = self.sources, self.mixed, self.partial
         patterns = {
             "own_channel": torch.eye(c).view(1, c, 1, c),
             "own_place": torch.eye(k * c).view(k * c, k, c).transpose(1, 2).reshape(k, c, 1, k * c),  # the shuffle
