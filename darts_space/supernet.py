@@ -22,7 +22,6 @@ dicts of the two forms into each other.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from darts_space import kernels
-from darts_space.cell import EDGES, NODES, PRIMITIVES, STATES, edge_rows
+from darts_space.cell import EDGES, PRIMITIVES, STATES, edge_rows
 from darts_space.conversion import from_plain
 from darts_space.derivation import derive
 from darts_space.kernels import (
@@ -126,8 +125,7 @@ class StateEdges(nn.Module):
 
         front = F.relu(front)
         separable = separable_convolution(front, first, first_pointwise, self.stride, axes=self.axes)
-        separable = F.relu(self._norm(0, separable), inplace=True)
-        separable = separable_convolution(separable, second, second_pointwise)
+        separable = separable_convolution(self._norm(0, separable, rectified=True), second, second_pointwise)
         mixed = mixed + self._sum(self._norm(2, separable, separable_scale))
         if self.stride == 2:  # every second pixel of every second pixel
             even, odd = _even_and_odd(front)
@@ -149,11 +147,12 @@ class StateEdges(nn.Module):
         behind = F.max_pool2d(states[..., c:].flatten(3).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         return mixed, self._spread(behind, bypass_weight, self.own_place[1:])
 
-    def _norm(self, row: int, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """BatchNorm of all edges' channels, whose running statistics begin in `row`."""
+    def _norm(self, row: int, x: Tensor, scale: Tensor | None = None, rectified: bool = False) -> Tensor:
+        """BatchNorm of all edges' channels, whose running statistics begin in `row`, and a ReLU if `rectified`."""
         rows = slice(row, row + x.shape[3] // self.running_mean[0].numel())
         mean, var = self.running_mean[rows].view(-1), self.running_var[rows].view(-1)
-        return batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training).permute(0, 2, 3, 1)
+        y = batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training)
+        return (F.relu(y, inplace=True) if rectified else y).permute(0, 2, 3, 1)  # in place on a view would cost a copy
 
     def _sum(self, x: Tensor, kernel_sizes: int = 2) -> Tensor:
         """What all edges, and all kernel sizes, add to the nodes' channels."""
@@ -228,21 +227,22 @@ class GroupedCell(nn.Module):
 
     def _nodes(self, state: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         nodes: list[Tensor] = []
-        mixed: list[list[Tensor]] = [[] for _ in range(NODES)]
-        bypass: list[list[Tensor]] = [[] for _ in range(NODES)]
-        for node, (edges, weight) in enumerate(zip(self.edges, weights, strict=True)):
-            parts = [part.chunk(edges.targets, 3) for part in edges(state, weight)]
-            for later, (mixed_part, bypass_part) in enumerate(zip(*parts, strict=True), node):
-                mixed[later].append(mixed_part)
-                bypass[later].append(bypass_part)
+        mixed = bypass = 0  # what has reached the nodes to come
+        for edges, weight in zip(self.edges, weights, strict=True):
+            more_mixed, more_bypass = edges(state, weight)
+            here_mixed, mixed = _first_node(mixed + more_mixed, edges.targets)
+            here_bypass, bypass = _first_node(bypass + more_bypass, edges.targets)
             # A node is the sum of its edges. The shuffle: every K-th channel is a mixed one.
-            state = _sum(bypass[node]) + product(_sum(mixed[node]), self.every_kth)
+            state = here_bypass + product(here_mixed, self.every_kth)
             nodes.append(state)
         return torch.cat(nodes, dim=3).permute(0, 3, 1, 2)
 
 
-def _sum(tensors: list[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, tensors)
+def _first_node(x: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """The channels of the first of the nodes, and of the others."""
+    channels = x.shape[3] // nodes
+    first, others = x.split([channels, x.shape[3] - channels], dim=3)
+    return first, others
 
 
 class SuperNet(SearchNetwork):
