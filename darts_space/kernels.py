@@ -9,6 +9,9 @@ convolution is a matrix product over the last axis. The pool and BatchNorm take 
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,41 +56,33 @@ class _Product(torch.autograd.Function):
 def copied(x: Tensor, axes: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """Copies of channels: x (N, H, W, the product of the old axes) -> (N, H, W, the product of all `axes`).
 
-    `axes` are sizes, `new` the indices of those along which everything is equal. Nothing here is differentiated.
+    `axes` are sizes, `new` the indices of those along which everything is equal.
     """
-    x = x.contiguous().unflatten(3, [1 if axis in new else size for axis, size in enumerate(axes)])
+    # Neighbouring axes that are new, or of size one, are one axis.
+    runs = itertools.groupby(range(len(axes)), lambda axis: axis in new or axes[axis] == 1)
+    sizes = [(is_new, math.prod(axes[axis] for axis in run)) for is_new, run in runs]
+    x = x.contiguous().unflatten(3, [1 if is_new else size for is_new, size in sizes])
     if x.device.type not in OURS:
-        return x.expand(*x.shape[:3], *axes).flatten(3)
-    for axis in reversed(new):  # `cat` copies whole rows, which `expand` does channel by channel
-        x = torch.cat([x] * axes[axis], dim=3 + axis)
+        return x.expand(*x.shape[:3], *(size for _, size in sizes)).flatten(3)
+    for axis, (is_new, size) in reversed(list(enumerate(sizes, 3))):
+        if is_new:  # `cat` copies whole rows, where `expand` copies number by number
+            x = torch.cat([x] * size, dim=axis)
     return x.flatten(3)
 
 
 def summed(x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
     """Sums of channels: x (N, H, W, the product of `axes`) -> (N, H, W, the product of those that are not `gone`)."""
-    if x.device.type in OURS:
-        return _Summed.apply(x, axes, gone)
-    return x.unflatten(3, axes).sum([3 + axis for axis in gone]).flatten(3)
-
-
-class _Summed(torch.autograd.Function):
-    """One half of an axis is added to the other, again and again: few long additions instead of many short ones."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
-        ctx.axes, ctx.gone = axes, gone
-        x = x.unflatten(3, axes)
-        for axis in gone:
-            while (size := x.shape[3 + axis]) > 1:
-                first, second, *odd = x.split([size // 2] * 2 + [1] * (size % 2), dim=3 + axis)
-                x = first + second
-                for rest in odd:
-                    x.narrow(3 + axis, 0, 1).add_(rest)
-        return x.flatten(3)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return copied(grad, ctx.axes, ctx.gone), None, None
+    x = x.unflatten(3, axes)
+    if x.device.type not in OURS:
+        return x.sum([3 + axis for axis in gone]).flatten(3)
+    for axis in (3 + axis for axis in gone):
+        # Half of the axis is added to the other half, again and again: few long sums instead of many short ones.
+        while (size := x.shape[axis]) > 1:
+            first, second, *odd = x.split([size // 2] * 2 + [1] * (size % 2), dim=axis)
+            x = first + second
+            for rest in odd:
+                x.narrow(axis, 0, 1).add_(rest)
+    return x.flatten(3)
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
@@ -162,9 +157,9 @@ class _BatchNorm(torch.autograd.Function):
         _refuse_to_be_differentiated_twice()
         x, weight, mean, var = ctx.saved_tensors
         grad, width = grad.contiguous(memory_format=torch.channels_last), x.shape[3]
+        statistics = (value.expand(width, -1).contiguous().flatten() for value in (mean, var))
         _, *sums = torch.ops.aten.native_batch_norm_backward(
-            _columns(grad), _columns(x), None, mean.repeat(width), var.repeat(width), None, None, False, EPSILON,
-            [False, True, True],
+            _columns(grad), _columns(x), None, *statistics, None, None, False, EPSILON, [False, True, True],
         )  # fmt: skip
         sums = torch.stack(sums).view(2, width, -1).sum(1)  # of grad * normalised x, and of grad
         scale = (var + EPSILON).rsqrt()
