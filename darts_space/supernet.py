@@ -227,22 +227,21 @@ class GroupedCell(nn.Module):
 
     def _nodes(self, state: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         nodes: list[Tensor] = []
-        mixed = bypass = 0  # what has reached the nodes to come
+        reached: tuple[Tensor, ...] = ()  # what has reached the nodes to come: their mixed channels, all their channels
         for edges, weight in zip(self.edges, weights, strict=True):
-            more_mixed, more_bypass = edges(state, weight)
-            here_mixed, mixed = _first_node(mixed + more_mixed, edges.targets)
-            here_bypass, bypass = _first_node(bypass + more_bypass, edges.targets)
+            more = edges(state, weight)
+            reached = tuple(map(torch.add, reached, more)) if reached else more
+            (mixed, bypass), reached = zip(*(_first_node(x, edges.targets) for x in reached), strict=True)
             # A node is the sum of its edges. The shuffle: every K-th channel is a mixed one.
-            state = here_bypass + product(here_mixed, self.every_kth)
+            state = bypass + product(mixed, self.every_kth)
             nodes.append(state)
         return torch.cat(nodes, dim=3).permute(0, 3, 1, 2)
 
 
-def _first_node(x: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """The channels of the first of the nodes, and of the others."""
+def _first_node(x: Tensor, nodes: int) -> tuple[Tensor, Tensor | None]:
+    """The channels of the first of the nodes, and of the others if there are any."""
     channels = x.shape[3] // nodes
-    first, others = x.split([channels, x.shape[3] - channels], dim=3)
-    return first, others
+    return x.split([channels, x.shape[3] - channels], dim=3) if nodes > 1 else (x, None)
 
 
 class SuperNet(SearchNetwork):
