@@ -13,6 +13,7 @@ from darts_space.kernels import (
     average_pool,
     batch_norm,
     batch_to_space,
+    concatenate,
     copied,
     product,
     separable_convolution,
@@ -173,6 +174,18 @@ def test_channels_are_copied_and_summed(device_is_ours, axes, some, monkeypatch)
     found, by_y = gradients_of(lambda y: summed(y, axes, some), y)
     torch.testing.assert_close(found, sums, rtol=1e-12, atol=1e-12)
     assert torch.equal(by_y, copied(draw(*x.shape, seed=9), axes, some))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradients_of_a_concatenation_have_no_gaps(layout):
+    parts = [draw(3, channels, 4, 5, seed=channels).requires_grad_() for channels in (2, 1, 4)]
+    found, expected = concatenate(parts), torch.cat(parts, dim=1)
+    assert torch.equal(found, expected)
+    grad = draw(*found.shape).contiguous(memory_format=layout)
+    by_parts = torch.autograd.grad(found, parts, grad)
+    assert all(map(torch.equal, by_parts, torch.autograd.grad(expected, parts, grad)))
+    assert all(part.is_contiguous(memory_format=layout) for part in by_parts)
+    assert torch.autograd.gradgradcheck(lambda *parts: concatenate(parts).square(), parts)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
