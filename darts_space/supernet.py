@@ -10,8 +10,8 @@ read the same first 1/K of the channels and nothing else of the cell.
 - One depthwise convolution serves both kernel sizes on all edges: the 3x3 filters sit in a 5x5 frame of zeros. One
   grouped pointwise convolution and one BatchNorm follow.
 - The mixing weights, softmax(alpha) (equation 1) times softmax(beta) (section 3.3), are the scales of the BatchNorms;
-  what is left of the sum over a node's edges is a matrix of zeros and ones.
-- A pool and its BatchNorm are the same tensor on all edges: the mixing weights spread it over the nodes.
+  what is left of the sum over a node's edges is an addition.
+- A pool and its BatchNorm are the same tensor on all edges: a matrix of mixing weights spreads it over the nodes.
 - The other channels bypass (equation 2): again a matrix, of beta alone. The channel shuffle is the order in which a
   node writes its channels down.
 
