@@ -1,11 +1,12 @@
-"""What the memory layout is worth to a genotype's network: images per second against the same network in NCHW.
+"""What the memory layout is worth to a genotype's network, and gradients without gaps in it.
 
     python -m benchmarks.network --threads 1
     python -m benchmarks.network --kind imagenet --input-size 224 --batch-size 4 --threads 1
 
-The layouts run in turn in one process on the same images; a figure is the median over the pairs of (time in NCHW /
-time in channels_last), for a training step without its optimiser and for evaluation. 1.00 would mean that it makes no
-difference.
+The layouts run in turn in one process on the same images; a speed-up is the median over the pairs of (time in NCHW /
+time in channels_last), for a training step without its optimiser and for evaluation. The gain of gradients without gaps
+(`darts_space.kernels.concatenate`) is that of (time with torch.cat / time with it), both in channels_last. 1.00 would
+mean that it makes no difference.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import torch
 import tyro
 from torch.nn import functional as F
 
 from benchmarks.measure import command_line, report, seconds
-from darts_space import read_genotype
+from darts_space import network, read_genotype
 from darts_space.network import NETWORKS, Network
 from nas_kmix.engine.device import DeviceConfig, pick_device
 
@@ -58,6 +60,13 @@ def main(config: Config) -> dict[str, float]:
         pairs = [[seconds(partial(step, *run), config.device) for run in runs] for _ in range(config.pairs)]
         figures[f"{mode}_images_per_second"] = config.batch_size / statistics.median(pair[1] for pair in pairs)
         figures[f"{mode}_speedup"] = statistics.median(plain / last for plain, last in pairs)
+    gaps = mock.patch.object(network, "concatenate", partial(torch.cat, dim=1))
+    pairs = []
+    for _ in range(config.pairs):
+        with gaps:
+            before = seconds(partial(train_step, *runs[1]), config.device)
+        pairs.append((before, seconds(partial(train_step, *runs[1]), config.device)))
+    figures["training_gain_without_gaps"] = statistics.median(before / after for before, after in pairs)
     report(figures, config.json, config.device)
     return figures
 

@@ -88,10 +88,10 @@ def summed(x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
 
 
 def concatenate(tensors: list[Tensor]) -> Tensor:
-    """torch.cat of tensors (N, C, H, W) along their channels, the gradients without gaps.
+    """torch.cat of tensors (N, C, H, W) along their channels, whose gradients have no gaps and the output's layout.
 
     PyTorch's are slices of the whole gradient, upon which BatchNorm's backward pass in channels_last is six times as
-    slow, on a CPU.
+    slow, on a CPU. Without gradients it is torch.cat, which torch.export knows.
     """
     if tensors[0].device.type in OURS and torch.is_grad_enabled():
         return _Concatenation.apply(*tensors)
@@ -100,15 +100,22 @@ def concatenate(tensors: list[Tensor]) -> Tensor:
 
 class _Concatenation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *tensors: Tensor) -> Tensor:
-        ctx.sizes = [tensor.shape[1] for tensor in tensors]
+    def forward(*tensors: Tensor) -> Tensor:
         return torch.cat(tensors, dim=1)
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.sizes = [tensor.shape[1] for tensor in inputs]
+        last = output.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        last = grad.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        return tuple(part.contiguous(memory_format=layout) for part in grad.split(ctx.sizes, dim=1))
+        return tuple(part.contiguous(memory_format=ctx.layout) for part in grad.split(ctx.sizes, dim=1))
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor) -> Tensor:
+        return torch.cat(tangents, dim=1)
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
@@ -183,7 +190,7 @@ class _BatchNorm(torch.autograd.Function):
         _refuse_to_be_differentiated_twice()
         x, weight, mean, var = ctx.saved_tensors
         grad, width = grad.contiguous(memory_format=torch.channels_last), x.shape[3]
-        statistics = (value.expand(width, -1).contiguous().flatten() for value in (mean, var))
+        statistics = (value.expand(width, -1).contiguous().flatten() for value in (mean, var))  # `repeat`, but faster
         _, *sums = torch.ops.aten.native_batch_norm_backward(
             _columns(grad), _columns(x), None, *statistics, None, None, False, EPSILON, [False, True, True],
         )  # fmt: skip
@@ -269,13 +276,13 @@ class _Separable(torch.autograd.Function):
         if needs_x or needs_depthwise:
             grad = _by_input(grad, ctx.shape_between, pointwise).contiguous()
         if needs_x:
-            by_x = _by_input(grad, ctx.shape, depthwise, ctx.stride, ctx.dilation)
+            by_x = _by_depthwise_input(grad, ctx.shape, depthwise, ctx.stride, ctx.dilation)
             by_x = by_x if ctx.axes is None else summed(by_x, ctx.axes, _COPIES)
         if needs_depthwise:
             if grad.device.type in OURS and ctx.dilation == 1:
                 by_depthwise = _by_weight_in_columns(grad, x, depthwise, ctx.stride)
             else:
-                by_depthwise = _by_weight(grad, x, depthwise, ctx.stride, ctx.dilation)
+                by_depthwise = _by_weight(grad, x, depthwise, (ctx.stride, ctx.stride), ctx.dilation)
         return by_x, by_depthwise, by_pointwise, None, None, None
 
 
@@ -284,24 +291,29 @@ def _depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
 
 
-def _by_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
-    if weight.shape[1] == 1 and stride == 1 and grad.device.type in OURS:
+def _by_depthwise_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    if stride == 1 and grad.device.type in OURS:
         # The same with the filters turned round; oneDNN's convolution is faster forward than backward.
         return _depthwise(grad, weight.flip(2, 3), stride, dilation)
+    return _by_input(grad, shape, weight, (stride, stride), dilation)
+
+
+def _by_input(
+    grad: Tensor, shape: torch.Size, weight: Tensor, strides: tuple[int, int] = (1, 1), dilation: int = 1
+) -> Tensor:
     like = grad.new_empty(shape)  # its shape and layout are all that is used
-    return _convolution_backward(grad, like, weight, stride, dilation, [True, False, False])[0].permute(0, 2, 3, 1)
+    return _convolution_backward(grad, like, weight, strides, dilation, [True, False, False])[0].permute(0, 2, 3, 1)
 
 
-def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int | list[int] = 1, dilation: int = 1) -> Tensor:
-    return _convolution_backward(grad, x, weight, stride, dilation, [False, True, False])[1]
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, strides: tuple[int, int] = (1, 1), dilation: int = 1) -> Tensor:
+    return _convolution_backward(grad, x, weight, strides, dilation, [False, True, False])[1]
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int | list[int], dilation: int, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, strides: tuple[int, int], dilation: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's. The height and the width of the weight, and the strides along them, may differ."""
     padding = [size // 2 * dilation for size in weight.shape[2:]]
-    strides = [stride] * 2 if isinstance(stride, int) else stride
     return torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, strides, padding, [dilation] * 2,
         False, [0, 0], x.shape[3] // weight.shape[1], wanted,
@@ -326,7 +338,7 @@ def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int) 
         odd = _by_weight(grad, x, like[: len(weight)])[..., ::2]  # columns 1 and 3 of 1, 2, 3
         even = _by_weight(_pairs(grad), _pairs(x), like).unflatten(0, (2, -1)).sum(0)
     else:  # the even columns of x against all of the gradient, and the odd ones
-        by_column = _by_weight(torch.cat([grad, grad], dim=3), _pairs(x), like, [stride, 1])
+        by_column = _by_weight(torch.cat([grad, grad], dim=3), _pairs(x), like, (stride, 1))
         even, odd = by_column.unflatten(0, (2, -1)).unbind(0)
     return torch.stack([even[..., 0], odd[..., 0], even[..., 1], odd[..., 1], even[..., 2]], dim=3)
 

@@ -12,9 +12,9 @@ drop-path grows linearly, p * epoch / epochs.
 Deviations from the published code, none of which changes a value at 32 or 224 px: strided paths round odd sizes up,
 the auxiliary head shrinks its pool on small maps and averages over large ones, and the final pool covers any map.
 
-This is the plain form, one operation after the other, but for two things that pay on a CPU. The memory format
-channels_last makes it 1.2 to 1.8 times as fast (benchmarks/network.py); it is the caller's to choose. Its BatchNorms
-then want gradients without gaps (`kernels.concatenate`), 1.18 times as fast again in training. Sharing the ReLUs of
+This is the plain form, one operation after the other. Of what was measured against it on a CPU, two things pay
+(benchmarks/network.py): the memory format channels_last, 1.2 to 1.8 times as fast, which is the caller's to choose; and
+with it gradients without gaps for the BatchNorms (`kernels.concatenate`), 1.2 times in training. Sharing the ReLUs of
 a state (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) do not; folding BatchNorms into convolutions (1.06 to 1.16 on
 top of channels_last) changes results in the last digits, and only serves evaluation.
 """

@@ -1,4 +1,4 @@
-"""BatchNorm and separable convolutions against PyTorch's in float64: values, every gradient, running statistics."""
+"""Each kernel against PyTorch's or a loop in float64: values, every gradient, running statistics."""
 
 import math
 
@@ -97,27 +97,28 @@ def test_a_single_pixel_is_refused_while_training():
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)])
 @pytest.mark.parametrize("copied", [False, True])
-def test_a_separable_convolution_is_two_grouped_ones(stride, dilation, size, copied):
+@pytest.mark.parametrize("groups", [2, 12])
+@pytest.mark.parametrize("device_is_ours", [True, False])
+def test_a_separable_convolution_is_two_grouped_ones(
+    stride, dilation, size, copied, groups, device_is_ours, monkeypatch
+):
+    if not device_is_ours:
+        monkeypatch.setattr(kernels, "OURS", set())
     axes = (2, 2, 3, 1) if copied else None
     channels = 12
-    filters, pointwise = draw(channels, 1, 5, 5, seed=1), draw(4, 6, 1, 1, seed=2)
+    filters, pointwise = draw(channels, 1, 5, 5, seed=1), draw(12, channels // groups, 1, 1, seed=2)
     x = draw(3, *size, 2 if copied else channels)
 
     def expected_from(x, filters, pointwise):
         x = x[..., [0, 0, 0, 1, 1, 1] * 2] if copied else x
         y = F.conv2d(x.permute(0, 3, 1, 2), filters, None, stride, 2 * dilation, dilation, channels)
-        return F.conv2d(y, pointwise, groups=2).permute(0, 2, 3, 1)
+        return F.conv2d(y, pointwise, groups=groups).permute(0, 2, 3, 1)
 
     def found_from(x, filters, pointwise):
         return separable_convolution(x, filters, pointwise, stride, dilation, axes=axes)
 
-    y, by_x, by_filters, by_pointwise = gradients_of(found_from, x, filters, pointwise)
-    expected = list(gradients_of(expected_from, x, filters, pointwise))
-    # The first half of the filters is a 3x3 one in a frame of zeros: the frame's gradient is nobody's.
-    by_filters, expected[2] = (
-        torch.cat([F.pad(g[:6, ..., 1:4, 1:4], (1, 1, 1, 1)), g[6:]]) for g in (by_filters, expected[2])
-    )
-    for left, right in zip((y, by_x, by_filters, by_pointwise), expected, strict=True):
+    expected = gradients_of(expected_from, x, filters, pointwise)
+    for left, right in zip(gradients_of(found_from, x, filters, pointwise), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
@@ -177,15 +178,29 @@ def test_channels_are_copied_and_summed(device_is_ours, axes, some, monkeypatch)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_gradients_of_a_concatenation_have_no_gaps(layout):
-    parts = [draw(3, channels, 4, 5, seed=channels).requires_grad_() for channels in (2, 1, 4)]
+@pytest.mark.parametrize("layout_of_gradient", [torch.channels_last, torch.contiguous_format])
+def test_the_gradients_of_a_concatenation_have_no_gaps(layout, layout_of_gradient):
+    parts = [draw(3, channels, 4, 5, seed=channels).contiguous(memory_format=layout) for channels in (2, 3, 4)]
+    for part in parts:
+        part.requires_grad_()
     found, expected = concatenate(parts), torch.cat(parts, dim=1)
     assert torch.equal(found, expected)
-    grad = draw(*found.shape).contiguous(memory_format=layout)
+    grad = draw(*found.shape).contiguous(memory_format=layout_of_gradient)
     by_parts = torch.autograd.grad(found, parts, grad)
     assert all(map(torch.equal, by_parts, torch.autograd.grad(expected, parts, grad)))
     assert all(part.is_contiguous(memory_format=layout) for part in by_parts)
-    assert torch.autograd.gradgradcheck(lambda *parts: concatenate(parts).square(), parts)
+
+
+def test_a_concatenation_is_differentiated_twice_forward_and_functionally():
+    parts = tuple(draw(2, channels, 2, 3, seed=channels).requires_grad_() for channels in (2, 1))
+
+    def squares(*parts):
+        return concatenate(list(parts)).square()
+
+    assert torch.autograd.gradcheck(squares, parts, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(squares, parts)
+    gradient = torch.func.grad(lambda x: squares(x, parts[1]).sum())(parts[0].detach())
+    torch.testing.assert_close(gradient, 2 * parts[0].detach())
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -88,10 +88,11 @@ def test_so_they_are_without_edge_normalisation_and_at_odd_sizes(arguments, imag
         assert_close(found[name], grad, 1e-10, scale, name)
 
 
-def test_so_they_are_on_the_path_of_other_devices(monkeypatch):
+@pytest.mark.parametrize("case", [(4, "cifar", 4, 16), (1, "cifar", 2, 12), (2, "imagenet", 2, 96)])
+def test_so_they_are_on_the_path_of_other_devices(case, monkeypatch):
     """Which takes PyTorch's BatchNorm and one group for all pointwise convolutions."""
     monkeypatch.setattr(kernels, "OURS", set())
-    test_values_gradients_and_statistics_are_the_plain_network_s(4, "cifar", 4, 16)
+    test_values_gradients_and_statistics_are_the_plain_network_s(*case)
 
 
 def test_state_dicts_convert_both_ways():
