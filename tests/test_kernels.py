@@ -5,33 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from tensors import draw, gradients_of
 from torch.nn import functional as F
 
 from darts_space import kernels
-from darts_space.kernels import (
-    BatchNorm2d,
-    average_pool,
-    batch_norm,
-    batch_to_space,
-    concatenate,
-    copied,
-    product,
-    separable_convolution,
-    space_to_batch,
-    summed,
-)
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients_of(function, *inputs):
-    """The value, and the gradients by all inputs of its product with one fixed tensor."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    y = function(*inputs)
-    found = torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), inputs)
-    return y.detach(), *found
+from darts_space.kernels import BatchNorm2d, average_pool, batch_norm, concatenate, copied, product, summed
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5, 7), (1, 3, 1, 9), (2, 5, 1, 1), (8, 1, 3, 3)])
@@ -91,60 +69,6 @@ def test_the_module_counts_its_batches_and_moves_its_statistics():
 def test_a_single_pixel_is_refused_while_training():
     with pytest.raises(ValueError, match="single pixel"):
         batch_norm(torch.zeros(1, 3, 1, 1), torch.zeros(3), torch.ones(3), training=True)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)])
-@pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("groups", [2, 12])
-@pytest.mark.parametrize("device_is_ours", [True, False])
-def test_a_separable_convolution_is_two_grouped_ones(
-    stride, dilation, size, copied, groups, device_is_ours, monkeypatch
-):
-    if not device_is_ours:
-        monkeypatch.setattr(kernels, "OURS", set())
-    axes = (2, 2, 3, 1) if copied else None
-    channels = 12
-    filters, pointwise = draw(channels, 1, 5, 5, seed=1), draw(12, channels // groups, 1, 1, seed=2)
-    x = draw(3, *size, 2 if copied else channels)
-
-    def expected_from(x, filters, pointwise):
-        x = x[..., [0, 0, 0, 1, 1, 1] * 2] if copied else x
-        y = F.conv2d(x.permute(0, 3, 1, 2), filters, None, stride, 2 * dilation, dilation, channels)
-        return F.conv2d(y, pointwise, groups=groups).permute(0, 2, 3, 1)
-
-    def found_from(x, filters, pointwise):
-        return separable_convolution(x, filters, pointwise, stride, dilation, axes=axes)
-
-    expected = gradients_of(expected_from, x, filters, pointwise)
-    for left, right in zip(gradients_of(found_from, x, filters, pointwise), expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("wanted", range(3))
-def test_each_gradient_of_a_separable_convolution_can_be_had_alone(wanted):
-    inputs = draw(2, 6, 5, 2), draw(4, 1, 5, 5, seed=1), draw(4, 2, 1, 1, seed=2)
-    axes = (2, 1, 1, 2)
-    together = gradients_of(lambda *inputs: separable_convolution(*inputs, axes=axes), *inputs)
-
-    def one(x):
-        return separable_convolution(*inputs[:wanted], x, *inputs[wanted + 1 :], axes=axes)
-
-    for left, right in zip(gradients_of(one, inputs[wanted]), (together[0], together[1 + wanted]), strict=True):
-        torch.testing.assert_close(left, right)
-
-
-@pytest.mark.parametrize(("copied", "weights_learn", "kept"), [(True, True, 1), (False, True, 12), (True, False, 0)])
-def test_a_separable_convolution_keeps_little(copied, weights_learn, kept):
-    """In channels of the input's size; six copies are made of one."""
-    x, filters, pointwise = draw(2, 8, 8, 1 if copied else 6), draw(6, 1, 5, 5, seed=1), draw(6, 6, 1, 1, seed=2)
-    for parameter in (filters, pointwise):
-        parameter.requires_grad_(weights_learn)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t):
-        separable_convolution(x.requires_grad_(), filters, pointwise, axes=(2, 1, 3, 1) if copied else None)
-    assert sum(sizes) == kept * 2 * 8 * 8 + filters.numel() + pointwise.numel()
 
 
 @pytest.mark.parametrize("device_is_ours", [True, False])
@@ -210,17 +134,3 @@ def test_the_average_pool_is_pytorch_s(stride, size):
     expected = gradients_of(lambda x: F.avg_pool2d(x, 3, stride, 1, count_include_pad=False), x)
     for left, right in zip(gradients_of(lambda x: average_pool(x, stride), x), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-
-
-def test_neither_is_differentiated_twice():
-    x = draw(2, 4, 4, 6).requires_grad_()
-    y = separable_convolution(x, draw(6, 1, 5, 5), draw(6, 6, 1, 1)).square().sum()
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(y, x, create_graph=True)
-
-
-def test_dilation_is_a_convolution_of_every_second_pixel():
-    x, filters, pointwise = draw(3, 6, 8, 4), draw(4, 1, 5, 5, seed=1), draw(4, 4, 1, 1, seed=2)
-    assert torch.equal(batch_to_space(space_to_batch(x)), x)
-    found = batch_to_space(separable_convolution(space_to_batch(x), filters, pointwise))
-    torch.testing.assert_close(found, separable_convolution(x, filters, pointwise, dilation=2))
