@@ -76,10 +76,7 @@ class _Separable(torch.autograd.Function):
             by_x = _by_depthwise_input(grad, ctx.shape, depthwise, ctx.stride, ctx.dilation)
             by_x = by_x if ctx.axes is None else summed(by_x, ctx.axes, _COPIES)
         if needs_depthwise:
-            if grad.device.type in kernels.OURS and ctx.dilation == 1:
-                by_depthwise = _by_weight_in_columns(grad, x, depthwise, ctx.stride)
-            else:
-                by_depthwise = _by_weight(grad, x, depthwise, (ctx.stride, ctx.stride), ctx.dilation)
+            by_depthwise = _by_depthwise_weight(grad, x, depthwise, ctx.stride, ctx.dilation)
         return by_x, by_depthwise, by_pointwise, None, None, None
 
 
@@ -93,6 +90,12 @@ def _by_depthwise_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride:
         # The same with the filters turned round; oneDNN's convolution is faster forward than backward.
         return _depthwise(grad, weight.flip(2, 3), stride, dilation)
     return _by_input(grad, shape, weight, (stride, stride), dilation)
+
+
+def _by_depthwise_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    if dilation == 1 and grad.device.type in kernels.OURS:
+        return _by_weight_in_columns(grad, x, weight, stride)
+    return _by_weight(grad, x, weight, (stride, stride), dilation)
 
 
 def _by_input(
@@ -118,7 +121,7 @@ def _convolution_backward(
 
 
 def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The same for dilation 1, three times as fast: oneDNN has a fast kernel for filters that are at most three wide.
+    """Of filters five wide, three times as fast: oneDNN has a fast kernel for those that are at most three wide.
 
     Two pixels side by side are seen as one with twice the channels, those of the even and those of the odd columns.
     There a filter three wide reaches every second column of the image: 0, 2 and 4 of the filters that are five wide.
