@@ -231,6 +231,8 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         if config.sync_batchnorm and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         trained = _train(config, model, training, evaluated, folder)
+        folder.write_records()  # these two for a run that was finished before: no stage has written them
+        folder.write_cost()
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
         result |= {"bad_images": _count_bad(training, evaluated, folder)}

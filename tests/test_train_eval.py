@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import signal
 
 import numpy as np
@@ -177,6 +178,18 @@ def test_images_are_held_out_where_there_is_no_val(train_only, tmp_path):
 
 def test_training_on_fewer_images(npz, tmp_path):
     assert run(npz, tmp_path, "--epochs", 1, "--train-images", 10)["train_images"] == 10
+
+
+def test_a_finished_run_tells_the_same_again_and_bills_nothing(npz, alone, tmp_path):
+    """Exactly: were a moment billed, its images per second could be rounded otherwise."""
+    folder, result = alone
+    copy = shutil.copytree(folder, tmp_path / "run")
+    assert run(npz, copy, *SHORT) == {**result, "folder": str(copy)}
+    first, again = (json.loads((path / "cost.json").read_text()) for path in (folder, copy))
+    assert {stage: {**cost, "skipped": True} for stage, cost in first["stages"].items()} == again["stages"]
+    assert first["total"] == again["total"]
+    for name in ("last.pt", "best.pt", "metrics.csv"):
+        assert (copy / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_evaluation_only_gives_the_numbers_of_training(npz, alone):

@@ -141,6 +141,9 @@ def train(
         run.save_checkpoint(name, key, {**(content or {}), **learner.state_dict(), **results, **position})
 
     progress = run.progress(stage, steps * config.epochs, done=first_epoch * steps + first_step)
+    if first_epoch == config.epochs:  # nothing is done, and nothing billed: a finished run tells the same again
+        progress.close()
+        return Trained(learner.evaluated, last, best)
     with run.stage(stage) as cost:
         model.train()
         for epoch in range(first_epoch, config.epochs):
