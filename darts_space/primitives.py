@@ -77,12 +77,28 @@ def _every_second_pixel(x: Tensor, first: int) -> Tensor:
     return x[:, :, first::2, first::2]
 
 
+class DilatedConv2d(nn.Conv2d):
+    """A convolution in groups with a dilation, which on a CPU does not compute in bfloat16.
+
+    oneDNN's gradient by such weights is memory that nothing was written to, in bfloat16 and channels_last with a stride
+    of 1 and rows of more than 28 pixels (seen in torch 2.14.1 with AVX-512). So float32 stands in, forward too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if x.device.type != "cpu" or dtype != torch.bfloat16:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return self._conv_forward(x.float(), self.weight.float(), None).to(dtype)
+
+
 def depthwise_separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
     """ReLU, depthwise convolution, pointwise convolution, BatchNorm, as the list of these modules."""
     padding = dilation * (kernel // 2)
+    convolution = nn.Conv2d if dilation == 1 else DilatedConv2d
     return [
         nn.ReLU(),
-        nn.Conv2d(channels, channels, kernel, stride, padding, dilation=dilation, groups=channels, bias=False),
+        convolution(channels, channels, kernel, stride, padding, dilation=dilation, groups=channels, bias=False),
         nn.Conv2d(channels, channels, kernel_size=1, bias=False),
         nn.BatchNorm2d(channels, affine=affine),
     ]

@@ -95,6 +95,9 @@ def _by_depthwise_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride:
 def _by_depthwise_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     if dilation == 1 and grad.device.type in kernels.OURS:
         return _by_weight_in_columns(grad, x, weight, stride)
+    if dilation > 1 and grad.device.type == "cpu" and grad.dtype == torch.bfloat16:  # see primitives.DilatedConv2d
+        grad, x, weight = grad.float(), x.float(), weight.float()
+        return _by_weight(grad, x, weight, (stride, stride), dilation).bfloat16()
     return _by_weight(grad, x, weight, (stride, stride), dilation)
 
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, random_genotype
+from darts_space.cell import PRIMITIVES
 from darts_space.network import BatchNormOfOne
-from darts_space.primitives import FactorizedReduce
+from darts_space.primitives import FactorizedReduce, build_operation, initialised_from
 
 CONCAT = (2, 3, 4, 5)
 # Every operation in both cells; in the reduction cell at stride 2, and the skip connection at both strides.
@@ -433,6 +434,28 @@ def test_no_pointwise_convolution_has_a_stride(kind):
     """oneDNN overruns a buffer in their backward pass in channels_last (see FactorizedReduce)."""
     pointwise = [m for m in build(kind).modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
     assert pointwise and all(module.stride == (1, 1) for module in pointwise)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [20, 32, 33])
+@pytest.mark.parametrize("name", [name for name in PRIMITIVES if "conv" in name])
+def test_gradients_in_bf16_stay_near_float32(name, size, stride, layout):
+    """A convolution at a time. oneDNN's own by dilated filters, in channels_last beyond 28 px, are anything."""
+    with initialised_from(torch.Generator().manual_seed(0)):
+        operation = build_operation(name, 16, stride, affine=True).to(memory_format=layout)
+    convolutions = [module for module in operation.modules() if isinstance(module, nn.Conv2d)]
+    images = draw_images(4, 16, size, size, dtype=torch.float32).to(memory_format=layout).requires_grad_()
+    for convolution in convolutions:
+        inputs = images, convolution.weight
+        expected = convolution(images)
+        upwards = draw_images(*expected.shape, dtype=torch.float32).to(memory_format=layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = convolution(images)
+        assert found.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(found, inputs, upwards.bfloat16())
+        for left, right in zip(gradients, torch.autograd.grad(expected, inputs, upwards), strict=True):
+            assert float((left - right).norm() / right.norm()) < 0.01
 
 
 def test_bf16_autocast_stays_near_float32():

@@ -38,6 +38,20 @@ def test_a_separable_convolution_is_two_grouped_ones(
         torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("size", [20, 32, 33])
+def test_gradients_in_bf16_stay_near_float32(size, dilation, stride):
+    """oneDNN's own by dilated filters, on maps beyond 28 pixels, are anything."""
+    inputs = draw(4, size, size, 8), draw(8, 1, 5, 5, seed=1), draw(8, 8, 1, 1, seed=2)
+
+    def gradients(dtype):
+        return gradients_of(lambda *x: separable_convolution(*x, stride, dilation), *(x.to(dtype) for x in inputs))
+
+    for left, right in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert float((left - right).norm() / right.norm()) < 0.02
+
+
 @pytest.mark.parametrize("wanted", range(3))
 def test_each_gradient_of_a_separable_convolution_can_be_had_alone(wanted):
     inputs = draw(2, 6, 5, 2), draw(4, 1, 5, 5, seed=1), draw(4, 2, 1, 1, seed=2)
