@@ -576,8 +576,8 @@ def _check_flags(config: Config) -> None:
             raise ValueError(
                 f"--fresh would remove the file of --{flag}; leave one of them out, or take another --out."
             )
-    if config.seed < 0:
-        raise ValueError(f"--seed must be 0 or more, not {config.seed}.")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
 
 
 def _without_effect(config: Config) -> list[str]:

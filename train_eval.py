@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data
+from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data, prepared_for_evaluation
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
 from nas_kmix.engine.distributed import World, is_main, joined
 from nas_kmix.engine.evaluation import evaluate
@@ -148,7 +148,8 @@ PRESETS: dict[str, Config] = {
         recipe=Recipe(grad_clip=5.0),
         device=DeviceConfig(channels_last=True),
     ),
-    # PC-DARTS section 4.2. Expect 2.57 +- 0.07 % test error on CIFAR-10 with PC_DARTS_cifar (its Table 1).
+    # PC-DARTS section 4.2. Expect 2.57 +- 0.07 % test error on CIFAR-10 with PC_DARTS_cifar (its Table 1), which trains
+    # on all images: --val-share 0.
     "cifar": Config(
         preset="cifar",
         input=DataConfig(data="cifar10"),
@@ -234,8 +235,11 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         folder.write_records()  # these two for a run that was finished before: no stage has written them
         folder.write_cost()
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
+        bad = _list_bad((training, *evaluated.values()), folder)
+        if bad:
+            folder.say(f"warning: {len(bad)} files cannot be read and were left out; bad_images.txt lists them")
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
-        result |= {"bad_images": _count_bad(training, evaluated, folder)}
+        result |= {"bad_images": len(bad)}
         if world.main:
             files.write_json(folder.path("result.json"), result)
         if config.export is not None and world.main:
@@ -276,7 +280,11 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
     def measure(model: nn.Module) -> dict[str, float]:
         with folder.stage("evaluation") as cost:
             cost.images_forward += sum(len(part.indices) for part in evaluated.values())
-            return _measure(model, evaluated, folder)
+            metrics = _measure(model, evaluated, folder)
+            _list_bad(
+                (training, *evaluated.values()), folder
+            )  # before the checkpoint after which nothing is read again
+            return metrics
 
     return train(
         folder.layout(model.to(folder.device)),
@@ -307,7 +315,8 @@ def _divide(config: Config, data: ImageData) -> tuple[Part, Evaluated]:
         indices, held_out = split_halves(indices, data.labels[indices], config.val_share, seed=config.seed)
         if len(held_out) == 0:
             raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
-        evaluated = {"val": Part(data, held_out), **evaluated}
+        own = prepared_for_evaluation(data, held_out)
+        evaluated = {"val": Part(data, held_out) if own is data else Part(own, own.good()), **evaluated}
     if config.train_images is not None:
         if config.train_images > len(indices):
             raise ValueError(f"--train-images {config.train_images} is more than the {len(indices)} that there are.")
@@ -336,14 +345,23 @@ def _refuse_bad(config: Config, data: ImageData) -> None:
         raise ValueError(f"{data.bad[min(data.bad)]}; repair or remove it, or go on without it with --skip-bad.")
 
 
-def _count_bad(training: Part, evaluated: Evaluated, folder: Run) -> int:
-    """List the files that were left out."""
-    sets = {id(part.data): part.data for part in (training, *evaluated.values())}
-    lines = [data.bad[index] for data in sets.values() for index in sorted(data.bad)]
-    if lines and folder.world.main:
-        files.write_text(folder.path("bad_images.txt"), "".join(f"{line}\n" for line in lines))
-        folder.say(f"warning: {len(lines)} files cannot be read and were left out; bad_images.txt lists them")
-    return len(lines)
+def _bad(parts: Iterable[Part], world: World) -> list[str]:
+    """A sentence on each file that any process could not read so far, sorted; every process then knows of them."""
+    sets = {id(part.data): part.data for part in parts}.values()
+    for data in sets:
+        for given in world.gather(json.dumps(data.bad).encode()):
+            data.bad.update({int(index): sentence for index, sentence in json.loads(given).items()})
+    return sorted({sentence.replace("\n", " ") for data in sets for sentence in data.bad.values()})
+
+
+def _list_bad(parts: Iterable[Part], folder: Run) -> list[str]:
+    """Those and what earlier invocations met, who may have read what this one did not; also in bad_images.txt."""
+    found, path = _bad(parts, folder.world), folder.path("bad_images.txt")
+    if folder.world.main and path.exists():
+        found = sorted({*found, *path.read_text(encoding="utf-8").split("\n")} - {""})
+    if folder.world.main and found:
+        files.write_text(path, "".join(f"{sentence}\n" for sentence in found))
+    return found
 
 
 def _examples(data: ImageData, indices: np.ndarray) -> torch.Tensor:
@@ -426,8 +444,11 @@ def _evaluate_checkpoint(config: Config, folder: Run) -> dict[str, Any]:
     if config.export is not None and folder.world.main:
         part = next(iter(evaluated.values()))
         export_model(model, _examples(part.data, part.indices), config.export)
-    images = {split: len(part.indices) for split, part in evaluated.items()}
-    return {"checkpoint": str(config.eval_only), "images": images, **metrics}
+    bad = _bad(evaluated.values(), folder.world)
+    if bad:
+        folder.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {bad[0]}")
+    images = {split: len(np.setdiff1d(part.indices, list(part.data.bad))) for split, part in evaluated.items()}
+    return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
 
 
 def _speed(folder: Run) -> dict[str, float]:
@@ -444,8 +465,10 @@ def _check_flags(config: Config) -> None:
     network = config.network
     if config.eval_only is None and (network.genotype is None) == (network.backbone is None):
         raise ValueError("Give one of --genotype FILE|NAME|TEXT and --backbone NAME: that is what is trained.")
-    if config.eval_only is not None and (network.genotype is not None or network.backbone is not None):
-        raise ValueError("--eval-only reads the network from its file; leave --genotype and --backbone out.")
+    if config.eval_only is not None and (network.genotype, network.backbone, network.max_macs) != (None, None, None):
+        raise ValueError("--eval-only reads the network from its file; leave --genotype, --backbone, --max-macs out.")
+    if config.eval_only is not None and config.eval_only.is_dir():
+        raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
     if network.max_macs is not None and network.genotype is None:
         raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
     if network.backbone is None and (network.stochastic_depth or network.drop_block):
@@ -458,8 +481,8 @@ def _check_flags(config: Config) -> None:
         )
     if not 0.0 <= config.val_share < 1.0:
         raise ValueError(f"--val-share must be at least 0 and below 1, not {config.val_share}.")
-    if config.seed < 0:
-        raise ValueError(f"--seed must be 0 or more, not {config.seed}.")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
     if config.eval_every < 1 or (config.train_images is not None and config.train_images < 1):
         raise ValueError("--eval-every and --train-images must be at least 1.")
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import sources
-from nas_kmix.engine.data import DataConfig, epoch_batches, load_data
+from nas_kmix.engine.data import DataConfig, epoch_batches, load_data, prepared_for_evaluation
 
 
 def load(path, *, split="train", workers=0, **options):
@@ -348,6 +348,39 @@ def test_classes_are_those_of_train(image_folder):
     folder = image_folder(splits=("train", "val"), classes=("ant", "bee", "cow"))
     (folder / "val" / "aardvark").mkdir()
     assert load(folder, split="val").class_names == ("ant", "bee", "cow")
+
+
+def test_a_class_that_train_lacks_is_refused_or_one_of_the_splits_own(image_folder):
+    folder = image_folder(classes=("ant", "bee"), splits=("train", "val"))
+    (folder / "train" / "bee").rename(folder / "train" / "bea")
+    with pytest.raises(ValueError, match=r"val/bee/0\.png is of no class of .*train; rename"):
+        sources.open_source(str(folder), folder, "val")
+    assert sources.open_source(str(folder), folder, "val", own_classes=True).class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize("max_resident_gb", [0.0, 4.0])
+def test_images_held_out_are_prepared_as_those_of_another_split(image_folder, max_resident_gb):
+    """Above 64 px: the centre of a larger image."""
+    folder = image_folder(sizes=((90, 100), (120, 80)), splits=("train", "val"))
+    for path in sorted((folder / "val").rglob("*.png")):
+        path.write_bytes((folder / "train" / path.relative_to(folder / "val")).read_bytes())
+    config = DataConfig(data=str(folder), image_size=72, max_resident_gb=max_resident_gb)
+    train = load_data(config)
+    val, held_out = load_data(config, split="val", like=train), prepared_for_evaluation(train, np.array([1, 3, 6]))
+    assert held_out.resident == train.resident == (max_resident_gb > 0)
+    assert held_out.labels.tolist() == train.labels[[1, 3, 6]].tolist()
+    found = held_out.fetch(np.arange(3)).images
+    assert torch.equal(found, val.fetch(np.array([1, 3, 6])).images)
+    assert not torch.equal(found, train.fetch(np.array([1, 3, 6])).images)
+
+
+def test_images_of_an_archive_held_out_are_prepared_as_those_of_another_split(npz_file):
+    pixels, labels = draw_pixels(4, 80, 80, 3), np.arange(4) % 2
+    path = npz_file(train_images=pixels, train_labels=labels, val_images=pixels, val_labels=labels)
+    config = DataConfig(data=str(path), image_size=80)
+    train = load_data(config)
+    val, held_out = load_data(config, split="val", like=train), prepared_for_evaluation(train, np.array([3, 0]))
+    assert torch.equal(held_out.fetch(np.arange(2)).images, val.fetch(np.array([3, 0])).images)
 
 
 def test_no_other_split_of_an_archive_is_read(npz_file):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,9 +56,11 @@ def assert_same(a, b):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_steps_are_those_of_plain_sgd(tmp_path, smoothing, clip, nesterov):
+@pytest.mark.parametrize("momentum", [0.8, 0.0])
+def test_steps_are_those_of_plain_sgd(tmp_path, smoothing, clip, nesterov, momentum):
     recipe = Recipe(nesterov=nesterov, grad_clip=clip, label_smoothing=smoothing, auxiliary_weight=0.4)
-    ours, theirs = learner(tmp_path, recipe), Net().double()
+    config = replace(CONFIG, momentum=momentum)
+    ours, theirs = learner(tmp_path, recipe, config), Net().double()
     velocity = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
     for step in range(3):
         images, labels = batch(step)
@@ -74,8 +77,8 @@ def test_steps_are_those_of_plain_sgd(tmp_path, smoothing, clip, nesterov):
         with torch.no_grad():
             for name, p in theirs.named_parameters():
                 gradient = scale * p.grad + 1e-2 * p
-                velocity[name] = 0.8 * velocity[name] + gradient
-                p -= 0.3 * (gradient + 0.8 * velocity[name] if nesterov else velocity[name])
+                velocity[name] = momentum * velocity[name] + gradient
+                p -= 0.3 * (gradient + momentum * velocity[name] if nesterov else velocity[name])
     assert_same(ours.model, theirs)
 
 

@@ -59,6 +59,33 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes start without their parent's files")
+def test_a_worker_that_outlives_its_run_keeps_no_other_out(tmp_path):
+    until, ended = os.pipe()
+    with open_run(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            os.close(ended)
+            os.read(until, 1)
+            os._exit(0)
+        with pytest.raises(ValueError, match="in use"), open_run(tmp_path):
+            pass
+    with open_run(tmp_path):
+        pass
+    os.close(ended)
+    assert os.waitpid(worker, 0)[1] == 0
+    os.close(until)
+
+
+def test_the_folder_of_another_command_is_refused_and_stays(tmp_path):
+    with open_run(tmp_path) as run, run.stage("scorer"):
+        pass
+    before = (tmp_path / "cost.json").read_bytes()
+    with pytest.raises(ValueError, match=r"holds the run of another command \(stages scorer, scoring"):
+        Run(tmp_path, stages=("train",)).__enter__()
+    assert (tmp_path / "cost.json").read_bytes() == before
+
+
 def test_another_process_finds_the_folder_locked(tmp_path):
     code = f"import fcntl; fcntl.flock(open({str(tmp_path / '.lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     with open_run(tmp_path):

@@ -260,6 +260,10 @@ def test_other_settings_are_refused_and_nothing_changes(npz, alone, tmp_path, ca
         (["--genotype", "PC_DARTS_cifar", "--image-size", "100"], "128"),
         (["--eval-only", "nowhere.pt"], "nowhere.pt"),
         (["--eval-only", "nowhere.pt", "--backbone", "tiny"], "--eval-only"),
+        (["--eval-only", "nowhere.pt", "--max-macs", "1M"], "--eval-only reads the network"),
+        (["--eval-only", "."], "is a folder; name a file in it"),
+        (["--genotype", "PC_DARTS_cifar", "--grad-clip", "0"], "None does not clip"),
+        (["--genotype", "PC_DARTS_cifar", "--seed", str(2**63)], "below 2**63"),
     ],
 )
 def test_flags_that_make_no_sense_end_with_a_sentence(flags, named, npz, tmp_path, capsys):
@@ -345,7 +349,9 @@ def test_evaluation_looks_at_the_centre_of_a_larger_image(photographs):
 
 @pytest.mark.parametrize("limit", [0.0, 4.0])
 def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs, tmp_path, capsys, limit):
-    cut_in_half(photographs / "train/ant/3.jpg")
+    broken = ["train/ant/3.jpg", "val/ant/0.jpg", "val/bee/2.jpg"]
+    for path in broken:
+        cut_in_half(photographs / path)
     argv = [
         *STREAMED,
         "--data",
@@ -359,9 +365,18 @@ def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs,
     ]
     assert train_eval.main(argv) == 2
     assert "train/ant/3.jpg" in (said := capsys.readouterr().err) and "--skip-bad" in said
-    result = train_eval.run(train_eval.parse([*argv, "--skip-bad"]))
-    assert result["bad_images"] == 1 and result["train_images"] == 9
-    assert "train/ant/3.jpg" in (tmp_path / "out" / "bad_images.txt").read_text()
+    argv.append("--skip-bad")
+    result = train_eval.run(train_eval.parse(argv))
+    assert result["bad_images"] == 3 and result["train_images"] == 9
+    assert train_eval.run(train_eval.parse(argv)) == result, "though it reads no validation image any more"
+    listed = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    assert all(path in line for path, line in zip(broken, listed, strict=True))
+    capsys.readouterr()
+    argv[argv.index("--genotype") : argv.index("--genotype") + 2] = ["--eval-only", str(tmp_path / "out" / "last.pt")]
+    found = train_eval.run(train_eval.parse(argv))
+    assert found["images"] == {"val": 8} and found["bad_images"] == 2
+    assert found["val_accuracy"] == result["last"]["val_accuracy"]
+    assert "2 files cannot be read and were left out; the first is" in capsys.readouterr().out
 
 
 def test_evaluation_on_other_classes_matches_them_by_name(image_folder, photographs, tmp_path, capsys):

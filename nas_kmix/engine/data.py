@@ -207,7 +207,7 @@ def load_data(
     have the `same_classes`, unless that is False. Raises ValueError (with the path and what to do) for missing or
     malformed data, an empty class, a single class, or sizes that need `--image-size`.
     """
-    source = sources.open_source(config.data, config.data_root, split)
+    source = sources.open_source(config.data, config.data_root, split, own_classes=not same_classes)
     if like is None and source.num_classes < 2:
         raise ValueError(
             f"--data {config.data} has the single class {source.class_names[0]!r}; two or more are needed."
@@ -215,7 +215,10 @@ def load_data(
     if like is None:
         _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
     elif same_classes and source.class_names != like.class_names:
-        raise ValueError(f"--data {config.data}: the {split} images have other classes than the training images.")
+        raise ValueError(
+            f"--data {config.data}: the {split} images have {source.num_classes} classes, the training images "
+            f"{len(like.class_names)}; add the names of all as class_names."
+        )
     size = _image_size(source, config) if like is None else like.image_size
     data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
     if like is not None and data.stem == "imagenet":
@@ -229,6 +232,22 @@ def load_data(
         _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {first_bad}")
     mean, std = source.constants or _measure_constants(data)
     return replace(data, mean=mean, std=std)
+
+
+def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
+    """These of the training images as another split would have them; up to 64 px that is `data` itself."""
+    if data.stem == "cifar":
+        return data
+    source = data.source
+    if source.arrays is None:
+        source = replace(source, paths=tuple(source.paths[index] for index in indices.tolist()))
+    else:
+        source = replace(source, arrays=source.arrays[indices])
+    source = replace(source, labels=source.labels[indices])
+    part = replace(data, source=source, images=None, bad={}, resize=round(data.image_size / CENTRE_SHARE))
+    if data.resident:
+        part.images = _decode_all(part).to(data.device)
+    return part
 
 
 def open_data(config: DataConfig) -> ImageData:

@@ -89,16 +89,17 @@ def joined(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         yield World(distributed.get_rank(), size)
     except (distributed.DistError, RuntimeError) as error:
-        if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
+        if "connect" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise
         reason = str(error).splitlines()[0]
         raise OSError(f"Another process of this job has ended ({reason}); its own log tells why.") from error
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:

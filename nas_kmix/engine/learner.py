@@ -69,7 +69,7 @@ class Recipe:
             if getattr(self, name) < 0:
                 raise ValueError(f"--{_flag(name)} must be 0 or more, not {getattr(self, name)}.")
         if self.grad_clip is not None and not self.grad_clip > 0.0:
-            raise ValueError(f"--grad-clip must be above 0, not {self.grad_clip}; leave it out not to clip.")
+            raise ValueError(f"--grad-clip must be above 0, not {self.grad_clip}; None does not clip.")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ValueError(f"--ema must lie strictly between 0 and 1, not {self.ema}; leave it out for no average.")
         if self.accumulate < 1 or (self.limit_steps is not None and self.limit_steps < 1):
@@ -92,7 +92,7 @@ class Learner:
             config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            nesterov=recipe.nesterov,
+            nesterov=recipe.nesterov and config.momentum > 0.0,  # the same without a momentum, but torch refuses it
         )
         self._scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
         self._average: AveragedModel | None = None

@@ -39,6 +39,19 @@ except ImportError:  # Windows: a second run in one folder is not refused there,
 LOCK = ".lock"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
+_locks: set[IO[str]] = set()
+"""Those that this process holds."""
+
+
+def _leave_locks_to_parent() -> None:
+    """A data loader's worker outlives a killed run by seconds; with the lock, it would keep the next one out."""
+    while _locks:
+        _locks.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
 
 class StoppedError(Exception):
     """A signal asked the run to stop, and its state is saved."""
@@ -107,6 +120,7 @@ class Run:
         self._checkpoint_time = time.monotonic()
 
     def __enter__(self) -> Run:
+        self._refuse_folder_of_another_command()
         if self.world.main:
             self._take_folder()
         self.world.barrier()
@@ -116,6 +130,16 @@ class Run:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[signum] = signal.signal(signum, self._on_signal)
         return self
+
+    def _refuse_folder_of_another_command(self) -> None:
+        try:
+            foreign = [stage for stage in files.read_json(self.path("cost.json"))["stages"] if stage not in self.costs]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # a new folder, or a damaged record of it
+        if foreign:
+            raise ValueError(
+                f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)}); choose another."
+            )
 
     def _take_folder(self) -> None:
         try:
@@ -132,6 +156,7 @@ class Run:
                 raise ValueError(
                     f"--out {self.folder} is in use by another run; wait for it or choose another."
                 ) from None
+        _locks.add(self._lock)
         for place in ("", "checkpoints/", "seed-*/"):
             for leftover in self.folder.glob(f"{place}*{files.TEMPORARY_SUFFIX}"):  # of a run killed while writing
                 leftover.unlink()
@@ -142,6 +167,7 @@ class Run:
         if self._lock is not None:
             if self._new and exc_info[0] is not None:
                 self._remove_if_empty()
+            _locks.discard(self._lock)
             self._lock.close()
 
     def _remove_if_empty(self) -> None:

@@ -112,10 +112,11 @@ class Source:
         return digest.digest()
 
 
-def open_source(data: str, root: Path, split: str, *, download: bool = True) -> Source:
+def open_source(data: str, root: Path, split: str, *, download: bool = True, own_classes: bool = False) -> Source:
     """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy.
 
-    CIFAR is fetched where it is not under `root` yet, unless `download` forbids it.
+    CIFAR is fetched where it is not under `root` yet, unless `download` forbids it. A folder's classes are those of its
+    training images, or the split's `own_classes`.
     """
     if (data == "digits" or data in CIFAR_CONSTANTS) and split not in ("train", "test"):
         raise ValueError(f"--data {data} has the splits train and test, not {split!r}.")
@@ -127,7 +128,7 @@ def open_source(data: str, root: Path, split: str, *, download: bool = True) -> 
     if path.suffix == ".npz":
         return _npz(path, split)
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, split, own_classes)
     raise ValueError(
         f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a "
         f".npz file."
@@ -253,14 +254,17 @@ def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
     return found
 
 
-def _folder(folder: Path, split: str) -> Source:
-    """`folder/split/CLASS/*`, classes and files in sorted order; class names are those of `train` if it is there."""
-    classes = folder / ("train" if split == "train" or (folder / "train").is_dir() else split)
+def _folder(folder: Path, split: str, own_classes: bool) -> Source:
+    """`folder/split/CLASS/*`, classes and files in sorted order; the classes are those of `train` if it is there."""
+    classes = folder / ("train" if (folder / "train").is_dir() and not own_classes else split)
     if not classes.is_dir():
         raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/.")
-    names = tuple(sorted(p.name for p in classes.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    names = _subfolders(classes)
     if not names:
         raise ValueError(f"{classes} has no class folders; images belong in {classes}/CLASS/.")
+    unknown = sorted({*_subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
+    if strays := _files_of(folder, [f"{split}/{name}" for name in unknown])[0]:
+        raise ValueError(f"{folder / strays[0]} is of no class of {classes}; rename its folder, or remove it.")
     paths, labels = _files_of(folder, [f"{split}/{name}" for name in names])
     if not paths:
         raise ValueError(f"{folder / split} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -271,13 +275,18 @@ def open_class_folders(folder: Path) -> Source:
     """`folder/CLASS/*` without splits, as ImageNet-A and ImageNet-O are laid out. Raises ValueError naming the path."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    names = _subfolders(folder)
     if "train" in names:
         raise ValueError(f"{folder} holds splits, not classes; name one of them, e.g. {folder / 'train'}.")
     paths, labels = _files_of(folder, names)
     if not paths:
         raise ValueError(f"{folder} holds no images; they belong in {folder}/CLASS/.")
     return Source(folder.resolve().name, "all", labels, names, folder=folder, paths=paths)
+
+
+def _subfolders(folder: Path) -> tuple[str, ...]:
+    """Their names, sorted, without the hidden ones."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
 
 def _files_of(folder: Path, classes: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
