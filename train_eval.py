@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import cli, files
+from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data, prepared_for_evaluation
 from nas_kmix.engine.device import DeviceConfig, environment, pick_device
 from nas_kmix.engine.distributed import World, is_main, joined
@@ -231,15 +232,13 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         )
         if config.sync_batchnorm and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        trained = _train(config, model, training, evaluated, folder)
-        folder.write_records()  # these two for a run that was finished before: no stage has written them
+        bad = BadFiles((training.data, *(part.data for part in evaluated.values())), world)
+        trained = _train(config, model, training, evaluated, bad, folder)
+        folder.write_records()  # a run that was finished before enters no stage, which would have written these
         folder.write_cost()
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
-        bad = _list_bad((training, *evaluated.values()), folder)
-        if bad:
-            folder.say(f"warning: {len(bad)} files cannot be read and were left out; bad_images.txt lists them")
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
-        result |= {"bad_images": len(bad)}
+        result |= {"bad_images": _list_bad(bad, folder)}
         if world.main:
             files.write_json(folder.path("result.json"), result)
         if config.export is not None and world.main:
@@ -249,7 +248,9 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
         return result
 
 
-def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluated, folder: Run) -> Trained:
+def _train(
+    config: Config, model: nn.Module, training: Part, evaluated: Evaluated, bad: BadFiles, folder: Run
+) -> Trained:
     """The supervised loop with this command's settings, and checkpoints that describe themselves."""
     data, recipe = training.data, config.recipe
     if config.network.backbone is not None:
@@ -280,11 +281,7 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
     def measure(model: nn.Module) -> dict[str, float]:
         with folder.stage("evaluation") as cost:
             cost.images_forward += sum(len(part.indices) for part in evaluated.values())
-            metrics = _measure(model, evaluated, folder)
-            _list_bad(
-                (training, *evaluated.values()), folder
-            )  # before the checkpoint after which nothing is read again
-            return metrics
+            return _measure(model, evaluated, folder)
 
     return train(
         folder.layout(model.to(folder.device)),
@@ -300,6 +297,7 @@ def _train(config: Config, model: nn.Module, training: Part, evaluated: Evaluate
         validation=Validation(measure, "val_accuracy" if "val" in evaluated else None, config.eval_every),
         checkpoint="last",
         content=content,
+        bad=bad,
         photographs=photographs,
     )
 
@@ -316,6 +314,7 @@ def _divide(config: Config, data: ImageData) -> tuple[Part, Evaluated]:
         if len(held_out) == 0:
             raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
         own = prepared_for_evaluation(data, held_out)
+        _refuse_bad(config, own)
         evaluated = {"val": Part(data, held_out) if own is data else Part(own, own.good()), **evaluated}
     if config.train_images is not None:
         if config.train_images > len(indices):
@@ -345,23 +344,19 @@ def _refuse_bad(config: Config, data: ImageData) -> None:
         raise ValueError(f"{data.bad[min(data.bad)]}; repair or remove it, or go on without it with --skip-bad.")
 
 
-def _bad(parts: Iterable[Part], world: World) -> list[str]:
-    """A sentence on each file that any process could not read so far, sorted; every process then knows of them."""
-    sets = {id(part.data): part.data for part in parts}.values()
-    for data in sets:
-        for given in world.gather(json.dumps(data.bad).encode()):
-            data.bad.update({int(index): sentence for index, sentence in json.loads(given).items()})
-    return sorted({sentence.replace("\n", " ") for data in sets for sentence in data.bad.values()})
+def _count(bad: Mapping[str, str], part: Part) -> int:
+    """How many of the part's images are among these files."""
+    paths = part.data.source.paths
+    return 0 if paths is None else sum(paths[index] in bad for index in part.indices.tolist())
 
 
-def _list_bad(parts: Iterable[Part], folder: Run) -> list[str]:
-    """Those and what earlier invocations met, who may have read what this one did not; also in bad_images.txt."""
-    found, path = _bad(parts, folder.world), folder.path("bad_images.txt")
-    if folder.world.main and path.exists():
-        found = sorted({*found, *path.read_text(encoding="utf-8").split("\n")} - {""})
-    if folder.world.main and found:
-        files.write_text(path, "".join(f"{sentence}\n" for sentence in found))
-    return found
+def _list_bad(bad: BadFiles, folder: Run) -> int:
+    """List the files that were left out in bad_images.txt, and count them."""
+    sentences = bad.gather().values()
+    if sentences and folder.world.main:
+        files.write_text(folder.path("bad_images.txt"), "".join(f"{sentence}\n" for sentence in sentences))
+        folder.say(f"warning: {len(sentences)} files cannot be read and were left out; bad_images.txt lists them")
+    return len(sentences)
 
 
 def _examples(data: ImageData, indices: np.ndarray) -> torch.Tensor:
@@ -441,13 +436,14 @@ def _evaluate_checkpoint(config: Config, folder: Run) -> dict[str, Any]:
     progress = folder.progress("evaluation", own, unit="image")
     metrics = _measure(model, evaluated, folder, progress)
     progress.close()
+    bad = BadFiles((part.data for part in evaluated.values()), folder.world).gather()
+    if bad:
+        first = next(iter(bad.values()))
+        folder.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}")
     if config.export is not None and folder.world.main:
         part = next(iter(evaluated.values()))
         export_model(model, _examples(part.data, part.indices), config.export)
-    bad = _bad(evaluated.values(), folder.world)
-    if bad:
-        folder.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {bad[0]}")
-    images = {split: len(np.setdiff1d(part.indices, list(part.data.bad))) for split, part in evaluated.items()}
+    images = {split: len(part.indices) - _count(bad, part) for split, part in evaluated.items()}
     return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
 
 

@@ -89,7 +89,7 @@ class DilatedConv2d(nn.Conv2d):
         if x.device.type != "cpu" or dtype != torch.bfloat16:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return self._conv_forward(x.float(), self.weight.float(), None).to(dtype)
+            return self._conv_forward(x.float(), self.weight.float(), self.bias).to(dtype)
 
 
 def depthwise_separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:

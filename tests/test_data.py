@@ -20,8 +20,8 @@ from nas_kmix.engine import sources
 from nas_kmix.engine.data import DataConfig, epoch_batches, load_data, prepared_for_evaluation
 
 
-def load(path, *, split="train", workers=0, **options):
-    return load_data(DataConfig(data=str(path), **options), split=split, workers=workers)
+def load(path, *, split="train", workers=0, like=None, **options):
+    return load_data(DataConfig(data=str(path), **options), split=split, workers=workers, like=like)
 
 
 def pillow(path, size=None):
@@ -389,6 +389,16 @@ def test_no_other_split_of_an_archive_is_read(npz_file):
     assert len(data) == 12
     with pytest.raises(ValueError, match="Python objects"):
         load(npz_file(test_images=poison, test_labels=poison), split="test")
+
+
+def test_an_archive_whose_test_images_lack_a_class_must_name_them_all(npz_file):
+    pixels = draw_pixels(6, 8, 8, 3)
+    train, test = {"train_images": pixels, "train_labels": np.arange(6) % 3}, np.arange(6) % 2
+    path = npz_file(**train, test_images=pixels, test_labels=test)
+    with pytest.raises(ValueError, match=r"\(2 and 3\); name them all in its class_names"):
+        load(path, split="test", like=load(path))
+    path = npz_file(**train, test_images=pixels, test_labels=test, class_names=np.array(["a", "b", "c"]))
+    assert load(path, split="test", like=load(path)).num_classes == 3
 
 
 def test_splits_of_an_archive_are_told_apart(npz_file):

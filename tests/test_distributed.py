@@ -21,7 +21,7 @@ import search
 import train_eval
 from nas_kmix import scoring
 from nas_kmix.engine import run as run_module
-from nas_kmix.engine.distributed import World
+from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.run import Run
 
@@ -203,6 +203,16 @@ def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_p
 
 
 # -- one end for all ---------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
+    def fail(backend):
+        raise RuntimeError("Gloo connectFullMesh failed\nwith a stack below")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(OSError, match=r"do not find each other \(Gloo connectFullMesh failed\)"), joined(two_ranks.CPU):
+        pass
 
 
 def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, tmp_path):

@@ -15,10 +15,12 @@ from torchvision.transforms.v2 import functional as TF
 
 import train_eval
 from darts_space import CifarNetwork, cost, load_network, read_genotype
+from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
+from nas_kmix.engine.sources import BadImageError, Source
 
 SMALL = shlex.split("--no-report --threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
 SHORT = shlex.split("--epochs 3 --batch-size 16 --drop-path .3 --cutout 8 --ema .8 --color-jitter .4 .4 .4 .2")
@@ -371,12 +373,42 @@ def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs,
     assert train_eval.run(train_eval.parse(argv)) == result, "though it reads no validation image any more"
     listed = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
     assert all(path in line for path, line in zip(broken, listed, strict=True))
+    moved = photographs.rename(photographs.with_name("moved"))
+    argv[argv.index("--data") + 1] = str(moved)
+    assert train_eval.run(train_eval.parse(argv))["bad_images"] == 3
     capsys.readouterr()
     argv[argv.index("--genotype") : argv.index("--genotype") + 2] = ["--eval-only", str(tmp_path / "out" / "last.pt")]
     found = train_eval.run(train_eval.parse(argv))
     assert found["images"] == {"val": 8} and found["bad_images"] == 2
     assert found["val_accuracy"] == result["last"]["val_accuracy"]
     assert "2 files cannot be read and were left out; the first is" in capsys.readouterr().out
+
+
+def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, monkeypatch):
+    """What is left of the last epoch does not read it again, nor are constants measured on all of a large set."""
+    cut_in_half(photographs / "train/ant/3.jpg")
+    flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2]
+    monkeypatch.setattr(data_module, "_measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
+    with monkeypatch.context() as patch:
+        met, read = [], Source.read
+
+        def noticing(source, index):
+            try:
+                return read(source, index)
+            except BadImageError:
+                met.append(index)
+                raise
+
+        def stop(run):
+            raise StoppedError(signal.SIGTERM)
+
+        patch.setattr(Source, "read", noticing)
+        patch.setattr(Run, "checkpoint_due", lambda run: bool(met))
+        patch.setattr(Run, "raise_if_stopping", stop)
+        with pytest.raises(StoppedError):
+            stream(photographs, tmp_path / "run", *flags)
+    assert met and not (tmp_path / "run" / "metrics.csv").exists(), "stopped within the epoch"
+    assert stream(photographs, tmp_path / "run", *flags)["bad_images"] == 1
 
 
 def test_evaluation_on_other_classes_matches_them_by_name(image_folder, photographs, tmp_path, capsys):

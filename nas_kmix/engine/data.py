@@ -215,9 +215,11 @@ def load_data(
     if like is None:
         _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
     elif same_classes and source.class_names != like.class_names:
+        counts = source.num_classes, len(like.class_names)
+        remedy = "; name them all in its class_names" if source.name.endswith(".npz") and counts[0] != counts[1] else ""
         raise ValueError(
-            f"--data {config.data}: the {split} images have {source.num_classes} classes, the training images "
-            f"{len(like.class_names)}; add the names of all as class_names."
+            f"--data {config.data}: the {split} images have other classes than the training images "
+            f"({counts[0]} and {counts[1]}){remedy}."
         )
     size = _image_size(source, config) if like is None else like.image_size
     data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
@@ -235,7 +237,10 @@ def load_data(
 
 
 def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
-    """These of the training images as another split would have them; up to 64 px that is `data` itself."""
+    """Images held out of a training split, prepared as the split val is: above 64 px, by the centres of larger ones.
+
+    The result holds the `indices` alone, numbered from 0; up to 64 px, where nothing differs, it is `data` itself.
+    """
     if data.stem == "cifar":
         return data
     source = data.source
@@ -243,7 +248,7 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
         source = replace(source, paths=tuple(source.paths[index] for index in indices.tolist()))
     else:
         source = replace(source, arrays=source.arrays[indices])
-    source = replace(source, labels=source.labels[indices])
+    source = replace(source, split="val", labels=source.labels[indices])
     part = replace(data, source=source, images=None, bad={}, resize=round(data.image_size / CENTRE_SHARE))
     if data.resident:
         part.images = _decode_all(part).to(data.device)

@@ -83,7 +83,7 @@ def is_main() -> bool:
 def joined(device: torch.device) -> Iterator[World]:
     """The world that torchrun has started this process in, or that of a single process.
 
-    Raises OSError, a sentence, where another process of the job is lost.
+    Raises OSError, a sentence, where the processes do not find each other or another one is lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -91,15 +91,21 @@ def joined(device: torch.device) -> Iterator[World]:
         return
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (distributed.DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"The processes of this job do not find each other ({reason}): one of them has ended, or the address or "
+            f"port that torchrun was given is wrong."
+        ) from error
+    try:
         yield World(distributed.get_rank(), size)
     except (distributed.DistError, RuntimeError) as error:
-        if "connect" not in str(error).lower() and not isinstance(error, distributed.DistError):
+        if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise
         reason = str(error).splitlines()[0]
         raise OSError(f"Another process of this job has ended ({reason}); its own log tells why.") from error
     finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:

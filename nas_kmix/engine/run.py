@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ except ImportError:  # Windows: a second run in one folder is not refused there,
 LOCK = ".lock"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
-_locks: set[IO[str]] = set()
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 """Those that this process holds."""
 
 

@@ -116,7 +116,7 @@ def open_source(data: str, root: Path, split: str, *, download: bool = True, own
     """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy.
 
     CIFAR is fetched where it is not under `root` yet, unless `download` forbids it. A folder's classes are those of its
-    training images, or the split's `own_classes`.
+    training images or, with `own_classes`, of the split.
     """
     if (data == "digits" or data in CIFAR_CONSTANTS) and split not in ("train", "test"):
         raise ValueError(f"--data {data} has the splits train and test, not {split!r}.")

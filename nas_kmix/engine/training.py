@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import nn
 
+from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.feed import LAYERS, Feed, Mix
 from nas_kmix.engine.learner import Learner, Recipe
@@ -107,14 +108,15 @@ def train(
     validation: Validation | None = None,
     checkpoint: str | None = None,
     content: Mapping[str, Any] | None = None,
+    bad: BadFiles | None = None,
     photographs: bool = False,
 ) -> Trained:
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
     The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`, by
-    which the checkpoint goes too unless `checkpoint` names it; `content` is stored in it besides. With a `validation`
-    that selects, `best` is a checkpoint of the same kind. For `photographs` see `Feed`. Raises NonFiniteLossError,
-    StoppedError (its state saved) and StageMismatchError.
+    which the checkpoint goes too unless `checkpoint` names it; `content` and the state of `bad` are stored in it
+    besides. With a `validation` that selects, `best` is a checkpoint of the same kind. For `photographs` see `Feed`.
+    Raises NonFiniteLossError, StoppedError (its state saved) and StageMismatchError.
     """
     recipe = recipe or Recipe()
     learner = Learner(model, config, recipe, run)
@@ -132,13 +134,16 @@ def train(
                 meter.load_state_dict(state["meter"])
             first_epoch, first_step = int(state["epoch"]), int(state["step"])
             last, best = state.get("last"), state.get("best")
+            if bad is not None:
+                bad.load_state_dict(state)
 
     def save(name: str, epoch: int, step: int) -> None:
         meter.gather(run.world)
         meter.check(stage, epoch)
         results = {} if validation is None else {"last": last, "best": best}
         position = {"meter": meter.state_dict(), "epoch": epoch, "step": step}
-        run.save_checkpoint(name, key, {**(content or {}), **learner.state_dict(), **results, **position})
+        besides = {**(content or {}), **({} if bad is None else bad.state_dict())}
+        run.save_checkpoint(name, key, {**besides, **learner.state_dict(), **results, **position})
 
     progress = run.progress(stage, steps * config.epochs, done=first_epoch * steps + first_step)
     if first_epoch == config.epochs:  # nothing is done, and nothing billed: a finished run tells the same again
