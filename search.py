@@ -56,7 +56,9 @@ class SearchConfig:
     batch_size: int = 256
     """Images per step and half; a smaller half is one batch."""
     lr: float | None = None
-    """SGD's first learning rate. Default: 0.1 from batch 256 up, in proportion below."""
+    """SGD's first learning rate. Default: 0.1 from batch 256 up (imagenet: 0.5 from 1024 up), in proportion below."""
+    full_lr: Annotated[float, tyro.conf.Suppress] = 0.1
+    full_batch: Annotated[int, tyro.conf.Suppress] = 256
     channels: int = 16
     """Width of the first cell's nodes."""
     layers: int = 8
@@ -66,9 +68,10 @@ class SearchConfig:
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     frozen_epochs: int | None = None
-    """First epochs that leave the architecture alone, at most half of a search cut short. Default: 15, likewise."""
+    """First epochs that leave the architecture alone; half of the epochs where there are no more than these. Default:
+    15, or half of the epochs if that is less."""
     warmup_epochs: int = 0
-    """Linear warm-up of the learning rate, at most half of the epochs too."""
+    """Linear warm-up of the learning rate; half of the epochs where there are no more than these."""
     arch_lr: float = 6e-4
     arch_grad_clip: float | None = None
     unrolled: bool = False
@@ -91,7 +94,7 @@ class SearchConfig:
         """The part that `darts_space` reads."""
         return BilevelConfig(
             epochs=self.epochs,
-            lr=scaled_lr(self.batch_size) if self.lr is None else self.lr,
+            lr=scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
             arch_lr=self.arch_lr,
             arch_grad_clip=self.arch_grad_clip,
             frozen_epochs=self._at_most_half(self.frozen_epochs),
@@ -167,7 +170,8 @@ PRESETS: dict[str, Config] = {
         ),
         selection=ProxyConfig(ratio=0.125, arch_share=0.2),
         search=SearchConfig(
-            batch_size=1024, lr=0.5, partial=2, frozen_epochs=35, warmup_epochs=5, arch_lr=6e-3, arch_grad_clip=5.0
+            batch_size=1024, full_lr=0.5, full_batch=1024, partial=2, frozen_epochs=35, warmup_epochs=5, arch_lr=6e-3,
+            arch_grad_clip=5.0,
         ),
     ),
 }  # fmt: skip
@@ -209,10 +213,10 @@ def run(config: Config) -> Result:
         )
         try:
             result = _stages(config, data, folder)
-            folder.write_records()
+            folder.write_records(only_missing=True)
             folder.write_cost()
             _list_bad_images(data, folder)
-            if config.report and folder.world.main and (folder.started or not folder.path("report.html").exists()):
+            if config.report and folder.world.main and (folder.started or _report_is_old(folder)):
                 folder.say(write_report_of_run(folder.folder, data))
             return result
         except BaseException:
@@ -221,11 +225,14 @@ def run(config: Config) -> Result:
             raise
 
 
+def _uses_scores(config: Config) -> bool:
+    return config.proxy is None and (config.selection.method != "random" or config.stop_after in ("scorer", "scores"))
+
+
 def _stages(config: Config, data: ImageData, folder: Run) -> Result:
     """Scorer, scores, proxy, genotype: each given, found or made, until `--stop-after`."""
     result = Result(folder.folder)
-    needs_scores = config.selection.method != "random" or config.stop_after in ("scorer", "scores")
-    if config.proxy is None and needs_scores:
+    if _uses_scores(config):
         scorer = _scorer(config, data, folder) if config.scores is None else None
         if config.stop_after == "scorer":
             return result
@@ -314,7 +321,8 @@ def _selection(config: Config, data: ImageData, table: ScoreTable | None, folder
         proxy = make_proxy(data, table, config.selection)
         proxy.save(path)
     folder.say(f"selection: {len(proxy.indices)} images, {len(proxy.weights)} for weights, {len(proxy.arch)} for alpha")
-    single = np.flatnonzero(np.bincount(proxy.labels, minlength=data.num_classes) == 1)
+    many = np.bincount(data.labels, minlength=data.num_classes) > 1
+    single = np.flatnonzero(many & (np.bincount(proxy.labels, minlength=data.num_classes) == 1))
     if len(single):
         folder.say(
             f"warning: {len(single)} classes have a single image in the proxy, which goes to the weights "
@@ -591,6 +599,9 @@ def _without_effect(config: Config) -> list[str]:
 
 def _check_search(config: Config, data: ImageData) -> None:
     """Refuse what the last stage would refuse before the first one has spent hours."""
+    scores_anew = _uses_scores(config) and config.scores is None and config.stop_after != "scorer"
+    if scores_anew and config.scoring.k > len(data):
+        raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
     if config.stop_after is not None:
         return
     multiple = _supernet(config.search, data, seed=0).input_multiple
@@ -601,6 +612,13 @@ def _check_search(config: Config, data: ImageData) -> None:
             f"use --image-size {nearest}."
         )
     config.search.bilevel(config.device.amp)  # checks its values
+
+
+def _report_is_old(folder: Run) -> bool:
+    """Whether there is none, or one that was written before the results that it should show."""
+    report = folder.path("report.html")
+    results = [path for path in map(folder.path, RESULTS) if path.exists()]
+    return not report.exists() or any(path.stat().st_mtime > report.stat().st_mtime for path in results)
 
 
 def _list_bad_images(data: ImageData, folder: Run) -> None:
@@ -649,11 +667,13 @@ def _rest_of(argv: Sequence[str]) -> list[str]:
     replaced = ("--stop-after", "--export-list", "--out", "--scorer", "--scores", "--proxy")
     rest, skip = [], False
     for argument in argv:
+        flag, equals, _ = argument.partition("=")
+        flag = flag.replace("_", "-")  # tyro takes both
         if skip:
             skip = False
-        elif argument in replaced:
-            skip = True  # and its value
-        elif argument != "--fresh" and not argument.startswith(tuple(f"{flag}=" for flag in replaced)):
+        elif flag in replaced:
+            skip = not equals  # its value follows
+        elif argument != "--fresh":
             rest.append(argument)
     return rest
 

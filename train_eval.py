@@ -219,6 +219,12 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     with folder:
         training, evaluated = _divide(config, data)
         model = _build(config, data)
+        smallest = 0 if config.network.genotype is None else model.minimum_size
+        if data.image_size < smallest:
+            raise ValueError(
+                f"--data has images of {data.image_size} px, but the network takes {smallest} or more; use "
+                f"--image-size {smallest}."
+            )
         result = {"network": _describe(model, config, data), "seed": config.seed, **cost(model, data.image_size)}
         if config.fresh:
             folder.clear(RESULTS)
@@ -234,7 +240,7 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         bad = BadFiles((training.data, *(part.data for part in evaluated.values())), world)
         trained = _train(config, model, training, evaluated, bad, folder)
-        folder.write_records()  # a run that was finished before enters no stage, which would have written these
+        folder.write_records(only_missing=True)
         folder.write_cost()
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}

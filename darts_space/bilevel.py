@@ -103,14 +103,14 @@ class StepResult(NamedTuple):
     weights one step ahead); None in frozen epochs."""
 
 
-def scaled_lr(batch_size: int, lr: float = 0.1) -> float:
-    """SGD's rate for a batch: `lr` from 256 images up, in proportion to the batch below.
+def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
+    """SGD's rate for a batch: `lr` from `full_batch` images up, in proportion to the batch below.
 
     Deviates from the paper, which only has 256: at batch 96 the unchanged rate collapsed to skip connections.
     """
     if batch_size < 1:
         raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
-    return lr * min(batch_size, 256) / 256
+    return lr * min(batch_size, full_batch) / full_batch
 
 
 def cosine_lr(epoch: int, *, epochs: int = 50, lr: float = 0.1, lr_min: float = 0.0, warmup_epochs: int = 0) -> float:

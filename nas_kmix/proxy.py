@@ -21,7 +21,7 @@ import tyro
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.run import stage_key
-from nas_kmix.engine.sources import BadImageError, source_of
+from nas_kmix.engine.sources import LOSSY_SUFFIXES, BadImageError, source_of
 from nas_kmix.sampling import Method, select
 from nas_kmix.scores import Measure, ScoreTable
 
@@ -178,6 +178,11 @@ class ProxyManifest:
             matches = rows[content, relabel[label]]
             if not matches:
                 name = self.paths[position] if self.paths else f"image {old}"
+                if data.source.paths is None and Path(name).suffix.lower() in LOSSY_SUFFIXES:
+                    raise ValueError(
+                        f"The proxy of {self.data} knows files such as {name} by their bytes, but {data.source.name} "
+                        f"gives pixels; give an ImageFolder of the files, or read them from an --export-list."
+                    )
                 raise ValueError(
                     f"The proxy of {self.data} does not belong to {data.source.name}: {name} (class "
                     f"{self.class_names[label]}, content {content}) is not in it."
@@ -201,8 +206,9 @@ class ProxyManifest:
     def subset(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.Subset:
         """The proxy as a view on somebody's own data set of (image, label) pairs, for their own trainer.
 
-        Works on torchvision's CIFAR and ImageFolder data sets, whatever their transforms, and on any that gives PIL
-        images or uint8 (H, W, 3) arrays. Raises ValueError if an image of the proxy is not in it.
+        Works on torchvision's CIFAR and ImageFolder data sets and Subsets of them, whatever their transforms, and on
+        any that gives PIL images or uint8 (H, W, 3) arrays; but a proxy of JPEG or WebP files, which are recognised by
+        their bytes, needs an ImageFolder. Raises ValueError if an image of the proxy is not in it.
         """
         source = source_of(dataset)
         data = ImageData(source, 0, (), (), torch.device("cpu"), None)

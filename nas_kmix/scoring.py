@@ -12,6 +12,7 @@ therefore do not depend on batch size, order, workers or shards, and more draws 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,8 +72,10 @@ class ScoringConfig:
             raise ValueError(f"--scoring.k is {self.k}; a mix needs two images or more.")
         if not 0.0 < self.phi_anchor < 1.0:
             raise ValueError(f"--scoring.phi-anchor must lie strictly between 0 and 1, not {self.phi_anchor}.")
-        if not self.alpha > 0.0:
-            raise ValueError(f"--scoring.alpha must be positive, not {self.alpha}.")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"--scoring.alpha must be positive and finite, not {self.alpha}.")
+        if self.pool_size < self.k:
+            raise ValueError(f"--scoring.pool-size must be at least --scoring.k, {self.k}, not {self.pool_size}.")
         if self.batch_size < 1:
             raise ValueError(f"--scoring.batch-size must be at least 1, not {self.batch_size}.")
 

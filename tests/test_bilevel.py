@@ -291,6 +291,7 @@ def test_small_batches_lower_the_rate():
     rates = [scaled_lr(batch) for batch in (256, 64, 96, 1024, 1)]
     assert rates == pytest.approx([0.1, 0.025, 0.0375, 0.1, 0.1 / 256])
     assert scaled_lr(128, lr=0.2) == 0.1
+    assert [scaled_lr(batch, 0.5, 1024) for batch in (64, 1024, 2048)] == [0.03125, 0.5, 0.5]
     with pytest.raises(ValueError, match="at least 1, not 0"):
         scaled_lr(0)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import draw_pixels
 from PIL import Image
 
 from nas_kmix.analysis import mixes
@@ -61,3 +62,9 @@ def test_the_command_writes_a_picture_or_says_what_is_wrong(tmp_path, capsys):
     ):
         assert mixes.main(["--picture", str(path), *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_dollars_in_the_names_of_classes_are_no_formulas(npz_file, tmp_path):
+    pixels, names = draw_pixels(8, 32, 32, 3), np.array(["US$1 \\frac", "$^$"])
+    path = npz_file(train_images=pixels, train_labels=np.arange(8) % 2, class_names=names)
+    assert mixes.main(["--data", str(path), "--images", "3", "--picture", str(tmp_path / "mixes.png")]) == 0

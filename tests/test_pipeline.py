@@ -233,6 +233,20 @@ def test_the_reliability_of_too_few_draws_is_not_called_good(npz, tmp_path):
     assert "reliability" in ended.out and "good" not in ended.out
 
 
+def test_the_rate_of_a_preset_shrinks_with_its_batch():
+    rates = {
+        (preset, batch): search.parse(["--preset", preset, "--batch-size", str(batch)]).search.bilevel("off").lr
+        for preset, batch in (("paper", 256), ("paper", 64), ("imagenet", 1024), ("imagenet", 64))
+    }
+    assert list(rates.values()) == [0.1, 0.025, 0.5, 0.03125]
+    assert search.parse(["--preset", "imagenet", "--batch-size", "64", "--lr", ".2"]).search.bilevel("off").lr == 0.2
+
+
+def test_the_next_command_is_without_what_a_search_replaces():
+    argv = ["--data", "x", "--stop_after", "proxy", "--out=a", "--export-list", "l", "--fresh", "--ratio=.2"]
+    assert search._rest_of(argv) == ["--data", "x", "--ratio=.2"]
+
+
 # -- the same command again, and another -------------------------------------------------------------------------------
 
 
@@ -242,7 +256,7 @@ def test_the_same_command_skips_every_stage(copy, npz):
     assert ended.out.count("fits, skipped") == 4
     after = files_of(copy)
     assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} <= {"cost.json", "config.json"}  # --out differs
+    assert {name for name in after if after[name] != before[name]} == {"cost.json"}
     assert costs_of(copy) == {stage: {**cost, "skipped": True} for stage, cost in costs.items()}
     again = files_of(copy)
     completed(command(npz, copy))
@@ -363,6 +377,24 @@ def test_no_proxy_searches_on_every_image(npz, tmp_path):
     assert results_of(tmp_path) == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
     assert costs_of(tmp_path)["search"]["images_forward"] == IMAGES  # 36 for the weights, 36 for the architecture
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
+
+
+def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, npz):
+    """Else config.json would tell of epochs that nobody searched."""
+    before = {name: (copy / name).read_bytes() for name in ("config.json", "env.json")}
+    ended = completed(command(npz, copy, "--stop-after", "scorer", "--epochs", 77, "--ratio", ".9"))
+    assert "fits, skipped" in ended.out
+    assert {name: (copy / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--scoring.k", 80], "--scoring.k 80"), (["--scoring.pool-size", 2], "--scoring.pool-size must be"),
+     (["--scoring.alpha", "inf"], "--scoring.alpha must be")],
+)  # fmt: skip
+def test_scoring_that_cannot_be_is_refused_before_the_scorer_is_trained(flags, words, npz, tmp_path):
+    ended = main(command(npz, tmp_path, *flags))
+    assert ended.code == 2 and words in ended.err and not results_of(tmp_path)
 
 
 @pytest.mark.parametrize(

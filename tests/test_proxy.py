@@ -226,6 +226,39 @@ def test_subset_of_an_image_folder_with_a_transform(pixels, labels, tmp_path):
     assert subset[0][0].shape == (3, 8, 8)
 
 
+def test_subset_of_a_subset(pixels, labels, tmp_path):
+    from torchvision import datasets
+
+    for index in range(60):
+        path = tmp_path / "train" / NAMES[labels[index]] / f"{index:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[index]).save(path)
+    proxy = make_proxy(load_data(DataConfig(data=str(tmp_path))), None, ProxyConfig(ratio=0.3, method="random"))
+    whole = datasets.ImageFolder(str(tmp_path / "train"))
+    order = np.random.default_rng(5).permutation(60).tolist()
+    subset = proxy.subset(torch.utils.data.Subset(whole, order))
+    chosen = {whole.samples[order[i]][0] for i in subset.indices}
+    assert chosen == {str(tmp_path / path) for path in proxy.paths}
+    with pytest.raises(ValueError, match="by their bytes, but Pairs gives pixels; give an ImageFolder"):
+        proxy.subset(Pairs(pixels, labels, range(60)))
+
+
+def test_subset_of_images_of_several_sizes_and_modes(tmp_path):
+    """As Pillow opens them: palettes and greyscale are converted as our own reader does it."""
+    sizes, modes = ((9, 12), (12, 9)), ("RGB", "L", "P")
+    opened, labels = [], [i % 2 for i in range(12)]
+    for index, label in enumerate(labels):
+        path = tmp_path / "train" / "ab"[label] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.random.default_rng(index).integers(0, 256, (*sizes[index % 2], 3), dtype=np.uint8))
+        image.convert(modes[index % 3]).save(path)
+        opened.append(Image.open(path))
+    ours = load_data(DataConfig(data=str(tmp_path), image_size=8))
+    proxy = make_proxy(ours, None, ProxyConfig(ratio=0.5, method="random"))
+    subset = proxy.subset(list(zip(opened, labels, strict=True)))
+    assert {image.filename for image, _ in subset} == {str(tmp_path / path) for path in proxy.paths}
+
+
 def test_export_list(proxy, tmp_path):
     proxy.export_list(tmp_path / "proxy.tsv")
     rows = [line.split("\t") for line in (tmp_path / "proxy.tsv").read_text().splitlines()]

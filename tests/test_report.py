@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -29,6 +31,7 @@ from nas_kmix.analysis.report.page import SECTIONS, document
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.run import Run
+from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scorer import load_scorer
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, redraw, score_dataset
@@ -471,6 +474,34 @@ def test_cifar_is_not_downloaded_for_a_report(copy, tmp_path, cheap, monkeypatch
     config["input"] |= {"data": "cifar10", "data_root": str(tmp_path / "nowhere")}
     (copy / "config.json").write_text(json.dumps(config))
     assert "is not downloaded" in Page(document([Record(copy)])).text["proxy"]
+
+
+def test_what_a_flag_named_is_shown_and_not_what_lies_in_the_folder(copy, searched, tmp_path):
+    """An older command may have left a proxy and scores there."""
+    other = shutil.copytree(searched, tmp_path / "other")
+    manifest = ProxyManifest.load(other / "proxy.json")
+    replace(manifest, ratio=0.125).save(other / "elsewhere.json")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"proxy": str(other / "elsewhere.json")}))
+    record = Record(copy)
+    assert record.proxy.ratio == 0.125
+    with pytest.raises(ValueError, match=r"was given --proxy .*elsewhere\.json, so there are no scores"):
+        _ = record.scores
+    (copy / "config.json").write_text(json.dumps(config | {"scores": str(other / "gone.npz")}))
+    with pytest.raises(ValueError, match=r"gone\.npz is gone"):
+        _ = Record(copy).scores
+
+
+def test_a_report_older_than_its_results_is_written_anew(copy, npz):
+    argv = ["--data", str(npz), "--out", str(copy), *TINY]
+    report_of_proxy = copy / "report.html"
+    report_of_proxy.write_text("of a run that ended with its proxy")
+    os.utime(report_of_proxy, (0, 0))
+    assert search.main(argv) == 0
+    assert IDS - {"compare", "landscape", "robustness"} <= Page(report_of_proxy.read_text()).text.keys()
+    report_of_proxy.write_text("newer than all results")
+    assert search.main(argv) == 0
+    assert report_of_proxy.read_text() == "newer than all results"
 
 
 def test_a_chosen_search_outside_the_folder_is_refused(copy, cheap):

@@ -117,6 +117,14 @@ def test_every_learning_rate_of_the_cifar_preset(train_only, tmp_path):
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
+def test_images_that_are_too_small_are_refused_with_the_flag(tmp_path, capsys):
+    path = tmp_path / "small.npz"
+    np.savez(path, train_images=draw_pixels(4, 28, 28, 3), train_labels=np.arange(4) % 2)
+    assert train_eval.main([*SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "images of 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
+    assert run(path, tmp_path / "run", "--image-size", 32, "--epochs", 1)["epochs"] == 1
+
+
 def test_what_a_run_leaves(npz, alone):
     folder, result = alone
     assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} == {

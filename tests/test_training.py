@@ -347,6 +347,8 @@ def test_a_long_stage_is_announced_and_its_time_estimated(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("nas_kmix.engine.progress.time.monotonic", lambda: now[0])
     progress = Progress("scorer", 100, done=10)
+    progress.update(0)  # of a shard of which nothing could be read
+    progress.update(0)
     for _ in range(30):
         now[0] += 10
         progress.update(note="epoch 1/5")

@@ -114,7 +114,7 @@ def draw(table: Sequence[Row], marks: np.ndarray) -> Figure:
             axis.set_anchor("N")
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_xlabel(text, fontsize=7)
+            axis.set_xlabel(text, fontsize=7, parse_math=False)  # a class may have a dollar in its name
     for axis, (y, x) in zip(grid[0], marks, strict=True):
         axis.plot(x, y, "+", color="red", markersize=9, markeredgewidth=1.5)
     return figure

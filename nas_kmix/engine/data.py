@@ -243,12 +243,7 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
     """
     if data.stem == "cifar":
         return data
-    source = data.source
-    if source.arrays is None:
-        source = replace(source, paths=tuple(source.paths[index] for index in indices.tolist()))
-    else:
-        source = replace(source, arrays=source.arrays[indices])
-    source = replace(source, split="val", labels=source.labels[indices])
+    source = replace(data.source.part(indices), split="val")
     part = replace(data, source=source, images=None, bad={}, resize=round(data.image_size / CENTRE_SHARE))
     if data.resident:
         part.images = _decode_all(part).to(data.device)

@@ -28,6 +28,8 @@ class Progress:
 
     def update(self, steps: int = 1, note: str = "") -> None:
         """Count `steps`; `note` is what the line should end with."""
+        if steps == 0:  # nothing of what was wanted could be read
+            return
         self.done += steps
         now = time.monotonic()
         self._updates += 1

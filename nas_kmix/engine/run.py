@@ -305,9 +305,11 @@ class Run:
         """Whether a stage has been run, so that the folder is no longer as it was found."""
         return any(not cost.skipped for cost in self.costs.values())
 
-    def write_records(self) -> None:
+    def write_records(self, *, only_missing: bool = False) -> None:
+        """`only_missing`: at the end, where a command that entered no stage leaves those of the results in place."""
         for name, record in self.records.items() if self.world.main else ():
-            files.write_json(self.path(name), record)
+            if not (only_missing and self.path(name).exists()):
+                files.write_json(self.path(name), record)
         self.records = {}
 
     @contextmanager

@@ -10,12 +10,13 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from nas_kmix.engine import files
@@ -53,6 +54,14 @@ class Source:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def part(self, indices: np.ndarray) -> Source:
+        """These images alone, in this order."""
+        if self.arrays is None:
+            pixels: dict[str, Any] = {"paths": tuple(self.paths[index] for index in indices.tolist())}
+        else:
+            pixels = {"arrays": self.arrays[indices]}
+        return replace(self, labels=self.labels[indices], **pixels)
 
     def describe(self, index: int) -> str:
         return f"image {index}" if self.paths is None else str(self.folder / self.paths[index])
@@ -104,9 +113,11 @@ class Source:
 
     def identity(self) -> bytes:
         """What tells this set of pixels from another: the pixels, or the files' names and sizes."""
-        if self.arrays is not None:
-            return hashlib.sha256(np.ascontiguousarray(self.arrays)).digest()
         digest = hashlib.sha256()
+        if self.arrays is not None:
+            for pixels in self.arrays if self.arrays.dtype == object else (self.arrays,):
+                digest.update(np.ascontiguousarray(pixels))
+            return digest.digest()
         for path in self.paths:
             digest.update(f"{path} {(self.folder / path).stat().st_size}\n".encode())
         return digest.digest()
@@ -149,9 +160,11 @@ def splits_of(data: str) -> tuple[str, ...]:
 def source_of(dataset: Any) -> Source:
     """Somebody else's data set of (image, label) pairs as a Source, its transforms left aside.
 
-    Knows torchvision's CIFAR classes and ImageFolder; of others, the items are read: PIL images or uint8 (H, W, 3) or
-    (H, W) arrays with integer labels.
+    Knows torchvision's CIFAR classes and ImageFolder, and a Subset of them; of others, the items are read: PIL images
+    or uint8 (H, W, 3) or (H, W) arrays with integer labels.
     """
+    if isinstance(dataset, torch.utils.data.Subset):
+        return source_of(dataset.dataset).part(np.asarray(dataset.indices, dtype=np.int64))
     if hasattr(dataset, "samples"):
         paths, labels = zip(*dataset.samples, strict=True)
         pixels: dict[str, Any] = {"folder": Path(), "paths": tuple(map(str, paths))}
@@ -160,16 +173,29 @@ def source_of(dataset: Any) -> Source:
             images, labels = dataset.data, dataset.targets
         else:
             images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-        arrays = np.stack([np.asarray(image) for image in images])
-        if arrays.dtype != np.uint8 or arrays.ndim not in (3, 4):
-            raise ValueError(
-                f"The images of {type(dataset).__name__} come as {arrays.dtype} {arrays.shape[1:]}; give the data set "
-                f"without its transform, as PIL images or uint8 (H, W, 3)."
-            )
-        pixels = {"arrays": _to_rgb(arrays)}
+        pixels = {"arrays": _stacked(images, type(dataset).__name__)}
     labels = np.asarray(labels, dtype=np.int64)
     names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
     return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
+
+
+def _stacked(images: Iterable[Any], name: str) -> np.ndarray:
+    """PIL images or uint8 arrays as RGB (N, H, W, 3); of several sizes, (N,) objects (H, W, 3)."""
+    rgb = []
+    for image in images:
+        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+            raise ValueError(
+                f"The images of {name} come as {pixels.dtype} {pixels.shape}; give the data set without its transform, "
+                f"as PIL images or uint8 (H, W, 3)."
+            )
+        rgb.append(_to_rgb(pixels[None])[0])
+    if len({pixels.shape for pixels in rgb}) == 1:
+        return np.stack(rgb)
+    several = np.empty(len(rgb), dtype=object)
+    for index, pixels in enumerate(rgb):
+        several[index] = pixels
+    return several
 
 
 def _digits(split: str) -> Source:

@@ -114,7 +114,7 @@ def _proxy_tile(record: Record) -> tuple[str, str]:
 
 def _reliability_tile(record: Record) -> tuple[str, str]:
     found = proxy.reliability(record)
-    return f"{found.value:.2f}", f"of the ranking: {found.meaning}"
+    return found.figure, f"of the ranking: {found.meaning}"
 
 
 def _cost_tile(record: Record) -> tuple[str, str]:

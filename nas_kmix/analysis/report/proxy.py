@@ -54,6 +54,10 @@ class Reliability:
             return "unknown"
         return "mostly noise" if self.value < 0.5 else "fair" if self.value < 0.8 else "good"
 
+    @property
+    def figure(self) -> str:
+        return "–" if math.isnan(self.value) else f"{self.value:.2f}"
+
     def __str__(self) -> str:
         return "unknown" if math.isnan(self.value) else f"{self.value:.2f}, {self.meaning}"
 
@@ -114,7 +118,7 @@ def _histogram(record: Record) -> list[Markup]:
 
 def _gauge(found: Reliability) -> Markup:
     """The value as large type: a drawing would say no more."""
-    value = "–" if math.isnan(found.value) else f"{found.value:.2f}"
+    value = found.figure
     return tag("p", tag("b", value), " ", found.meaning, class_="large")
 
 

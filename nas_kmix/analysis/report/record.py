@@ -172,6 +172,8 @@ class Record:
 
     @cached_property
     def scores(self) -> ScoreTable:
+        if (proxy := self._flag("proxy")) is not None:
+            raise ValueError(f"{self.name} was given --proxy {proxy}, so there are no scores to show.")
         return ScoreTable.load(self._found("scores.npz", given="scores"))
 
     @cached_property
@@ -227,12 +229,11 @@ class Record:
         return f"{self.provenance['chosen']}/"
 
     def _found(self, name: str, *, given: str | None = None) -> Path:
-        """The path of a file, here or where the flag `given` said."""
-        path = self.path(name)
-        if not path.is_file() and given is not None and (elsewhere := self._flag(given)) is not None:
-            path = Path(elsewhere)
+        """The path of a file, here or, if the flag `given` said where, there: one that lies here is an older run's."""
+        elsewhere = None if given is None else self._flag(given)
+        path = self.path(name) if elsewhere is None else Path(elsewhere)
         if not path.is_file():
-            raise ValueError(f"There is no {name} in {self.name}.")
+            raise ValueError(f"There is no {name} in {self.name}." if elsewhere is None else f"{path} is gone.")
         return path
 
     def _flag(self, name: str) -> str | None:
