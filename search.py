@@ -68,10 +68,10 @@ class SearchConfig:
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     frozen_epochs: int | None = None
-    """First epochs that leave the architecture alone; half of the epochs where there are no more than these. Default:
-    15, or half of the epochs if that is less."""
+    """First epochs that leave the architecture alone; where --epochs is not above this, half of --epochs. Default: 15,
+    or half of --epochs if that is less."""
     warmup_epochs: int = 0
-    """Linear warm-up of the learning rate; half of the epochs where there are no more than these."""
+    """First epochs in which the learning rate rises; where --epochs is not above this, half of --epochs."""
     arch_lr: float = 6e-4
     arch_grad_clip: float | None = None
     unrolled: bool = False
@@ -213,7 +213,7 @@ def run(config: Config) -> Result:
         )
         try:
             result = _stages(config, data, folder)
-            folder.write_records(only_missing=True)
+            folder.keep_records()
             folder.write_cost()
             _list_bad_images(data, folder)
             if config.report and folder.world.main and (folder.started or _report_is_old(folder)):
@@ -617,7 +617,7 @@ def _check_search(config: Config, data: ImageData) -> None:
 def _report_is_old(folder: Run) -> bool:
     """Whether there is none, or one that was written before the results that it should show."""
     report = folder.path("report.html")
-    results = [path for path in map(folder.path, RESULTS) if path.exists()]
+    results = [path for path in map(folder.path, RESULTS) if path.exists() and path.suffix != ".txt"]
     return not report.exists() or any(path.stat().st_mtime > report.stat().st_mtime for path in results)
 
 

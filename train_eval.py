@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import nn
 
-from darts_space import build_network, cost, parse_macs, read_genotype, widest
+from darts_space import CifarNetwork, ImageNetNetwork, build_network, cost, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.analysis.report import write_report_of_run
@@ -49,6 +49,7 @@ from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
 
 STAGES = ("train", "evaluation")
 RESULTS = ("last.pt", "best.pt", "result.json", "bad_images.txt", "report.html")
+SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # px that they take
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # runs, in TensorBoard
 
 
@@ -218,13 +219,13 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     _refuse_bad(config, data)
     with folder:
         training, evaluated = _divide(config, data)
-        model = _build(config, data)
-        smallest = 0 if config.network.genotype is None else model.minimum_size
+        smallest = 0 if config.network.genotype is None else SMALLEST[data.stem]
         if data.image_size < smallest:
             raise ValueError(
-                f"--data has images of {data.image_size} px, but the network takes {smallest} or more; use "
-                f"--image-size {smallest}."
+                f"The images are of {data.image_size} px, but a genotype's {data.stem} network takes {smallest} or "
+                f"more; use --image-size {smallest}."
             )
+        model = _build(config, data)
         result = {"network": _describe(model, config, data), "seed": config.seed, **cost(model, data.image_size)}
         if config.fresh:
             folder.clear(RESULTS)
@@ -240,11 +241,13 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         bad = BadFiles((training.data, *(part.data for part in evaluated.values())), world)
         trained = _train(config, model, training, evaluated, bad, folder)
-        folder.write_records(only_missing=True)
+        folder.keep_records()
         folder.write_cost()
         result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
         result |= {"last": trained.last, "best": trained.best, **_speed(folder), "folder": str(config.out)}
-        result |= {"bad_images": _list_bad(bad, folder)}
+        result |= {"bad_images": (count := _list_bad(bad, folder))}
+        if count:
+            folder.say(f"warning: {count} files cannot be read and were left out; bad_images.txt lists them")
         if world.main:
             files.write_json(folder.path("result.json"), result)
         if config.export is not None and world.main:
@@ -287,7 +290,9 @@ def _train(
     def measure(model: nn.Module) -> dict[str, float]:
         with folder.stage("evaluation") as cost:
             cost.images_forward += sum(len(part.indices) for part in evaluated.values())
-            return _measure(model, evaluated, folder)
+            metrics = _measure(model, evaluated, folder)
+            _list_bad(bad, folder)
+            return metrics
 
     return train(
         folder.layout(model.to(folder.device)),
@@ -360,8 +365,8 @@ def _list_bad(bad: BadFiles, folder: Run) -> int:
     """List the files that were left out in bad_images.txt, and count them."""
     sentences = bad.gather().values()
     if sentences and folder.world.main:
-        files.write_text(folder.path("bad_images.txt"), "".join(f"{sentence}\n" for sentence in sentences))
-        folder.say(f"warning: {len(sentences)} files cannot be read and were left out; bad_images.txt lists them")
+        lines = [" ".join(sentence.splitlines()) for sentence in sentences]
+        files.write_text(folder.path("bad_images.txt"), "".join(f"{line}\n" for line in lines))
     return len(sentences)
 
 

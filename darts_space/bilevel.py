@@ -106,7 +106,8 @@ class StepResult(NamedTuple):
 def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
     """SGD's rate for a batch: `lr` from `full_batch` images up, in proportion to the batch below.
 
-    Deviates from the paper, which only has 256: at batch 96 the unchanged rate collapsed to skip connections.
+    Deviates from the paper, which has 256 (1024 on ImageNet): at batch 96 the unchanged rate collapsed to skip
+    connections.
     """
     if batch_size < 1:
         raise ValueError(f"The batch size must be at least 1, not {batch_size}.")

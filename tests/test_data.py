@@ -395,7 +395,7 @@ def test_an_archive_whose_test_images_lack_a_class_must_name_them_all(npz_file):
     pixels = draw_pixels(6, 8, 8, 3)
     train, test = {"train_images": pixels, "train_labels": np.arange(6) % 3}, np.arange(6) % 2
     path = npz_file(**train, test_images=pixels, test_labels=test)
-    with pytest.raises(ValueError, match=r"\(2 and 3\); name them all in its class_names"):
+    with pytest.raises(ValueError, match=r"\(2 and 3\); name all classes in the archive's class_names"):
         load(path, split="test", like=load(path))
     path = npz_file(**train, test_images=pixels, test_labels=test, class_names=np.array(["a", "b", "c"]))
     assert load(path, split="test", like=load(path)).num_classes == 3

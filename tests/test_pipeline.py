@@ -379,12 +379,19 @@ def test_no_proxy_searches_on_every_image(npz, tmp_path):
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
 
 
-def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, npz):
+def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, finished, npz, tmp_path):
     """Else config.json would tell of epochs that nobody searched."""
     before = {name: (copy / name).read_bytes() for name in ("config.json", "env.json")}
+    moved = shutil.copy(npz, copy.parent / "moved.npz")
     ended = completed(command(npz, copy, "--stop-after", "scorer", "--epochs", 77, "--ratio", ".9"))
     assert "fits, skipped" in ended.out
     assert {name: (copy / name).read_bytes() for name in before} == before
+    completed(command(moved, copy, "--stop-after", "scorer", "--epochs", 77))
+    config = json.loads(before["config.json"])
+    config["input"]["data"] = str(moved)  # where a report finds the images now
+    assert json.loads((copy / "config.json").read_text()) == config
+    completed(command(npz, copy, "--fresh", "--scorer", finished[0] / "scorer.pt", "--stop-after", "scorer"))
+    assert json.loads((copy / "config.json").read_text())["stop_after"] == "scorer"
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,16 @@ def test_subset_of_an_image_folder_with_a_transform(pixels, labels, tmp_path):
     assert subset[0][0].shape == (3, 8, 8)
 
 
+class Unreadable(torch.utils.data.Dataset):
+    """A Subset of it reads no other items than its own."""
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, index):
+        raise ValueError(f"its item was read: {index}")
+
+
 def test_subset_of_a_subset(pixels, labels, tmp_path):
     from torchvision import datasets
 
@@ -239,6 +249,8 @@ def test_subset_of_a_subset(pixels, labels, tmp_path):
     subset = proxy.subset(torch.utils.data.Subset(whole, order))
     chosen = {whole.samples[order[i]][0] for i in subset.indices}
     assert chosen == {str(tmp_path / path) for path in proxy.paths}
+    with pytest.raises(ValueError, match="its item was read"):
+        proxy.subset(torch.utils.data.Subset(Unreadable(), [0]))
     with pytest.raises(ValueError, match="by their bytes, but Pairs gives pixels; give an ImageFolder"):
         proxy.subset(Pairs(pixels, labels, range(60)))
 

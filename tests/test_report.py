@@ -9,6 +9,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -488,8 +489,11 @@ def test_what_a_flag_named_is_shown_and_not_what_lies_in_the_folder(copy, search
     with pytest.raises(ValueError, match=r"was given --proxy .*elsewhere\.json, so there are no scores"):
         _ = record.scores
     (copy / "config.json").write_text(json.dumps(config | {"scores": str(other / "gone.npz")}))
-    with pytest.raises(ValueError, match=r"gone\.npz is gone"):
+    with pytest.raises(ValueError, match=r"There is no .*gone\.npz"):
         _ = Record(copy).scores
+    for own in (copy / "proxy.json", Path(config["out"]) / "proxy.json"):  # as the folder is called now, and was then
+        (copy / "config.json").write_text(json.dumps(config | {"proxy": str(own)}))
+        assert Record(copy).proxy.ratio == 0.4 and len(Record(copy).scores.index) == 72
 
 
 def test_a_report_older_than_its_results_is_written_anew(copy, npz):

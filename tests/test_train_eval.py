@@ -121,7 +121,7 @@ def test_images_that_are_too_small_are_refused_with_the_flag(tmp_path, capsys):
     path = tmp_path / "small.npz"
     np.savez(path, train_images=draw_pixels(4, 28, 28, 3), train_labels=np.arange(4) % 2)
     assert train_eval.main([*SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "images of 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
+    assert "images are of 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
     assert run(path, tmp_path / "run", "--image-size", 32, "--epochs", 1)["epochs"] == 1
 
 
@@ -384,6 +384,7 @@ def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs,
     moved = photographs.rename(photographs.with_name("moved"))
     argv[argv.index("--data") + 1] = str(moved)
     assert train_eval.run(train_eval.parse(argv))["bad_images"] == 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["input"]["data"] == str(moved)
     capsys.readouterr()
     argv[argv.index("--genotype") : argv.index("--genotype") + 2] = ["--eval-only", str(tmp_path / "out" / "last.pt")]
     found = train_eval.run(train_eval.parse(argv))

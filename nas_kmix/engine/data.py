@@ -216,7 +216,11 @@ def load_data(
         _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
     elif same_classes and source.class_names != like.class_names:
         counts = source.num_classes, len(like.class_names)
-        remedy = "; name them all in its class_names" if source.name.endswith(".npz") and counts[0] != counts[1] else ""
+        remedy = (
+            "; name all classes in the archive's class_names"
+            if source.name.endswith(".npz") and counts[0] != counts[1]
+            else ""
+        )
         raise ValueError(
             f"--data {config.data}: the {split} images have other classes than the training images "
             f"({counts[0]} and {counts[1]}){remedy}."

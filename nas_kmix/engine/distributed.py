@@ -92,20 +92,24 @@ def joined(device: torch.device) -> Iterator[World]:
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (distributed.DistError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise OSError(
-            f"The processes of this job do not find each other ({reason}): one of them has ended, or the address or "
-            f"port that torchrun was given is wrong."
+            f"The processes of this job do not find each other ({_first_line(error)}): one of them has ended, the "
+            f"address or port that torchrun was given is wrong, or this PyTorch lacks the backend."
         ) from error
     try:
         yield World(distributed.get_rank(), size)
     except (distributed.DistError, RuntimeError) as error:
         if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise
-        reason = str(error).splitlines()[0]
-        raise OSError(f"Another process of this job has ended ({reason}); its own log tells why.") from error
+        raise OSError(
+            f"Another process of this job has ended ({_first_line(error)}); its own log tells why."
+        ) from error
     finally:
         distributed.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def local_device(device: torch.device) -> torch.device:

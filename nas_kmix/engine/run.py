@@ -244,7 +244,8 @@ class Run:
 
     def clear(self, names: tuple[str, ...]) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
-        for pattern in (*names, "checkpoints/*.pt", "metrics.csv", "cost.json", "events.out.tfevents.*"):
+        records = ("config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
+        for pattern in (*names, "checkpoints/*.pt", *records):
             for path in self.folder.glob(pattern) if self.world.main else ():
                 path.unlink()
         self.world.barrier()
@@ -305,12 +306,21 @@ class Run:
         """Whether a stage has been run, so that the folder is no longer as it was found."""
         return any(not cost.skipped for cost in self.costs.values())
 
-    def write_records(self, *, only_missing: bool = False) -> None:
-        """`only_missing`: at the end, where a command that entered no stage leaves those of the results in place."""
+    def write_records(self) -> None:
         for name, record in self.records.items() if self.world.main else ():
-            if not (only_missing and self.path(name).exists()):
-                files.write_json(self.path(name), record)
+            files.write_json(self.path(name), record)
         self.records = {}
+
+    def keep_records(self) -> None:
+        """At the end: a command that entered no stage leaves those of the results as they are, but for where the images
+        lie now, config.json's `input`."""
+        for name in [name for name in self.records if self.path(name).exists()]:
+            record = self.records.pop(name)
+            if name == "config.json":
+                with suppress(ValueError, TypeError):  # a damaged one is written anew
+                    record = files.read_json(self.path(name)) | {"input": record["input"]}
+                self.records[name] = record
+        self.write_records()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageCost]:

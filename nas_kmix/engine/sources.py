@@ -160,10 +160,10 @@ def splits_of(data: str) -> tuple[str, ...]:
 def source_of(dataset: Any) -> Source:
     """Somebody else's data set of (image, label) pairs as a Source, its transforms left aside.
 
-    Knows torchvision's CIFAR classes and ImageFolder, and a Subset of them; of others, the items are read: PIL images
+    Knows torchvision's CIFAR classes and ImageFolder, and Subsets of them; of others, the items are read: PIL images
     or uint8 (H, W, 3) or (H, W) arrays with integer labels.
     """
-    if isinstance(dataset, torch.utils.data.Subset):
+    if type(dataset) is torch.utils.data.Subset and _is_known(dataset.dataset):
         return source_of(dataset.dataset).part(np.asarray(dataset.indices, dtype=np.int64))
     if hasattr(dataset, "samples"):
         paths, labels = zip(*dataset.samples, strict=True)
@@ -177,6 +177,13 @@ def source_of(dataset: Any) -> Source:
     labels = np.asarray(labels, dtype=np.int64)
     names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
     return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
+
+
+def _is_known(dataset: Any) -> bool:
+    """Whether its images can be had without reading its items, below any Subsets."""
+    if type(dataset) is torch.utils.data.Subset:
+        return _is_known(dataset.dataset)
+    return hasattr(dataset, "samples") or (hasattr(dataset, "data") and hasattr(dataset, "targets"))
 
 
 def _stacked(images: Iterable[Any], name: str) -> np.ndarray:

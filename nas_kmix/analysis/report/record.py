@@ -172,7 +172,7 @@ class Record:
 
     @cached_property
     def scores(self) -> ScoreTable:
-        if (proxy := self._flag("proxy")) is not None:
+        if (proxy := self._given("proxy")) is not None:
             raise ValueError(f"{self.name} was given --proxy {proxy}, so there are no scores to show.")
         return ScoreTable.load(self._found("scores.npz", given="scores"))
 
@@ -230,10 +230,14 @@ class Record:
 
     def _found(self, name: str, *, given: str | None = None) -> Path:
         """The path of a file, here or, if the flag `given` said where, there: one that lies here is an older run's."""
-        elsewhere = None if given is None else self._flag(given)
-        path = self.path(name) if elsewhere is None else Path(elsewhere)
+        elsewhere = None if given is None else self._given(given)
+        path = self.path(name) if elsewhere is None else elsewhere
         if not path.is_file():
-            raise ValueError(f"There is no {name} in {self.name}." if elsewhere is None else f"{path} is gone.")
+            raise ValueError(
+                f"There is no {name} in {self.name}."
+                if elsewhere is None
+                else f"There is no {path} (any more, or here)."
+            )
         return path
 
     def _flag(self, name: str) -> str | None:
@@ -243,6 +247,13 @@ class Record:
         except ValueError:
             return None
         return value if isinstance(value, str) else None
+
+    def _given(self, name: str) -> Path | None:
+        """The path, if it is not one in the run's own folder, as that was called then or is now."""
+        value = self._flag(name)
+        if value is None or Path(value).parent == Path(self._flag("out") or ""):
+            return None
+        return None if Path(value).resolve().parent == self.folder.resolve() else Path(value)
 
     def _object(self, name: str) -> dict[str, Any]:
         value = files.read_json(self._found(name))
