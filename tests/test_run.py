@@ -61,20 +61,23 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes start without their parent's files")
 def test_a_worker_that_outlives_its_run_keeps_no_other_out(tmp_path):
-    until, ended = os.pipe()
+    (started, starts), (until, ends) = os.pipe(), os.pipe()
     with open_run(tmp_path):
         worker = os.fork()
         if worker == 0:
-            os.close(ended)
-            os.read(until, 1)
+            os.close(ends)
+            os.write(starts, b"!")
+            os.read(until, 1)  # nothing, once the other end is closed
             os._exit(0)
+        assert os.read(started, 1) == b"!"
         with pytest.raises(ValueError, match="in use"), open_run(tmp_path):
             pass
     with open_run(tmp_path):
         pass
-    os.close(ended)
+    os.close(ends)
     assert os.waitpid(worker, 0)[1] == 0
-    os.close(until)
+    for end in (started, starts, until):
+        os.close(end)
 
 
 def test_the_folder_of_another_command_is_refused_and_stays(tmp_path):
