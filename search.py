@@ -59,6 +59,7 @@ class SearchConfig:
     """SGD's first learning rate. Default: 0.1 from batch 256 up (imagenet: 0.5 from 1024 up), in proportion below."""
     full_lr: Annotated[float, tyro.conf.Suppress] = 0.1
     full_batch: Annotated[int, tyro.conf.Suppress] = 256
+    """Images in a batch from which `full_lr` holds; a given `lr` holds for any batch."""
     channels: int = 16
     """Width of the first cell's nodes."""
     layers: int = 8
