@@ -218,13 +218,13 @@ def _run(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     data = load_data(config.input, device=device, workers=config.device.workers)
     _refuse_bad(config, data)
     with folder:
-        training, evaluated = _divide(config, data)
         smallest = 0 if config.network.genotype is None else SMALLEST[data.stem]
         if data.image_size < smallest:
             raise ValueError(
                 f"The images are of {data.image_size} px, but a genotype's {data.stem} network takes {smallest} or "
                 f"more; use --image-size {smallest}."
             )
+        training, evaluated = _divide(config, data)
         model = _build(config, data)
         result = {"network": _describe(model, config, data), "seed": config.seed, **cost(model, data.image_size)}
         if config.fresh:

@@ -210,13 +210,17 @@ def test_subset_of_somebody_elses_data_set(proxy, pixels, labels):
     assert {np.asarray(image).tobytes() for image, _ in subset} == {pixels[i].tobytes() for i in proxy.indices}
 
 
+def write_folder(folder, pixels, labels):
+    for index in range(60):
+        path = folder / "train" / NAMES[labels[index]] / f"{index:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[index]).save(path)
+
+
 def test_subset_of_an_image_folder_with_a_transform(pixels, labels, tmp_path):
     from torchvision import datasets, transforms
 
-    for index in range(60):
-        path = tmp_path / "train" / NAMES[labels[index]] / f"{index:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[index]).save(path)
+    write_folder(tmp_path, pixels, labels)
     ours = load_data(DataConfig(data=str(tmp_path)))
     proxy = make_proxy(ours, None, ProxyConfig(ratio=0.3, method="random"))
     theirs = datasets.ImageFolder(str(tmp_path / "train"), transform=transforms.ToTensor())
@@ -239,10 +243,7 @@ class Unreadable(torch.utils.data.Dataset):
 def test_subset_of_a_subset(pixels, labels, tmp_path):
     from torchvision import datasets
 
-    for index in range(60):
-        path = tmp_path / "train" / NAMES[labels[index]] / f"{index:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[index]).save(path)
+    write_folder(tmp_path, pixels, labels)
     proxy = make_proxy(load_data(DataConfig(data=str(tmp_path))), None, ProxyConfig(ratio=0.3, method="random"))
     whole = datasets.ImageFolder(str(tmp_path / "train"))
     order = np.random.default_rng(5).permutation(60).tolist()

@@ -314,12 +314,13 @@ class Run:
     def keep_records(self) -> None:
         """At the end: a command that entered no stage leaves those of the results as they are, but for where the images
         lie now, config.json's `input`."""
-        for name in [name for name in self.records if self.path(name).exists()]:
-            record = self.records.pop(name)
-            if name == "config.json":
-                with suppress(ValueError, TypeError):  # a damaged one is written anew
-                    record = files.read_json(self.path(name)) | {"input": record["input"]}
-                self.records[name] = record
+        if not self.records:
+            return  # a stage has written them
+        given = self.records["config.json"]
+        with suppress(ValueError, TypeError):  # there is none, or it is damaged: written anew
+            self.records["config.json"] = files.read_json(self.path("config.json")) | {"input": given["input"]}
+        if self.path("env.json").exists():
+            del self.records["env.json"]
         self.write_records()
 
     @contextmanager
