@@ -114,7 +114,5 @@ def of_known_classes(source: Source, class_names: tuple[str, ...], *, known: boo
             f"{source.folder} has no images of {which} classes. Its folders must be named as those of the training "
             f"images; for ImageNet-O's add --ood-folders mistaken."
         )
-    labels, names = source.labels[rows], source.class_names
-    if known:
-        labels, names = places[labels], class_names
-    return replace(source, labels=labels, class_names=names, paths=tuple(source.paths[row] for row in rows))
+    found = source.part(rows)
+    return replace(found, labels=places[found.labels], class_names=class_names) if known else found
