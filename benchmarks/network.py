@@ -5,8 +5,8 @@
 
 The layouts run in turn in one process on the same images; a speed-up is the median over the pairs of (time in NCHW /
 time in channels_last), for a training step without its optimiser and for evaluation. The gain of gradients without gaps
-(`darts_space.kernels.concatenate`) is that of (time with torch.cat / time with it), both in channels_last. 1.00 would
-mean that it makes no difference.
+(`darts_space.fast.kernels.concatenate`) is that of (time with torch.cat / time with it), both in channels_last. 1.00
+would mean that it makes no difference.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ A genotype becomes a `CifarNetwork` or an `ImageNetNetwork`, with a `cost` and, 
 from darts_space.bilevel import BilevelConfig, Search, StepResult, cosine_lr, scaled_lr
 from darts_space.budget import parse_macs, widest
 from darts_space.checkpoint import build_network, load_network, network_checkpoint
-from darts_space.conversion import from_plain, to_plain
 from darts_space.derivation import Diagnostics, derive, diagnose
+from darts_space.fast.conversion import from_plain, to_plain
+from darts_space.fast.supernet import SuperNet
 from darts_space.genotype import GENOTYPES, PRIMITIVES, Genotype, random_genotype, read_genotype
 from darts_space.network import CifarNetwork, ImageNetNetwork, Network, cost
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import build_operation
 from darts_space.search_network import ARCHITECTURE_NAMES
-from darts_space.supernet import SuperNet
 
 __all__ = [
     "ARCHITECTURE_NAMES",

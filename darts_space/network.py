@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from darts_space.cell import NODES, Edge
+from darts_space.fast.kernels import concatenate
 from darts_space.genotype import Genotype
-from darts_space.kernels import concatenate
 from darts_space.primitives import FactorizedReduce, ReLUConvBN, build_operation, build_stems, initialised_from
 
 STEM_MULTIPLIER = 3  # the CIFAR stem is this many times wider than the first cell's nodes

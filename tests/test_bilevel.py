@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from darts_space import unrolled
 from darts_space.bilevel import BilevelConfig, Search, cosine_lr, scaled_lr
+from darts_space.fast.supernet import SuperNet
 from darts_space.plain import PlainSuperNet
 from darts_space.search_network import ARCHITECTURE_NAMES, SearchNetwork
-from darts_space.supernet import SuperNet
 
 
 class SmoothNet(nn.Module):

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
+from darts_space import SuperNet, derive
 from darts_space.genotype import GENOTYPES, Genotype, random_genotype
 from darts_space.search_network import SearchNetwork
-from darts_space.supernet import SuperNet, derive
 from nas_kmix import mixing
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.sampling import select

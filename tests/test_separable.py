@@ -5,8 +5,8 @@ import torch
 from tensors import draw, gradients_of
 from torch.nn import functional as F
 
-from darts_space import kernels
-from darts_space.separable import batch_to_space, separable_convolution, space_to_batch
+from darts_space.fast import kernels
+from darts_space.fast.separable import batch_to_space, separable_convolution, space_to_batch
 
 
 @pytest.mark.parametrize("stride", [1, 2])

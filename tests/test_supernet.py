@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from darts_space import kernels
 from darts_space.bilevel import BilevelConfig, Search
-from darts_space.conversion import from_plain, to_plain
+from darts_space.fast import kernels
+from darts_space.fast.conversion import from_plain, to_plain
+from darts_space.fast.supernet import SuperNet
 from darts_space.plain import PlainSuperNet
 from darts_space.search_network import ARCHITECTURE_NAMES
-from darts_space.supernet import SuperNet
 
 
 def build_both(dtype: torch.dtype = torch.float64, **arguments) -> tuple[PlainSuperNet, SuperNet]:

@@ -28,17 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from darts_space import kernels
 from darts_space.cell import EDGES, PRIMITIVES, STATES, edge_rows
-from darts_space.conversion import from_plain
-from darts_space.derivation import derive
-from darts_space.kernels import BatchNorm2d, average_pool, batch_norm, pointwise_convolution, product, summed
+from darts_space.fast import kernels
+from darts_space.fast.conversion import from_plain
+from darts_space.fast.kernels import BatchNorm2d, average_pool, batch_norm, pointwise_convolution, product, summed
+from darts_space.fast.separable import batch_to_space, separable_convolution, space_to_batch
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import FactorizedReduce, ReLUConvBN
 from darts_space.search_network import SearchNetwork
-from darts_space.separable import batch_to_space, separable_convolution, space_to_batch
-
-__all__ = ["SuperNet", "derive"]
 
 MIXED = tuple(
     map(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from darts_space import kernels
-from darts_space.kernels import copied, pointwise_convolution, refuse_to_be_differentiated_twice, summed
+from darts_space.fast import kernels
+from darts_space.fast.kernels import copied, pointwise_convolution, refuse_to_be_differentiated_twice, summed
 
 
 def separable_convolution(

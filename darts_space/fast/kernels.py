@@ -1,8 +1,8 @@
 """Operations that PyTorch has, but on a CPU not fast, small or accurate enough.
 
-Products with narrow matrices, copies and sums of channels, the average pool and BatchNorm; `darts_space.separable` has
-the separable convolutions. Other devices compute all of them with PyTorch's kernels. Separable convolutions and
-BatchNorm are differentiable only once: create_graph=True is refused.
+Products with narrow matrices, copies and sums of channels, the average pool and BatchNorm; `separable` has the
+separable convolutions. Other devices compute all of them with PyTorch's kernels. Separable convolutions and BatchNorm
+are differentiable only once: create_graph=True is refused.
 
 Products, copies and sums take tensors (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1
 convolution is a matrix product over the last axis. The pool, BatchNorm and `concatenate` take (N, C, H, W), as
