@@ -26,6 +26,7 @@ import torch
 import tyro
 
 from darts_space import ARCHITECTURE_NAMES, BilevelConfig, Genotype, Search, SuperNet, scaled_lr
+from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches, load_data
@@ -605,7 +606,8 @@ def _check_search(config: Config, data: ImageData) -> None:
         raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
     if config.stop_after is not None:
         return
-    multiple = _supernet(config.search, data, seed=0).input_multiple
+    check_shape(config.search.channels, config.search.layers, config.search.partial, data.stem)
+    multiple = INPUT_MULTIPLES[data.stem]
     if data.image_size % multiple:
         nearest = max(multiple, round(data.image_size / multiple) * multiple)
         raise ValueError(

@@ -19,8 +19,25 @@ from darts_space.derivation import Diagnostics, derive, diagnose, normalised_bet
 from darts_space.genotype import Genotype
 from darts_space.primitives import build_stems, initialised_from
 
+INPUT_MULTIPLES = {"cifar": 4, "imagenet": 32}
+"""What H and W of the images must be divisible by, by stem: stem and reduction cells halve them two or five times."""
 STEM_MULTIPLIER = 3  # the stem is this many times wider than the first cell's nodes
 ARCHITECTURE_NAMES = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
+
+
+def check_shape(channels: int, layers: int, partial: int, stem: str) -> None:
+    """Raise a ValueError for a network that cannot be built; the arguments are those of `SearchNetwork`."""
+    if layers < 3:
+        raise ValueError(f"The supernet needs at least 3 layers to hold both kinds of cell, not {layers}.")
+    if partial < 1 or channels < 1 or channels % partial:
+        raise ValueError(
+            f"The {channels} channels cannot be divided into {partial} equal parts; choose channels that are a "
+            "multiple of partial."
+        )
+    if stem not in INPUT_MULTIPLES:
+        raise ValueError(f"There is no stem {stem!r}; use {' or '.join(map(repr, INPUT_MULTIPLES))}.")
+    if stem == "imagenet" and channels % 2:
+        raise ValueError(f"The imagenet stem halves its width, so {channels} channels must be even.")
 
 
 class SearchNetwork(nn.Module):
@@ -52,21 +69,10 @@ class SearchNetwork(nn.Module):
         `generator` (a CPU one) fixes weights, alpha and beta; without it PyTorch's own is used, as in any module.
         """
         super().__init__()
-        if layers < 3:
-            raise ValueError(f"The supernet needs at least 3 layers to hold both kinds of cell, not {layers}.")
-        if partial < 1 or channels < 1 or channels % partial:
-            raise ValueError(
-                f"The {channels} channels cannot be divided into {partial} equal parts; choose channels that are a "
-                "multiple of partial."
-            )
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"There is no stem {stem!r}; use 'cifar' or 'imagenet'.")
-        if stem == "imagenet" and channels % 2:
-            raise ValueError(f"The imagenet stem halves its width, so {channels} channels must be even.")
+        check_shape(channels, layers, partial, stem)
         self.stem = stem
         self.partial = partial
         self.edge_normalisation = edge_normalisation
-        self.input_multiple = 4 if stem == "cifar" else 32
 
         with initialised_from(generator):
             self._build_layers(channels, num_classes, layers)
@@ -91,10 +97,11 @@ class SearchNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, num_classes)."""
-        if images.dim() != 4 or images.shape[2] % self.input_multiple or images.shape[3] % self.input_multiple:
+        multiple = INPUT_MULTIPLES[self.stem]
+        if images.dim() != 4 or images.shape[2] % multiple or images.shape[3] % multiple:
             raise ValueError(
-                f"The {self.stem} supernet takes images (N, 3, H, W) with H and W divisible by "
-                f"{self.input_multiple}, not {tuple(images.shape)}; resize or pad them."
+                f"The {self.stem} supernet takes images (N, 3, H, W) with H and W divisible by {multiple}, not "
+                f"{tuple(images.shape)}; resize or pad them."
             )
         weights = {True: self._mixing_weights("reduce"), False: self._mixing_weights("normal")}
         state0 = self.stem0(images)

@@ -1,7 +1,7 @@
 """State dicts of the plain and of the fast supernet, converted into each other.
 
-In:  the state dict of a `PlainSuperNet` or of a `SuperNet`, or any dict with these names and shapes.
-Out: the other one's, with the same values: copies of the edges' tensors, all others as they are.
+In:  the state dict of one form's supernet, or of one of its cells; or any dict with these names and shapes.
+Out: the other form's, with the same values: copies of the edges' tensors, and all other tensors as they are.
 
 The plain form has a tensor for each operation of each edge; the fast form stacks those of all edges that leave a state.
 """
@@ -24,32 +24,35 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the `SuperNet` that computes what the `PlainSuperNet` with this state computes."""
-    result = {name: value for name, value in state.items() if ".edges." not in name}
+    """The state dict of the `SuperNet` (or its cell) that computes what the plain form with this state computes."""
+    result = {name: value for name, value in state.items() if "edges." not in name}
     for cell in _cells(state):
         for group, states in enumerate(STATES):
             parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
             for edge, row in enumerate(edge_rows(states)):
                 for name, index, plain_name in _correspondence(edge, states):
-                    if (value := state.get(f"{cell}.edges.{row}.operations.{plain_name}")) is not None:
+                    if (value := state.get(f"{cell}edges.{row}.operations.{plain_name}")) is not None:
                         parts.setdefault(name, {})[index] = value
             for name, values in parts.items():
-                result[f"{cell}.edges.{group}.{name}"] = _stacked(values)
+                result[f"{cell}edges.{group}.{name}"] = _stacked(values)
     return result
 
 
 def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the `PlainSuperNet` that computes what the `SuperNet` with this state computes."""
-    result = {name: value for name, value in state.items() if ".edges." not in name}
+    """The state dict of the `PlainSuperNet` (or its cell) that computes what the fast form with this state computes.
+
+    For whoever takes a trained supernet apart: in the plain form single operations can be read, changed or left out.
+    """
+    result = {name: value for name, value in state.items() if "edges." not in name}
     for cell in _cells(state):
-        batches = state[f"{cell}.preprocess1.2.num_batches_tracked"]  # every norm has seen the same
+        batches = state[f"{cell}preprocess1.2.num_batches_tracked"]  # every norm has seen the same
         for group, states in enumerate(STATES):
             for edge, row in enumerate(edge_rows(states)):
                 for name, index, plain_name in _correspondence(edge, states):
-                    stacked = state.get(f"{cell}.edges.{group}.{name}")
+                    stacked = state.get(f"{cell}edges.{group}.{name}")
                     if stacked is None or index[0] >= len(stacked):  # only strided edges have weights in their skip
                         continue
-                    plain = f"{cell}.edges.{row}.operations.{plain_name}"
+                    plain = f"{cell}edges.{row}.operations.{plain_name}"
                     result[plain] = stacked[index].clone()
                     if name.endswith("_var"):
                         result[plain.replace("running_var", "num_batches_tracked")] = batches.clone()
@@ -57,7 +60,8 @@ def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cells(state: dict[str, Tensor]) -> list[str]:
-    return sorted({".".join(name.split(".")[:2]) for name in state if name.startswith("cells.")})
+    """What the names of each cell begin with: "cells.0." and so on, or "" if the state is a single cell's."""
+    return sorted({name.partition("edges.")[0] for name in state if "edges." in name})
 
 
 def _correspondence(edge: int, states: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -33,8 +33,7 @@ from darts_space.fast import kernels
 from darts_space.fast.conversion import from_plain
 from darts_space.fast.kernels import BatchNorm2d, average_pool, batch_norm, pointwise_convolution, product, summed
 from darts_space.fast.separable import batch_to_space, separable_convolution, space_to_batch
-from darts_space.plain import PlainSuperNet
-from darts_space.primitives import FactorizedReduce, ReLUConvBN
+from darts_space.plain import PlainCell
 from darts_space.search_network import SearchNetwork
 
 MIXED = tuple(
@@ -195,14 +194,14 @@ class GroupedCell(nn.Module):
         self, in_channels: tuple[int, int], channels: int, partial: int, reduces: bool, previous_reduces: bool
     ):
         super().__init__()
-        preprocess0 = FactorizedReduce if previous_reduces else ReLUConvBN  # see PlainCell
-        self.preprocess0 = preprocess0(in_channels[0], channels, affine=False)
-        self.preprocess1 = ReLUConvBN(in_channels[1], channels, affine=False)
+        plain = PlainCell(in_channels, channels, partial, reduces, previous_reduces)  # draws the weights
+        self.preprocess0, self.preprocess1 = plain.preprocess0, plain.preprocess1
         self.register_buffer("every_kth", torch.eye(channels)[::partial].contiguous(), persistent=False)
         strides = [2 if reduces and 0 in states else 1 for states in STATES]
         self.edges = nn.ModuleList(
             StateEdges(states, channels, partial, stride) for states, stride in zip(STATES, strides, strict=True)
         )
+        self.load_state_dict(from_plain(plain.state_dict()))
 
     def forward(self, state0: Tensor, state1: Tensor, *weights: Tensor) -> Tensor:
         """`weights`: what each of the four `StateEdges` takes; beta is in them already."""
@@ -235,17 +234,18 @@ def _first_node(x: Tensor, nodes: int) -> tuple[Tensor, Tensor | None]:
 class SuperNet(SearchNetwork):
     """The search network. `arch_parameters()` are alpha and beta, `weight_parameters()` all others.
 
-    Starts with the weights that `PlainSuperNet` draws from the same generator.
+    It starts with the weights that `PlainSuperNet` draws from the same generator, bit for bit, so that a seed names
+    one search whichever form runs it. For that each cell draws its weights as a `PlainCell`, in the same order, and
+    stacks them.
     """
 
     cell = GroupedCell
 
-    def __init__(self, *args, generator: torch.Generator | None = None, **kwargs):
-        super().__init__(*args, **kwargs, generator=torch.Generator())
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
                 self.set_submodule(name, BatchNorm2d(module.num_features, affine=module.affine))
-        self.load_state_dict(from_plain(PlainSuperNet(*args, **kwargs, generator=generator).state_dict()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, num_classes)."""
