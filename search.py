@@ -26,6 +26,7 @@ import torch
 import tyro
 
 from darts_space import ARCHITECTURE_NAMES, BilevelConfig, Genotype, Search, SuperNet, scaled_lr
+from darts_space.cell import GENOTYPE_EDGES
 from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import cli, files
@@ -37,7 +38,7 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, StageMismatchError, check_key, stage_key
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy, split_halves
 from nas_kmix.scorer import ScorerConfig, load_scorer, train_scorer
-from nas_kmix.scores import ScoreTable
+from nas_kmix.scores import ScoreTable, verdict
 from nas_kmix.scoring import ScoringConfig, score_stage, scoring_key
 
 STAGES = ("scorer", "scoring", "selection", "search")
@@ -46,7 +47,6 @@ COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/skips_normal"
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
 ALL_IMAGES = Path("none")  # what --proxy means by it
 PICTURES = 5  # of the architecture, in TensorBoard over a search
-SKIP_COLLAPSE = 4  # skip connections among the eight operations of a normal cell that deserve a warning
 
 
 @dataclass(frozen=True)
@@ -400,10 +400,12 @@ def _searches(config: Config, data: ImageData, halves: Halves, folder: Run) -> G
     for i in range(settings.seeds):
         key_of_one = {**key, "config": {**key["config"], "seeds": 1, "seed": config.seed + i}}
         genotypes.append(_one_search(job, key_of_one, subfolder=f"seed-{i}/"))
-    shared = [sum(one.shared_edges(other) for other in genotypes) - 16 for one in genotypes]
+    shared = [sum(one.shared_edges(other) for other in genotypes) - GENOTYPE_EDGES for one in genotypes]
     chosen = int(np.argmax(shared))
     mean = shared[chosen] / (settings.seeds - 1)
-    folder.say(f"seeds: seed-{chosen} shares {mean:.1f} of its 16 edges with each of the others, the most of all")
+    folder.say(
+        f"seeds: seed-{chosen} shares {mean:.1f} of its {GENOTYPE_EDGES} edges with each of the others, the most of all"
+    )
     genotypes[chosen].save(path, provenance={**key, "chosen": f"seed-{chosen}", "shared_edges": shared})
     return genotypes[chosen]
 
@@ -538,7 +540,7 @@ def _write_history(history: list[dict[str, Any]], folder: Run, subfolder: str) -
             {
                 "epoch": row["epoch"],
                 **row["diagnostics"],
-                "collapsed": row["diagnostics"]["skips_normal"] >= SKIP_COLLAPSE,
+                "collapsed": Genotype.from_json(json.loads(row["genotype"])).collapsed,
                 "genotype": json.loads(row["genotype"]),
             }
         )
@@ -550,11 +552,10 @@ def _write_history(history: list[dict[str, Any]], folder: Run, subfolder: str) -
 
 
 def _warn_of_collapse(genotype: Genotype, folder: Run) -> None:
-    skips, _ = genotype.skip_connections()
-    if skips >= SKIP_COLLAPSE:
+    if genotype.collapsed:
         folder.say(
-            f"warning: {skips} of the 8 operations of the normal cell are skip connections; the search may have "
-            f"collapsed. Fewer epochs, a lower --lr or more data (--ratio) help."
+            f"warning: {genotype.skip_connections()[0]} of the 8 operations of the normal cell are skip connections; "
+            f"the search may have collapsed. Fewer epochs, a lower --lr or more data (--ratio) help."
         )
 
 
@@ -635,9 +636,11 @@ def _reliability(table: ScoreTable, measure: str) -> str:
     value, draws = table.reliability(measure), table.losses.shape[1]
     if math.isnan(value):
         return f"unknown: {draws} draws of {len(table.index)} images are too few, or their {measure} is all the same"
-    meaning = "mostly noise" if value < 0.5 else "fair" if value < 0.8 else "good"
     name = measure.upper() if measure == "cv" else measure
-    return f"{value:.2f} of the {name} ranking over {draws} draws ({meaning}; new draws would repeat a ranking of 1.00)"
+    return (
+        f"{value:.2f} of the {name} ranking over {draws} draws "
+        f"({verdict(value)}; new draws would repeat a ranking of 1.00)"
+    )
 
 
 def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:

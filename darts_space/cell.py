@@ -28,6 +28,8 @@ PRIMITIVES = (
 
 NODES = 4
 EDGES = 14
+GENOTYPE_EDGES = 2 * 2 * NODES
+"""Edges that a genotype keeps: two for each node, in both cells."""
 CONCAT = (2, 3, 4, 5)
 
 Edge = tuple[str, int]

@@ -21,6 +21,8 @@ from darts_space.legacy_text import TEXT_FORM, parse_call
 
 FORMAT = "darts_space/genotype"
 VERSION = 1
+COLLAPSE_SKIPS = 4
+"""Skip connections, of the eight operations of a normal cell, from which on a search counts as collapsed."""
 
 # Far more than a genotype with its provenance needs; a larger file is a mistaken path.
 _MAX_FILE_BYTES = 1 << 20
@@ -45,15 +47,20 @@ class Genotype:
             object.__setattr__(self, f"{cell}_concat", checked_concat(cell, getattr(self, f"{cell}_concat")))
 
     def skip_connections(self) -> tuple[int, int]:
-        """Number of skip connections in the normal and in the reduction cell, each 0..8.
-
-        Many in the normal cell are the known collapse of differentiable search (a network without depth).
-        """
+        """Number of skip connections in the normal and in the reduction cell, each 0..8."""
         normal, reduce = ([operation for operation, _ in cell] for cell in (self.normal, self.reduce))
         return normal.count("skip_connect"), reduce.count("skip_connect")
 
+    @property
+    def collapsed(self) -> bool:
+        """Whether skip connections have taken over the normal cell: the known failure of differentiable search.
+
+        They win while the other operations are still untrained, and the network that is left is shallow.
+        """
+        return self.skip_connections()[0] >= COLLAPSE_SKIPS
+
     def shared_edges(self, other: Genotype) -> int:
-        """Number of (cell, node, operation, input) entries that both genotypes have, 0..16."""
+        """Number of (cell, node, operation, input) entries that both genotypes have, 0..`GENOTYPE_EDGES`."""
         return len(self._entries() & other._entries())
 
     def _entries(self) -> set[tuple[str, int, str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,6 +139,13 @@ class ScoreTable:
         if min(self.bad, default=0) < 0:
             raise ValueError("it lists unreadable images of negative numbers")
         return self
+
+
+def verdict(reliability: float) -> str:
+    """What a `ScoreTable.reliability` means, in a word or two."""
+    if math.isnan(reliability):
+        return "unknown"
+    return "mostly noise" if reliability < 0.5 else "fair" if reliability < 0.8 else "good"
 
 
 def _cv(losses: np.ndarray) -> np.ndarray:

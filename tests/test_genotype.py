@@ -290,6 +290,12 @@ def test_skip_connections_are_counted_by_cell():
     }
 
 
+def test_four_skip_connections_in_the_normal_cell_are_a_collapse():
+    for count in range(9):
+        cell = [("skip_connect" if i < count else "sep_conv_3x3", i % 2) for i in range(8)]
+        assert with_normal(cell).collapsed == (count >= 4)
+
+
 @settings(max_examples=50, deadline=None)
 @given(genotypes, genotypes)
 def test_shared_edges_count_common_entries_whatever_their_order(one, other):

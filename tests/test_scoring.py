@@ -15,7 +15,7 @@ from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
-from nas_kmix.scores import ScoreTable
+from nas_kmix.scores import ScoreTable, verdict
 from nas_kmix.scoring import ScoringConfig, score_dataset
 
 CLASSES, SIZE = 5, 12
@@ -232,6 +232,11 @@ def test_reliability_tells_signal_from_noise():
     assert np.isnan(ScoreTable(np.arange(n), noise.label, noise.losses[:, :3]).reliability())
     assert np.isnan(ScoreTable(np.arange(n), noise.label, np.ones((n, m), dtype=np.float32)).reliability())
     assert signal.reliability("std") > 0.8 > abs(signal.reliability("mean"))
+
+
+def test_a_reliability_is_put_into_words():
+    words = [verdict(value) for value in (float("nan"), -0.2, 0.49, 0.5, 0.79, 0.8, 1.0)]
+    assert words == ["unknown", "mostly noise", "mostly noise", "fair", "fair", "good", "good"]
 
 
 def test_reliability_predicts_the_correlation_between_two_seeds():

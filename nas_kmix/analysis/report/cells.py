@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from darts_space.cell import NODES, Edge
+from darts_space.genotype import COLLAPSE_SKIPS
 from nas_kmix.analysis.cell_layout import LABEL_HEIGHT, LABEL_WIDTH, OUTPUT, STATE_HEIGHT, STATE_WIDTH, Layout, lay_out
 from nas_kmix.analysis.description import COUNTS, edge_text, network_costs
 from nas_kmix.analysis.report.charts import svg
@@ -95,7 +96,7 @@ def _text(record: Record) -> Markup:
     ]
     normal, reduction = genotype.skip_connections()
     skips = f"Skip connections: {normal} of 8 operations in the normal cell, {reduction} of 8 in the reduction cell. "
-    skips += "Four or more in the normal cell are the known sign of a collapsed search."
+    skips += f"{COLLAPSE_SKIPS} or more in the normal cell are the known sign of a collapsed search."
     return join([tag("div", *tables, class_="halves"), tag("pre", genotype.to_text()), sentence(skips)])
 
 

@@ -12,12 +12,13 @@ from typing import TypeVar
 import numpy as np
 
 from darts_space import GENOTYPES, Genotype
+from darts_space.cell import GENOTYPE_EDGES
 from nas_kmix.analysis.report.charts import Series, legend, scatter_chart
 from nas_kmix.analysis.report.cost import all_in_seconds, speed_up
 from nas_kmix.analysis.report.markup import Markup, figure, join, missing, number, percent, sentence, table, tag
 from nas_kmix.analysis.report.parts import UNREADABLE, reason
 from nas_kmix.analysis.report.proxy import reliability
-from nas_kmix.analysis.report.record import EDGES_OF_A_GENOTYPE, Record
+from nas_kmix.analysis.report.record import Record
 
 T = TypeVar("T")
 
@@ -224,7 +225,7 @@ def _accuracy_chart(trained: Sequence[TrainedNetwork]) -> Markup:
 
 
 def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork], short: dict[Path, str]) -> Markup:
-    """How many of their 16 edges the genotypes have in common."""
+    """How many of their edges the genotypes have in common."""
     names: dict[Genotype, list[str]] = {}
     for run in (*searched, *trained):
         if run.genotype is not None:
@@ -240,12 +241,12 @@ def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork], sho
                 "span",
                 "–" if i == j else n,
                 class_="shade",
-                style=f"--share:{0 if i == j else n / EDGES_OF_A_GENOTYPE:.3f}",
+                style=f"--share:{0 if i == j else n / GENOTYPE_EDGES:.3f}",
             )
             for j, n in enumerate(counts)
         ]
         rows.append((f"{i + 1}  {', '.join(names[one])}", *cells))
     head = ("genotype", *(str(i + 1) for i in range(len(genotypes))))
-    grid = table(head, rows, caption=f"Shared edges of {EDGES_OF_A_GENOTYPE}")
+    grid = table(head, rows, caption=f"Shared edges of {GENOTYPE_EDGES}")
     note = "Entries of the same cell, node, operation and input. Two random genotypes share 1.5 on average."
     return join([grid, sentence(note, "note")])

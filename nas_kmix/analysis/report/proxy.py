@@ -22,7 +22,7 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.sampling import select
-from nas_kmix.scores import ScoreTable
+from nas_kmix.scores import ScoreTable, verdict
 from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
@@ -50,9 +50,7 @@ class Reliability:
 
     @property
     def meaning(self) -> str:
-        if math.isnan(self.value):
-            return "unknown"
-        return "mostly noise" if self.value < 0.5 else "fair" if self.value < 0.8 else "good"
+        return verdict(self.value)
 
     @property
     def figure(self) -> str:

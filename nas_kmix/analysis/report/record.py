@@ -33,7 +33,6 @@ TABLES = {
     "alphas_reduce": (EDGES, len(PRIMITIVES)),
     "betas_reduce": (EDGES,),
 }
-EDGES_OF_A_GENOTYPE = 16
 T = TypeVar("T")
 
 

@@ -8,13 +8,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from darts_space.cell import EDGES, NODES, PRIMITIVES, Edge, node_rows
+from darts_space.cell import EDGES, GENOTYPE_EDGES, NODES, PRIMITIVES, Edge, node_rows
 from darts_space.derivation import normalised_betas
+from darts_space.genotype import COLLAPSE_SKIPS
 from nas_kmix.analysis.report.charts import Series, legend, line_chart
 from nas_kmix.analysis.report.maps import heat_panel
 from nas_kmix.analysis.report.markup import Markup, figure, join, number, plural, sentence, tag
 from nas_kmix.analysis.report.parts import show
-from nas_kmix.analysis.report.record import EDGES_OF_A_GENOTYPE, Record
+from nas_kmix.analysis.report.record import Record
 
 CELLS = (("normal", "Normal cell"), ("reduce", "Reduction cell"))
 COLUMN_NAMES = {"loss": "training", "val_loss": "validation", "accuracy": "training", "val_accuracy": "validation"}
@@ -67,10 +68,10 @@ def _scorer_curves(record: Record) -> list[Markup]:
 def _appearance(record: Record) -> Markup:
     history = record.history
     final = history[-1].genotype
-    same = [epoch.genotype.shared_edges(final) == EDGES_OF_A_GENOTYPE for epoch in history]  # in whatever order
+    same = [epoch.genotype.shared_edges(final) == GENOTYPE_EDGES for epoch in history]  # in whatever order
     first = history[same.index(True)].epoch
     settled = history[len(same) - same[::-1].index(False) if False in same else 0].epoch
-    changes = sum(a.genotype.shared_edges(b.genotype) < EDGES_OF_A_GENOTYPE for a, b in pairwise(history))
+    changes = sum(a.genotype.shared_edges(b.genotype) < GENOTYPE_EDGES for a, b in pairwise(history))
     kept = " and was kept from then on" if settled == first else f", was left again and kept from epoch {settled} on"
     return sentence(
         f"The final genotype first appeared after epoch {first} (of 0 to {history[-1].epoch}){kept}. "
@@ -97,15 +98,18 @@ def _decisions(record: Record) -> list[Markup]:
     narrow = " and ".join(f"{number(one.y[-1], 2)} ({one.name.lower()})" for one in margin)
     entropy_chart = line_chart("Mean entropy of alpha by epoch", entropy, "epoch", "nats")
     margin_chart = line_chart("Smallest decision margin by epoch", margin, "epoch", "probability", log=True)
-    shared_chart = line_chart("Edges shared with the final genotype", [shared], "epoch", "of 16 edges", zero=True)
+    shared_chart = line_chart(
+        "Edges shared with the final genotype", [shared], "epoch", f"of {GENOTYPE_EDGES} edges", zero=True
+    )
     skips_chart = line_chart("Skip connections by epoch", skips, "epoch", "of 8 operations", zero=True)
+    collapse = f"{COLLAPSE_SKIPS} or more of 8 in the normal cell are a collapse."
     return [
         figure("Entropy of alpha", entropy_chart, f"At the end {two}; ln 8 = 2.079442 is undecided, 0 decided.", keys),
         figure(
             "Smallest margin", margin_chart, f"How far the nearest decision is from tipping; at the end {narrow}.", keys
         ),
         figure("Towards the final genotype", shared_chart, "Edges that the epoch's genotype shares with the last."),
-        figure("Skip connections", skips_chart, "Four or more of eight in the normal cell are a collapse.", keys),
+        figure("Skip connections", skips_chart, collapse, keys),
     ]
 
 
