@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
@@ -22,14 +23,17 @@ import search
 import train_eval
 from darts_space import GENOTYPES, CifarNetwork, Genotype, ImageNetNetwork, cost, random_genotype
 from nas_kmix.analysis import live, report
+from nas_kmix.analysis.cell_picture import draw_cell
+from nas_kmix.analysis.figures import pixels_of
 from nas_kmix.analysis.report import __main__ as command_line
 from nas_kmix.analysis.report import compare
 from nas_kmix.analysis.report import page as page_module
 from nas_kmix.analysis.report.charts import Scale, Series, histogram, line_chart, scale_of, stacked_bars
-from nas_kmix.analysis.report.maps import FALL, RISE, heat_panel
+from nas_kmix.analysis.report.drawings import PAGE_COLOURS, drawing
 from nas_kmix.analysis.report.markup import Markup, number, table, tag
 from nas_kmix.analysis.report.page import SECTIONS, document
 from nas_kmix.analysis.report.record import Record
+from nas_kmix.analysis.table_picture import FALL, RISE, panel_figure
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.run import Run
 from nas_kmix.proxy import ProxyManifest
@@ -205,7 +209,7 @@ def test_text_is_escaped_unless_it_is_markup():
 def test_cells_and_their_cost(written, searched):
     found, genotype = Page(written), Genotype.load(searched / "genotype.json")
     assert genotype.to_text() in found.text["cells"]
-    drawn = [one["aria-label"] for one in found.of("svg") if one.get("class") == "cell"]
+    drawn = [one["aria-label"] for one in found.of("svg") if one.get("class") == "drawn cell"]
     for name, edges, label in zip(("Normal", "Reduction"), (genotype.normal, genotype.reduce), drawn, strict=True):
         assert label.startswith(name) and [edge[0] for edge in edges] == re.findall(r"(\w+)\((?:c_k|node)", label)
     for network, size, name in (
@@ -517,7 +521,7 @@ def test_a_chosen_search_outside_the_folder_is_refused(copy, cheap):
 
 def test_a_report_that_fails_does_not_fail_the_run(searched, monkeypatch):
     data = load_data(DataConfig())
-    monkeypatch.setattr(report, "document", lambda records: 1 / 0)
+    monkeypatch.setattr(page_module, "document", lambda records: 1 / 0)
     said = report.write_report_of_run(searched, data)
     assert said.startswith("warning: ") and "ZeroDivisionError" in said and said.count("\n") == 0
 
@@ -608,14 +612,29 @@ def test_stacked_bars_reach_their_sums():
 
 def test_a_heat_panel_is_its_values():
     values = np.random.default_rng(0).normal(size=(14, 5))
-    drawn = Page(heat_panel("t", values, 2.0, dots=(3, 4)))
+    drawn = Page(drawing(panel_figure(values, 2.0, (3, 4)), "t"))
     (image,) = drawn.of("image")
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["href"].split(",")[1]))))
-    assert pixels.shape == (14, 5, 4) and len(drawn.of("circle")) == 2
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["xlink:href"].split(",")[1]))))
+    assert pixels.shape == (14, 5, 4) and len(drawn.of("use")) == 2, "a dot for each of the two rows"
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
-        assert tuple(pixels[row, column, :3]) == (RISE if value > 0 else FALL)
-        assert abs(pixels[row, column, 3] - 255 * min(1, abs(value) / 2)) <= 0.5 + 1e-9
+        np.testing.assert_allclose(pixels[row, column, :3], ImageColor.getrgb(RISE if value > 0 else FALL), atol=1)
+        assert abs(pixels[row, column, 3] - 255 * min(1, abs(value) / 2)) <= 2
+    rows = [14 * float(dot["y"]) / (126 - 16) for dot in drawn.of("use")]
+    assert [math.floor(row) for row in rows] == [3, 4]
+
+
+def test_figures_take_on_the_colours_of_the_page():
+    """In SVG every colour that a cell is drawn in is one of the style sheet's, and no name is used twice on a page."""
+    cells = [GENOTYPES["DARTS_V2"].normal, GENOTYPES["DARTS_V2"].reduce]
+    drawn = "".join(drawing(draw_cell(cell, reduces=False), f"cell {i}") for i, cell in enumerate(cells))
+    assert not re.findall("#[0-9a-f]{6}", drawn)
+    style = Path(report.__file__).with_name("style.css").read_text(encoding="utf-8")
+    used = set(re.findall(r"var\(--(\w+)\)", drawn))
+    assert used <= set(PAGE_COLOURS.values()) and {"ground", "ink", "sep", "c0"} <= used
+    assert all(style.count(f"--{name}: #") == 2 for name in PAGE_COLOURS.values()), "in light and in dark"
+    names = [attributes["id"] for _, attributes in Page(drawn).tags if "id" in attributes]
+    assert names and len(names) == len(set(names))
 
 
 def test_numbers_are_short_and_right():
@@ -637,18 +656,18 @@ def test_tensorboard_shows_alpha_cells_and_flags(searched):
 
 
 def test_the_heat_map_shows_where_alpha_moved():
-    """Only one entry of one cell moves: the picture changes in its block and nowhere else of the other cell."""
+    """Only one entry of one cell moves: its operations' panels change in its row, and the other cell's do not."""
     start = {name: torch.zeros(14, 8) for name in ("alphas_normal", "alphas_reduce")}
     moved = {
         **start,
         "alphas_normal": torch.zeros(14, 8).index_put((torch.tensor(3), torch.tensor(2)), torch.tensor(1.0)),
     }
     drawn = live.draw_alphas([start, moved])
-    normal, reduce = (axes.images[0].get_array() for axes in drawn.axes[:2])
+    panels = np.stack([axes.images[0].get_array() for axes in drawn.axes])  # (2 * 8, 14, epochs)
     expected = moved["alphas_normal"].double().softmax(-1).numpy() - 1 / 8
-    np.testing.assert_allclose(normal[:, 1::2], expected)
-    assert not normal[:, 0::2].any() and not reduce.any()
-    pixels = live.pixels_of(drawn)
+    np.testing.assert_allclose(panels[:8, :, 1].T, expected)
+    assert not panels[:, :, 0].any() and not panels[8:].any()
+    pixels = pixels_of(drawn)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and np.ptp(pixels) > 200
 
 

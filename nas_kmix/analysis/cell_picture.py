@@ -46,16 +46,26 @@ def draw_cells(genotype: Genotype, title: str = "") -> Figure:
         figure.text(MARGIN / width, (bottom + 0.2) / height, name, fontsize=11)
         bottom -= layout.height
         axes = figure.add_axes((0, bottom / height, 1, layout.height / height))
-        axes.set(xlim=(-MARGIN, width - MARGIN), ylim=(layout.height / 2, -layout.height / 2))
-        axes.axis("off")
-        _draw_cell(axes, layout, edges, reduces)
+        _draw_cell(axes, layout, edges, reduces, width)
     return figure
 
 
-def _draw_cell(axes: Axes, layout: Layout, edges: tuple[Edge, ...], reduces: bool) -> None:
+def draw_cell(edges: tuple[Edge, ...], *, reduces: bool) -> Figure:
+    """One cell without a title."""
+    layout = lay_out(edges)
+    width = layout.width + 2 * MARGIN
+    figure = Figure(figsize=(width * ROW_INCHES, layout.height * ROW_INCHES))
+    _draw_cell(figure.add_axes((0, 0, 1, 1)), layout, edges, reduces, width)
+    return figure
+
+
+def _draw_cell(axes: Axes, layout: Layout, edges: tuple[Edge, ...], reduces: bool, width: float) -> None:
+    """Draw into axes that are `width` wide and as high as the layout."""
+    axes.set(xlim=(-MARGIN, width - MARGIN), ylim=(layout.height / 2, -layout.height / 2))
+    axes.axis("off")
     for bundle in layout.bundles:
         # White below, so that where two lines cross one is seen to pass over the other.
-        for colour, width, cap in (("white", 3.5, "butt"), (LINE_COLOUR, 1.2, "round")):
+        for colour, width, cap in (("white", 5.0, "butt"), (LINE_COLOUR, 1.6, "round")):
             for start, end in bundle:
                 middle = (start[0] + end[0]) / 2
                 curve = Path([start, (middle, start[1]), (middle, end[1]), end], [Path.MOVETO] + 3 * [Path.CURVE4])
@@ -67,12 +77,13 @@ def _draw_cell(axes: Axes, layout: Layout, edges: tuple[Edge, ...], reduces: boo
         fill, border = COLOURS[operation.split("_")[0]]
         corner = (x - LABEL_WIDTH / 2, y - LABEL_HEIGHT / 2)
         shape = "round,pad=0,rounding_size=0.2"
-        box = FancyBboxPatch(corner, LABEL_WIDTH, LABEL_HEIGHT, boxstyle=shape, facecolor=fill, edgecolor=border)
-        axes.add_patch(box)
+        style = "dashed" if operation == "skip_connect" else "solid"
+        colours = {"facecolor": fill, "edgecolor": border, "linestyle": style}
+        axes.add_patch(FancyBboxPatch(corner, LABEL_WIDTH, LABEL_HEIGHT, boxstyle=shape, **colours))
         text = operation + (" /2" if reduces and source < 2 else "")
-        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=9)
+        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=11)
     for state, (x, y) in layout.states.items():
         axes.add_patch(
             Ellipse((x, y), STATE_WIDTH, STATE_HEIGHT, facecolor="white", edgecolor="black", linewidth=1.4, zorder=3)
         )
-        axes.text(x, y, STATE_NAMES[state], ha="center", va="center", fontsize=11, zorder=4)
+        axes.text(x, y, STATE_NAMES[state], ha="center", va="center", fontsize=13, zorder=4)

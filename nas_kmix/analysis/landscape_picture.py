@@ -1,4 +1,7 @@
-"""The figure of `nas_kmix.analysis.landscape`: a surface for each network, and all slices and noise curves together."""
+"""The pictures of `nas_kmix.analysis.landscape`: the surface of each network, its slice and its noise curve.
+
+In:  what `read_landscape` returns, by the network's name. Losses that are not finite leave gaps.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +17,62 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 PANEL_INCHES = 3.6
 MOST_COLUMNS = 4
 
+Landscapes = Mapping[str, Mapping[str, Any]]
 
-def draw_landscapes(landscapes: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """One figure of all networks, by name, of what `read_landscape` returns. Losses that are not finite leave gaps."""
+
+def draw_landscapes(landscapes: Landscapes) -> Figure:
+    """One figure of all networks: their surfaces side by side, below them all slices and all noise curves."""
     columns = min(MOST_COLUMNS, max(2, len(landscapes)))
     rows = -(-len(landscapes) // columns)
     figure = Figure(figsize=(columns * PANEL_INCHES, (rows + 1) * PANEL_INCHES), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(rows, 1))
-    finite = [found["surface"][np.isfinite(found["surface"])] for found in landscapes.values()]
-    values = np.concatenate([*finite, [0.0]])
+    limits = _limits(landscapes)
     for place, (name, found) in enumerate(landscapes.items(), start=1):
         axes = above.add_subplot(rows, columns, place, projection="3d")
-        first, second = np.meshgrid(found["axis"], found["axis"], indexing="ij")
-        surface = np.where(np.isfinite(found["surface"]), found["surface"], np.nan)
-        axes.plot_surface(first, second, surface, cmap="viridis", vmin=values.min(), vmax=values.max(), linewidth=0)
-        # One scale for all: a surface is flat or deep only beside another.
-        axes.set(zlim=(values.min(), values.max()), xlabel="eigenvector 1", ylabel="eigenvector 2", zlabel="loss")
-        axes.set_box_aspect(None, zoom=0.85)  # the layout does not know how far the label of the third axis stands out
+        _draw_surface(axes, found, limits)
         axes.set_title(f"{name}\nλ = {found['eigenvalues'][0]:.3g}, {found['eigenvalues'][1]:.3g}", fontsize=10)
     slices, noise = below.subplots(1, 2)
     _draw_slices(slices, landscapes)
     _draw_noise(noise, landscapes)
+    slices.legend(fontsize=8)
     return figure
 
 
-def _draw_slices(axes: Axes, landscapes: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_parts(name: str, found: Mapping[str, Any]) -> dict[str, Figure]:
+    """The `surface`, the `slice` and the `noise` curve of a single network as figures of their own."""
+    figures = {part: Figure(figsize=(4.4, 3.2), layout="constrained") for part in ("surface", "slice", "noise")}
+    _draw_surface(figures["surface"].add_subplot(projection="3d"), found, _limits({name: found}))
+    _draw_slices(figures["slice"].add_subplot(), {name: found})
+    _draw_noise(figures["noise"].add_subplot(), {name: found})
+    return figures
+
+
+def _limits(landscapes: Landscapes) -> tuple[float, float]:
+    """The lowest and the highest loss of all surfaces, 0 included: a surface is flat or deep only beside another."""
+    finite = [found["surface"][np.isfinite(found["surface"])] for found in landscapes.values()]
+    values = np.concatenate([*finite, [0.0]])
+    return values.min(), values.max()
+
+
+def _draw_surface(axes: Axes, found: Mapping[str, Any], limits: tuple[float, float]) -> None:
+    first, second = np.meshgrid(found["axis"], found["axis"], indexing="ij")
+    surface = np.where(np.isfinite(found["surface"]), found["surface"], np.nan)
+    axes.plot_surface(first, second, surface, cmap="cividis", vmin=limits[0], vmax=limits[1], rasterized=True)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_pane_color("#ffffff00")
+    axes.locator_params(nbins=3)
+    axes.set(zlim=limits, xlabel="eigenvector 1", ylabel="eigenvector 2", zlabel="loss")
+    axes.set_box_aspect(None, zoom=0.85)  # the layout does not know how far the label of the third axis stands out
+
+
+def _draw_slices(axes: Axes, landscapes: Landscapes) -> None:
     for place, (name, found) in enumerate(landscapes.items()):
         axes.plot(found["slice_axis"], found["slice"], color=COLOURS[place % len(COLOURS)], label=name)
+    axes.locator_params(nbins=5)
     axes.set(xlabel="filter-normalised random direction", ylabel="loss")
-    axes.legend(fontsize=8)
 
 
-def _draw_noise(axes: Axes, landscapes: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_noise(axes: Axes, landscapes: Landscapes) -> None:
     """The mean over the draws in a band of one standard deviation to both sides."""
     for place, (name, found) in enumerate(landscapes.items()):
         colour = COLOURS[place % len(COLOURS)]

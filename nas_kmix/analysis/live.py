@@ -6,46 +6,31 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from darts_space import Genotype
-from darts_space.cell import EDGES, NODES, PRIMITIVES, node_rows
+from darts_space.cell import PRIMITIVES
 from nas_kmix.analysis.cell_picture import draw_cells
+from nas_kmix.analysis.figures import pixels_of
+from nas_kmix.analysis.table_picture import draw_panel
 
 
 def pictures(tables: Sequence[Mapping[str, Tensor]], genotype: Genotype) -> dict[str, np.ndarray]:
-    """`alpha`, a heat map over the epochs so far, whose tables these are, and `cells`, the present genotype."""
+    """`alpha`, heat maps over the epochs so far, whose tables these are, and `cells`, the present genotype."""
     return {"alpha": pixels_of(draw_alphas(tables)), "cells": pixels_of(draw_cells(genotype))}
 
 
 def draw_alphas(tables: Sequence[Mapping[str, Tensor]]) -> Figure:
-    """softmax(alpha) less 1/8 by edge (rows), operation and epoch (columns) for both cells."""
-    names = {"alphas_normal": "normal cell", "alphas_reduce": "reduction cell"}
-    shares = {
-        name: torch.stack([row[name] for row in tables]).double().softmax(-1).numpy() - 1 / len(PRIMITIVES)
-        for name in names
-    }
-    largest = max(np.abs(values).max() for values in shares.values())
-    epochs = len(tables)
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(2, 1, sharex=True), shares.items(), strict=True):
-        rows = values.transpose(1, 2, 0).reshape(EDGES, -1)  # (14, 8 * epochs)
-        extent = (0, len(PRIMITIVES), EDGES, 0)
-        image = axes.imshow(rows, "PuOr", aspect="auto", extent=extent, vmin=-largest, vmax=largest)
-        axes.vlines(range(1, len(PRIMITIVES)), 0, EDGES, color="black", linewidth=0.8)
-        axes.hlines([node_rows(node).start for node in range(1, NODES)], 0, len(PRIMITIVES), "grey", linewidth=0.5)
-        axes.set_xticks(np.arange(len(PRIMITIVES)) + 0.5, PRIMITIVES, fontsize=8)
-        middles = [(node_rows(node).start + node_rows(node).stop) / 2 for node in range(NODES)]
-        axes.set_yticks(middles, [f"node {node}" for node in range(NODES)], fontsize=8)
-        axes.set_title(f"alpha, {names[name]}: in each column the epochs 0 to {epochs - 1}", fontsize=9)
-    figure.colorbar(image, ax=figure.axes, label="softmax − 1/8", fraction=0.03)
+    """softmax(alpha) less 1/8: a row of panels for each cell, in it one for each operation."""
+    names = {"alphas_normal": "normal", "alphas_reduce": "reduction"}
+    shares = [torch.stack([row[name] for row in tables]).double().softmax(-1).numpy() for name in names]
+    shares = np.stack(shares) - 1 / len(PRIMITIVES)  # (2, epochs, 14, 8)
+    largest = np.abs(shares).max()
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    for row, cell, name in zip(figure.subplots(2, len(PRIMITIVES)), shares, names.values(), strict=True):
+        for axes, values, operation in zip(row, np.moveaxis(cell, 2, 0), PRIMITIVES, strict=True):
+            draw_panel(axes, values.T, largest)
+            axes.set_title(f"{operation}, {name}", fontsize=9)
+    figure.suptitle(f"softmax(alpha) − 1/8 by edge and epoch; full colour at ±{largest:.2g}", fontsize=10)
     return figure
-
-
-def pixels_of(figure: Figure) -> np.ndarray:
-    """The drawn figure, uint8 (H, W, 3)."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -2,7 +2,7 @@
 
 Run folders in, a page out that needs no script and no network: SVG and images lie in it. It is readable on a phone, on
 paper, in light and dark. What a folder lacks is said in a sentence. `page` puts the sections together, `record` reads
-run folders, `charts` and `maps` draw, and each other module is a section.
+run folders, `charts` and `drawings` draw, and each other module is a section.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nas_kmix.analysis.report.page import document
-from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 
@@ -23,6 +21,9 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     for run in runs:
         if not run.is_dir():
             raise ValueError(f"{run} is not a run folder; give folders that search.py or train_eval.py wrote.")
+    from nas_kmix.analysis.report.page import document  # late, since matplotlib takes a while to import
+    from nas_kmix.analysis.report.record import Record
+
     files.write_text(out, document([Record(run) for run in runs]))
 
 
@@ -33,6 +34,9 @@ def write_report_of_run(folder: Path, data: ImageData) -> str:
     """
     path = folder / "report.html"
     try:
+        from nas_kmix.analysis.report.page import document
+        from nas_kmix.analysis.report.record import Record
+
         files.write_text(path, document([Record(folder, data)]))
     except Exception as error:
         return f"warning: {path} was not written ({type(error).__name__}: {error}); the run is complete without it"

@@ -107,7 +107,7 @@ def line_chart(
         lines.append(tag("path", d=path, class_=f"line {_colour(i)}") if len(some) > 1 else "")
         if len(some) <= MOST_MARKERS:
             lines += [_marker(i, x(a), y(b), f"{name}, {x_label} {number(a)}: {number(b)}") for a, b in some]
-    return svg(title, axes(x, y, x_label, y_label), *lines)
+    return svg(title, _axes(x, y, x_label, y_label), *lines)
 
 
 def scatter_chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> Markup:
@@ -131,7 +131,7 @@ def scatter_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
             about = tag("title", f"{name}: mean {number(mean)}, standard deviation {number(spread)}")
             marks.append(tag("path", about, d=bar, class_=f"line solid {_colour(i)}"))
         marks += [_marker(i, x(a), y(b), f"{name}: {number(a)}, {number(b)}", 4.5) for a, b in some]
-    return svg(title, axes(x, y, x_label, y_label), *marks)
+    return svg(title, _axes(x, y, x_label, y_label), *marks)
 
 
 def histogram(title: str, values: np.ndarray, marked: np.ndarray, x_label: str, bins: int = 48) -> Markup:
@@ -146,7 +146,7 @@ def histogram(title: str, values: np.ndarray, marked: np.ndarray, x_label: str, 
             if count:
                 box = {"x": x(low), "y": y(count), "width": x(high) - x(low) - 0.6, "height": y(0) - y(count)}
                 bars.append(tag("rect", about, **box, class_=class_))
-    return svg(title, axes(x, y, x_label, "images"), *bars)
+    return svg(title, _axes(x, y, x_label, "images"), *bars)
 
 
 def stacked_bars(title: str, names: Sequence[str], stacks: dict[str, Sequence[float]], x_label: str) -> Markup:
@@ -169,7 +169,7 @@ def stacked_bars(title: str, names: Sequence[str], stacks: dict[str, Sequence[fl
             tag("text", name[:6], x=x(at + 0.5), y=HEIGHT - BOTTOM + 14, class_="tick middle")
             for at, name in enumerate(names)
         ]
-    return svg(title, axes(x, y, x_label, "images", ticks_of_x=False), *bars, *labels)
+    return svg(title, _axes(x, y, x_label, "images", ticks_of_x=False), *bars, *labels)
 
 
 def share_bar(title: str, parts: dict[str, float]) -> Markup:
@@ -204,21 +204,11 @@ def _scales(points: Sequence[tuple[float, float]], log: bool, zero: bool) -> tup
     return x, scale_of([b for _, b in points], HEIGHT - BOTTOM, TOP, log=log, zero=zero)
 
 
-def axes(
-    x: Scale,
-    y: Scale,
-    x_label: str,
-    y_label: str,
-    *,
-    ticks_of_x: bool = True,
-    right: float = WIDTH - RIGHT,
-    grid: bool = True,
-) -> Markup:
-    bottom = HEIGHT - BOTTOM
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str, *, ticks_of_x: bool = True) -> Markup:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = [tag("path", d=f"M{LEFT:g} {bottom:g}H{right:g}", class_="axis")]
     for value in y.ticks():
-        if grid:
-            parts.append(tag("path", d=f"M{LEFT:g} {y(value):.1f}H{right:g}", class_="grid"))
+        parts.append(tag("path", d=f"M{LEFT:g} {y(value):.1f}H{right:g}", class_="grid"))
         parts.append(tag("text", y.label(value), x=LEFT - 5, y=y(value) + 3.5, class_="tick end"))
     for value in x.ticks() if ticks_of_x else ():
         parts.append(tag("text", x.label(value), x=x(value), y=bottom + 14, class_="tick middle"))

@@ -7,9 +7,9 @@ import io
 
 import numpy as np
 
-from nas_kmix.analysis.report.charts import Series, legend, line_chart
-from nas_kmix.analysis.report.maps import surface
-from nas_kmix.analysis.report.markup import Markup, figure, gallery, join, number, percent, table, tag
+from nas_kmix.analysis.landscape_picture import draw_parts
+from nas_kmix.analysis.report.drawings import drawing
+from nas_kmix.analysis.report.markup import Markup, figure, gallery, join, number, percent, plural, table, tag
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine import files
@@ -39,36 +39,24 @@ def _landscapes(record: Record) -> Markup:
 
 def _landscape(record: Record, name: str, arrays: dict[str, np.ndarray]) -> Markup:
     with record.reading(f"landscape/{name}.npz"):
-        loss, eigenvalues, values, axis, cut, cut_axis, noise, sigmas = (
-            np.asarray(arrays[key], dtype=np.float64) for key in ARRAYS
-        )
-        surface_map = surface(
-            f"Loss of {name} over two Hessian eigenvectors, {number(values.min())} to {number(values.max())}",
-            values.T,  # values[i, j] belongs to axis[i] along the first eigenvector, which runs to the right
-            axis,
-            axis,
-            "along the first eigenvector",
-            "along the second",
-        )
-        curvature = " and ".join(number(value) for value in eigenvalues)
-        slices = line_chart(f"{name}: loss along a random direction", [Series(name, cut_axis, cut)], "distance", "loss")
-        middle, spread = noise.mean(axis=0), noise.std(axis=0, ddof=1)
-        lines = [
-            Series("mean", sigmas, middle),
-            Series("mean + standard deviation", sigmas, middle + spread),
-            Series("mean − standard deviation", sigmas, middle - spread),
-        ]
-        noisy = line_chart(f"{name}: loss under Gaussian noise on the parameters", lines, "sigma", "loss")
-        return join(
-            [
-                tag("h4", name),
-                gallery(
-                    figure("Surface", surface_map, f"Loss {number(float(loss))}; largest eigenvalues {curvature}."),
-                    figure("Slice", slices, "Filter by filter as long as the network's weights."),
-                    figure("Noise", noisy, f"{len(noise)} draws.", legend([line.name for line in lines])),
-                ),
-            ]
-        )
+        found = {key: np.asarray(arrays[key], dtype=np.float64) for key in ARRAYS}
+        drawn = draw_parts(name, found)
+        surface, curvature = found["surface"], " and ".join(number(value) for value in found["eigenvalues"])
+        low, high = number(surface.min()), number(surface.max())
+        last = found["noise"][:, -1]
+        spread = f"{number(last.mean())} ± {number(last.std(ddof=1))} at σ = {number(found['sigmas'][-1])}"
+    alts = {
+        "surface": f"Loss of {name} over two Hessian eigenvectors, {low} to {high}",
+        "slice": f"{name}: loss along a random direction",
+        "noise": f"{name}: loss under Gaussian noise on the parameters, {spread}",
+    }
+    captions = {
+        "surface": f"Loss {number(float(found['loss']))}; largest eigenvalues {curvature}.",
+        "slice": "Filter by filter as long as the network's weights.",
+        "noise": f"Mean and standard deviation of {plural(len(last), 'draw')}; {spread}.",
+    }
+    figures = [figure(part.title(), drawing(drawn[part], alts[part]), captions[part]) for part in drawn]
+    return join([tag("h4", name), gallery(*figures)])
 
 
 def _robustness(record: Record) -> Markup:

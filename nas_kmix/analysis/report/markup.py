@@ -82,19 +82,14 @@ def gallery(*figures: Markup) -> Markup:
 
 def picture(pixels: np.ndarray, alt: str, *, side: int | None = None, class_: str | None = None) -> Markup:
     """uint8 (H, W, 3) as an image inside the page, shrunk to at most `side` pixels."""
-    return tag("img", src=data_address(pixels, side), alt=alt, title=alt, class_=class_)
-
-
-def data_address(pixels: np.ndarray, side: int | None = None) -> str:
-    """uint8 (H, W, 3 or 4) as a data: address, PNG where the image is small or has transparent pixels."""
     image = Image.fromarray(pixels)
     if side is not None and max(image.size) > side:
         image.thumbnail((side, side))
-    lossless = image.mode == "RGBA" or max(image.size) <= LARGEST_PNG
+    lossless = max(image.size) <= LARGEST_PNG
     buffer = io.BytesIO()
     image.save(buffer, **({"format": "PNG", "optimize": True} if lossless else {"format": "JPEG", "quality": 85}))
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    address = f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return tag("img", src=address, alt=alt, title=alt, class_=class_)
 
 
 def number(value: float | None, digits: int = 4) -> str:

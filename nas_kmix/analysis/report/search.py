@@ -12,10 +12,11 @@ from darts_space.cell import EDGES, GENOTYPE_EDGES, NODES, PRIMITIVES, Edge, nod
 from darts_space.derivation import normalised_betas
 from darts_space.genotype import COLLAPSE_SKIPS
 from nas_kmix.analysis.report.charts import Series, legend, line_chart
-from nas_kmix.analysis.report.maps import heat_panel
+from nas_kmix.analysis.report.drawings import drawing
 from nas_kmix.analysis.report.markup import Markup, figure, join, number, plural, sentence, tag
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
+from nas_kmix.analysis.table_picture import panel_figure
 
 CELLS = (("normal", "Normal cell"), ("reduce", "Reduction cell"))
 COLUMN_NAMES = {"loss": "training", "val_loss": "validation", "accuracy": "training", "val_accuracy": "validation"}
@@ -102,7 +103,7 @@ def _decisions(record: Record) -> list[Markup]:
         "Edges shared with the final genotype", [shared], "epoch", f"of {GENOTYPE_EDGES} edges", zero=True
     )
     skips_chart = line_chart("Skip connections by epoch", skips, "epoch", "of 8 operations", zero=True)
-    collapse = f"{COLLAPSE_SKIPS} or more of 8 in the normal cell are a collapse."
+    collapse = f"The search has collapsed if the normal cell has {COLLAPSE_SKIPS} or more."
     return [
         figure("Entropy of alpha", entropy_chart, f"At the end {two}; ln 8 = 2.079442 is undecided, 0 decided.", keys),
         figure(
@@ -126,12 +127,13 @@ def _alphas(record: Record) -> Markup:
         panels = [
             figure(
                 name,
-                heat_panel(
+                drawing(
+                    panel_figure(
+                        shares[cell][:, :, column].T,
+                        largest,
+                        [row for row, operation in chosen if operation == name],
+                    ),
                     f"{title}: softmax of alpha of {name} by edge and epoch",
-                    shares[cell][:, :, column].T,
-                    largest,
-                    dots=[row for row, operation in chosen if operation == name],
-                    **_frame(record),
                 ),
             )
             for column, name in enumerate(PRIMITIVES)
@@ -161,16 +163,9 @@ def _betas(record: Record) -> list[Markup]:
     for cell, title in CELLS:
         dots = [row for row, _ in _chosen(getattr(record.history[-1].genotype, cell))]
         name = f"{title}: softmax of beta by edge and epoch"
-        panel = heat_panel(name, shares[cell].T, largest, dots=dots, width=306.0, height=150.0, **_frame(record))
-        panels.append(figure(f"Beta, {title.lower()}", panel, how))
+        panel = panel_figure(shares[cell].T, largest, dots, width=340.0, height=170.0)
+        panels.append(figure(f"Beta, {title.lower()}", drawing(panel, name), how))
     return panels
-
-
-def _frame(record: Record) -> dict:
-    """What all panels share: the nodes on the left, the epochs below."""
-    labels = {(rows.start + rows.stop) / 2: str(node) for node, rows in enumerate(NODE_ROWS)}
-    columns = ("0", f"epoch {len(record.tables['alphas_normal']) - 1}")
-    return {"rules": [rows.start for rows in NODE_ROWS[1:]], "row_labels": labels, "columns": columns}
 
 
 def _chosen(cell: Sequence[Edge]) -> list[tuple[int, str]]:
