@@ -168,8 +168,12 @@ class Search:
         self.lr = cosine_lr(
             epoch, epochs=config.epochs, lr=config.lr, lr_min=config.lr_min, warmup_epochs=config.warmup_epochs
         )
+        self.set_lr(self.lr)
+
+    def set_lr(self, lr: float) -> None:
+        """Set SGD's rate."""
         for group in self.weight_optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = lr
 
     @property
     def frozen(self) -> bool:
@@ -190,8 +194,10 @@ class Search:
     def arch_step(self, train_batch: Batch, val_batch: Batch) -> Tensor:
         """Move alpha and beta; the validation loss before. The first order does not look at the training batch."""
         self.model.train()
-        gradient = self._second_order if self.config.unrolled else self._first_order
-        val_loss, grads = gradient(train_batch, val_batch)
+        if self.config.unrolled:
+            val_loss, grads = self._second_order(train_batch, val_batch)
+        else:
+            val_loss, grads = self.arch_gradient(val_batch)
         self._update(self.arch_optimizer, self.arch, grads, self.config.arch_grad_clip)
         return val_loss
 
@@ -230,8 +236,8 @@ class Search:
         self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
-    def _first_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
-        """Validation loss and its gradient by alpha and beta at the present weights; the training batch is unused."""
+    def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Validation loss and its gradient with respect to alpha and beta at the present weights; nothing moves."""
         with _without_gradients(self.weights):
             loss, _ = self._loss(val_batch)
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)

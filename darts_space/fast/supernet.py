@@ -246,6 +246,10 @@ class SuperNet(SearchNetwork):
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
                 self.set_submodule(name, BatchNorm2d(module.num_features, affine=module.affine))
+        # Buffers, since an index in a list would be copied to the device in every pass.
+        by_state = [row for states in STATES for row in edge_rows(states)]
+        self.register_buffer("weighted_operations", torch.tensor([*MIXED, SKIP]), persistent=False)
+        self.register_buffer("edges_by_state", torch.tensor(by_state), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, num_classes)."""
@@ -254,8 +258,8 @@ class SuperNet(SearchNetwork):
     def _mixing_weights(self, cell: str) -> tuple[Tensor, ...]:
         """For each of the `STATES`, the weights of its edges (6 + K, S, T)."""
         alphas, betas = super()._mixing_weights(cell)
-        table = torch.cat([(alphas * betas[:, None]).t()[[*MIXED, SKIP]], betas.expand(self.partial - 1, EDGES)])
-        table = table[:, [row for states in STATES for row in edge_rows(states)]]
+        operations = (alphas * betas[:, None]).t().index_select(0, self.weighted_operations)
+        table = torch.cat([operations, betas.expand(self.partial - 1, EDGES)]).index_select(1, self.edges_by_state)
         sizes = [len(edge_rows(states)) for states in STATES]
         return tuple(
             part.unflatten(1, (len(states), -1)) for part, states in zip(table.split(sizes, 1), STATES, strict=True)

@@ -1,0 +1,80 @@
+"""The bilevel search on a GPU without the time between kernels: every step is a recorded CUDA graph.
+
+A supernet's step is some two thousand small kernels. Launching them one by one takes the CPU longer than a GPU needs
+to run them; replaying a recording takes one launch. The arithmetic is that of `Search`, kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from darts_space.bilevel import Batch, BilevelConfig, Search
+
+WARM_UP = 3  # steps before a recording, in which libraries allocate and optimisers make their state
+
+
+class _Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch
+    outputs: Any
+
+
+class GraphedSearch(Search):
+    """`Search` of the first order for a model on a CUDA device.
+
+    The first three steps with batches of a new shape run as usual; the fourth is recorded, and replayed from then on.
+    """
+
+    def __init__(self, model: nn.Module, config: BilevelConfig):
+        if config.unrolled or config.amp == "fp16":
+            raise ValueError("Only the first order without fp16's loss scaling can be recorded; use `Search`.")
+        self._calls: dict[Any, int] = {}
+        self._recordings: dict[Any, _Recording] = {}
+        super().__init__(model, config)
+        self.arch_optimizer = torch.optim.Adam(
+            self.arch,
+            config.arch_lr,
+            config.arch_betas,
+            weight_decay=config.arch_weight_decay,
+            fused=True,
+            capturable=True,
+        )
+
+    def set_lr(self, lr: float) -> None:
+        """Set SGD's rate, which a recording reads from the device."""
+        for group in self.weight_optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.tensor(lr, dtype=torch.float32, device=self.device)
+            group["lr"].fill_(lr)
+
+    def weight_step(self, train_batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._replay("weight_step", super().weight_step, train_batch)
+
+    def arch_step(self, train_batch: Batch, val_batch: Batch) -> Tensor:
+        arch_step = super().arch_step
+        return self._replay("arch_step", lambda batch: arch_step(batch, batch), val_batch)
+
+    def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._replay("arch_gradient", super().arch_gradient, val_batch)
+
+    def _replay(self, name: str, function: Callable[[Batch], Any], batch: Batch) -> Any:
+        key = name, batch[0].shape
+        recording = self._recordings.get(key)
+        if recording is None:
+            self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] <= WARM_UP:
+                return function(batch)
+            inputs = tuple(tensor.clone() for tensor in batch)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = function(inputs)
+            recording = self._recordings[key] = _Recording(graph, inputs, outputs)
+        for buffer, tensor in zip(recording.inputs, batch, strict=True):
+            buffer.copy_(tensor)
+        recording.graph.replay()
+        return tree_map(torch.clone, recording.outputs)  # the next replay writes to the same places
