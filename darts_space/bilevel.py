@@ -197,7 +197,7 @@ class Search:
         if self.config.unrolled:
             val_loss, grads = self._second_order(train_batch, val_batch)
         else:
-            val_loss, grads = self.arch_gradient(val_batch)
+            val_loss, grads = self._first_order(val_batch)
         self._update(self.arch_optimizer, self.arch, grads, self.config.arch_grad_clip)
         return val_loss
 
@@ -229,6 +229,8 @@ class Search:
         clip: float | None,
     ) -> None:
         for parameter, grad in zip(parameters, grads, strict=True):
+            if self.device.type == "cuda" and grad.stride() != parameter.stride():  # the fused optimisers want the same
+                grad = torch.empty_like(parameter).copy_(grad)
             parameter.grad = grad
         if clip is not None:
             self.scaler.unscale_(optimizer)
@@ -238,6 +240,9 @@ class Search:
 
     def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Validation loss and its gradient with respect to alpha and beta at the present weights; nothing moves."""
+        return self._first_order(val_batch)
+
+    def _first_order(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         with _without_gradients(self.weights):
             loss, _ = self._loss(val_batch)
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
