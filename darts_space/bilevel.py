@@ -175,6 +175,11 @@ class Search:
         for group in self.weight_optimizer.param_groups:
             group["lr"] = lr
 
+    def set_arch_lr(self, lr: float) -> None:
+        """Set Adam's rate."""
+        for group in self.arch_optimizer.param_groups:
+            group["lr"] = lr
+
     @property
     def frozen(self) -> bool:
         """Whether alpha and beta rest in the present epoch."""

@@ -38,7 +38,7 @@ class GraphedSearch(Search):
         super().__init__(model, config)
         self.arch_optimizer = torch.optim.Adam(
             self.arch,
-            config.arch_lr,
+            torch.tensor(config.arch_lr, device=self.device),
             config.arch_betas,
             weight_decay=config.arch_weight_decay,
             fused=True,
@@ -50,6 +50,11 @@ class GraphedSearch(Search):
         for group in self.weight_optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.tensor(lr, dtype=torch.float32, device=self.device)
+            group["lr"].fill_(lr)
+
+    def set_arch_lr(self, lr: float) -> None:
+        """Set Adam's rate."""
+        for group in self.arch_optimizer.param_groups:
             group["lr"].fill_(lr)
 
     def weight_step(self, train_batch: Batch) -> tuple[Tensor, Tensor]:

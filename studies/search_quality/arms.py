@@ -23,19 +23,20 @@ class Setting:
     """Class-balanced random images for the weights; 2,500 others are for the architecture."""
     lr: float = 0.025
     schedule: Literal["cosine", "constant", "floor"] = "cosine"
-    """SGD's rate: half a cosine to zero over all steps; constant; half a cosine over the rest, to a tenth of `lr`,
+    """SGD's rate: half a cosine to zero over all steps; constant; half a cosine over the rest, down to a tenth of `lr`,
     which alpha then moves at."""
     rest_steps: int = 2400
-    arch_steps: int = 0
-    arch_lr: float = 6e-3
+    """Steps of the weights alone."""
     read_every: int = 200
-    """Steps between readings: of the mean gradient of alpha and beta while they rest, of themselves once they move."""
-    read_from: int = 0
-    """The first step at which the gradient is read."""
+    """Resting steps between readings of the gradient by alpha and beta."""
+    forks: tuple[int, ...] = ()
+    """Resting steps after which a bilevel search sets out from a copy of the state, one for each of `arch_lrs`."""
+    arch_steps: int = 200
+    arch_lrs: tuple[float, ...] = (2e-3, 6e-3)
+    read_arch_every: int = 25
+    """Architecture steps between readings of alpha and beta."""
     initialisations: int = 0
     """Instead of training: the gradient at so many untrained supernets, one batch each."""
-    proxy: str = ""
-    """Instead of random images: the two halves of this proxy (see `proxies.py`)."""
 
 
 @dataclass(frozen=True)
@@ -73,35 +74,19 @@ TURN = {
 """Part 1, the turn: one factor at a time from the base, and what the two ends of the story need besides."""
 
 
-def cells(part: str = "") -> Iterator[Cell]:
-    """All cells whose names begin with `part`, arm by arm of the same importance, seed by seed."""
-    for cell in (*_turn(), *_search()):
-        if cell.name.startswith(part):
-            yield cell
-
-
-def _turn() -> Iterator[Cell]:
-    for arm, setting in TURN.items():
-        for seed in SEEDS:
-            yield Cell(f"turn/{arm}", seed, setting)
-
-
 SEARCH = {
-    "5cells": replace(BASE, arch_steps=400, read_every=25),
-    "8cells": replace(BASE, layers=8, arch_steps=400, read_every=25),
+    "5cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2000, 4000)),
+    "8cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2000, 4000), layers=8),
+    "32px": replace(BASE, rest_steps=2000, schedule="constant", forks=(1200, 2000), size=32),
 }
-RATES = (6e-4, 2e-3, 6e-3)
-REST_STEPS = (1200, 2000, 4000)
+"""Part 2, bilevel searches. At a constant rate one resting supernet serves several lengths of the rest."""
 
 
-def _search() -> Iterator[Cell]:
-    """Part 2: bilevel searches from the two cheapest settings that turn."""
-    for rest_steps in REST_STEPS:
-        for arch_lr in RATES:
-            for schedule in ("constant", "floor", "cosine"):
-                for arm, base in SEARCH.items():
-                    setting = replace(
-                        base, rest_steps=rest_steps, read_from=rest_steps, arch_lr=arch_lr, schedule=schedule
-                    )
-                    for seed in SEEDS:
-                        yield Cell(f"search/{arm}/{rest_steps}/{schedule}/{arch_lr:g}", seed, setting)
+def cells(start: str = "") -> Iterator[Cell]:
+    """All cells whose names begin with `start`."""
+    for part, arms in (("turn", TURN), ("search", SEARCH)):
+        for arm, setting in arms.items():
+            for seed in SEEDS:
+                cell = Cell(f"{part}/{arm}", seed, setting)
+                if cell.name.startswith(start):
+                    yield cell

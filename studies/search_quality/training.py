@@ -7,10 +7,13 @@ CPU one process runs one of them. Steps, supernet and augmentation are the produ
 from __future__ import annotations
 
 import base64
+import json
 import math
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from darts_space import ARCHITECTURE_NAMES, BilevelConfig, Search, SuperNet
+from darts_space import BilevelConfig, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.graphs import GraphedSearch
 from nas_kmix.engine.data import DataConfig, ImageData, augment_batch
@@ -31,16 +34,6 @@ BLOCK = 100  # steps whose batches are prepared together
 FLOOR = 0.1
 
 Halves = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Two sets of tables: the mean gradient and its t statistic, both negated, or alpha and beta twice."""
-
-    step: int
-    arch_step: int
-    tables: list[Tensor]
-    second: list[Tensor] | None
 
 
 def random_halves(data: ImageData, weight_images: int, seed: int) -> Halves:
@@ -82,9 +75,10 @@ def learning_rate(setting: Setting, step: int) -> float:
     """SGD's rate in `step`, counted from 0."""
     if setting.schedule == "constant":
         return setting.lr
-    cosine = setting.rest_steps + (setting.arch_steps if setting.schedule == "cosine" else 0)
-    low = 0.0 if setting.schedule == "cosine" else FLOOR * setting.lr
-    return low + (setting.lr - low) * (1 + math.cos(math.pi * min(step, cosine) / cosine)) / 2
+    to_the_end = setting.schedule == "cosine"
+    length = setting.rest_steps + (setting.arch_steps if setting.forks and to_the_end else 0)
+    low = 0.0 if to_the_end else FLOOR * setting.lr
+    return low + (setting.lr - low) * (1 + math.cos(math.pi * min(step, length) / length)) / 2
 
 
 def search_for(setting: Setting, classes: int, seed: int, device: torch.device) -> Search:
@@ -93,91 +87,115 @@ def search_for(setting: Setting, classes: int, seed: int, device: torch.device) 
     net = SuperNet(setting.channels, classes, setting.layers, setting.partial, generator=generator)
     net = net.to(device, memory_format=torch.channels_last)
     kind = GraphedSearch if device.type == "cuda" else Search
-    return kind(net, BilevelConfig(lr=setting.lr, arch_lr=setting.arch_lr))
+    return kind(net, BilevelConfig(lr=setting.lr))
+
+
+class Training:
+    """The supernet of one cell, its batches, and what has been read so far."""
+
+    def __init__(self, cell: Cell, data: ImageData, halves: Halves):
+        self.setting = setting = cell.setting
+        self.search = search_for(setting, data.num_classes, cell.seed, data.device)
+        stream = partial(Batches, data, size=setting.size)
+        self.train = iter(stream(halves[0], setting.batch, seed=(cell.seed, WEIGHT_ORDER)))
+        self.val = iter(stream(halves[1], setting.batch, seed=(cell.seed, ARCH_ORDER)))
+        self.probe = iter(stream(halves[1], READING_BATCH, seed=(cell.seed, ARCH_ORDER, 1)))
+        self.readings: list[dict[str, Any]] = []
+        self._results: list[tuple[Tensor, Tensor]] = []
+
+    def weight_step(self, step: int) -> None:
+        self.search.set_lr(learning_rate(self.setting, step))
+        self._results.append(self.search.weight_step(next(self.train)))
+
+    def progress(self) -> dict[str, float]:
+        """Training loss and accuracy since the last call."""
+        if not self._results:
+            return {}
+        losses, correct = (torch.stack(values).float().mean() for values in zip(*self._results, strict=True))
+        self._results.clear()
+        return {"loss": round(float(losses), 4), "accuracy": round(float(correct) / self.setting.batch, 4)}
+
+    def read_gradient(self, step: int) -> Generator[None, None, None]:
+        """The mean gradient over sixteen batches and its t statistic, negated: where alpha and beta would go."""
+        losses, grads = [], []
+        for _ in range(READING_BATCHES):
+            loss, grad = self.search.arch_gradient(next(self.probe))
+            losses.append(loss)
+            grads.append(grad)
+            yield
+        reading = {"step": step, **self.progress(), "val_loss": round(float(torch.stack(losses).mean()), 4)}
+        self.readings.append({**reading, **gradient_reading(grads)})
+
+    def fork(self, step: int, arch_lr: float) -> Generator[None, None, None]:
+        """A bilevel search from here; afterwards everything is as it was."""
+        self.progress()
+        live = [*self.search.model.parameters(), *self.search.model.buffers()]
+        live += _moments(self.search.weight_optimizer)
+        before = [tensor.detach().clone() for tensor in live]
+        for tensor in _moments(self.search.arch_optimizer):
+            tensor.zero_()
+        self.search.set_arch_lr(arch_lr)
+        for arch_step in range(1, self.setting.arch_steps + 1):
+            self.search.arch_step((), next(self.val))
+            self.weight_step(step + arch_step - 1)
+            if arch_step % self.setting.read_arch_every == 0:
+                tables = packed(list(self.search.arch))
+                place = {"step": step, "arch_lr": arch_lr, "arch_step": arch_step}
+                self.readings.append({**place, **self.progress(), "alpha": tables})
+            yield
+        with torch.no_grad():
+            for tensor, value in zip(live, before, strict=True):
+                tensor.copy_(value)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def gradient_reading(grads: list[tuple[Tensor, ...]]) -> dict[str, Any]:
+    """From the gradients by alpha and beta of several batches, in the order of ARCHITECTURE_NAMES."""
+    stacked = [torch.stack(parts) for parts in zip(*grads, strict=True)]
+    means = [-part.mean(0) for part in stacked]
+    errors = [part.std(0) / math.sqrt(len(part)) for part in stacked]
+    t = [mean / error.clamp_min(1e-12) for mean, error in zip(means, errors, strict=True)]
+    return {"mean": packed(means), "t": packed(t)}
+
+
+def packed(tables: list[Tensor]) -> str:
+    """The four tables as base64 of 252 half-precision numbers, scaled to a largest magnitude of 1."""
+    flat = torch.cat([table.detach().flatten() for table in tables]).float().cpu().numpy()
+    return base64.b64encode((flat / np.abs(flat).max()).astype("<f2").tobytes()).decode()
 
 
 def run_cell(cell: Cell, data: ImageData, halves: Halves) -> Generator[None, None, dict[str, Any]]:
     """Train and read; returns the fields of the cell's line."""
-    setting, seed = cell.setting, cell.seed
-    readings: list[Reading] = []
-    curve: list[dict[str, float]] = []
+    setting = cell.setting
     if setting.initialisations:
-        readings.append((yield from _untrained(setting, seed, data, halves)))
+        readings = [(yield from _untrained(cell, data, halves))]
     else:
-        search = search_for(setting, data.num_classes, seed, data.device)
-        train = iter(Batches(data, halves[0], setting.batch, setting.size, (seed, WEIGHT_ORDER)))
-        val = iter(Batches(data, halves[1], setting.batch, setting.size, (seed, ARCH_ORDER)))
-        probe = iter(Batches(data, halves[1], READING_BATCH, setting.size, (seed, ARCH_ORDER, 1)))
-        losses, correct, seen = [], [], 0
-        for step in range(setting.rest_steps + setting.arch_steps + 1):
-            resting = step <= setting.rest_steps
-            if resting and step >= setting.read_from and (step - setting.read_from) % setting.read_every == 0:
-                reading, loss = yield from _read_gradient(search, probe, step)
-                readings.append(reading)
-                if seen:
-                    accuracy = float(torch.stack(correct).sum()) / seen
-                    curve.append({"step": step, "loss": float(torch.stack(losses).mean()), "accuracy": accuracy})
-                    curve[-1]["val_loss"] = loss
-                losses, correct, seen = [], [], 0
-            arch_step = step - setting.rest_steps
-            if arch_step > 0 and arch_step % setting.read_every == 0:
-                readings.append(Reading(step, arch_step, _architecture(search), None))
-            if step == setting.rest_steps + setting.arch_steps:
-                break
-            search.set_lr(learning_rate(setting, step))
-            batch = next(train)
-            if step >= setting.rest_steps:
-                search.arch_step(batch, next(val))
-            loss, right = search.weight_step(batch)
-            losses.append(loss)
-            correct.append(right)
-            seen += len(batch[1])
-            yield
-    return {"setting": asdict(setting), "curve": curve, "readings": [_packed(reading) for reading in readings]}
+        training = Training(cell, data, halves)
+        readings = training.readings
+        for step in range(setting.rest_steps + 1):
+            if step % setting.read_every == 0:
+                yield from training.read_gradient(step)
+            if step in setting.forks:
+                for arch_lr in setting.arch_lrs:
+                    yield from training.fork(step, arch_lr)
+                print(f"{cell.name}: {json.dumps(readings)}", file=sys.stderr, flush=True)
+            if step < setting.rest_steps:
+                training.weight_step(step)
+                yield
+    return {"setting": asdict(setting), "readings": readings}
 
 
-def _architecture(search: Search) -> list[Tensor]:
-    return [getattr(search.model, name).detach().float().cpu().clone() for name in ARCHITECTURE_NAMES]
-
-
-def _read_gradient(search: Search, probe: Iterator[Batch], step: int) -> Generator[None, None, tuple[Reading, float]]:
-    grads, losses = [], []
-    for _ in range(READING_BATCHES):
-        loss, grad = search.arch_gradient(next(probe))
-        grads.append([part.float() for part in grad])
-        losses.append(loss)
-        yield
-    # alphas_normal, alphas_reduce, betas_normal, betas_reduce: the order of ARCHITECTURE_NAMES
-    stacked = [torch.stack(parts) for parts in zip(*grads, strict=True)]
-    return _gradient_reading(stacked, step), float(torch.stack(losses).mean())
-
-
-def _gradient_reading(stacked: list[Tensor], step: int) -> Reading:
-    means = [-part.mean(0).cpu() for part in stacked]
-    errors = [(part.std(0) / math.sqrt(len(part))).cpu() for part in stacked]
-    return Reading(step, 0, means, [m / e.clamp_min(1e-12) for m, e in zip(means, errors, strict=True)])
-
-
-def _untrained(setting: Setting, seed: int, data: ImageData, halves: Halves) -> Generator[None, None, Reading]:
+def _untrained(cell: Cell, data: ImageData, halves: Halves) -> Generator[None, None, dict[str, Any]]:
     grads = []
-    probe = iter(Batches(data, halves[1], READING_BATCH, setting.size, (seed, ARCH_ORDER, 1)))
-    for i in range(setting.initialisations):
-        search = search_for(setting, data.num_classes, 1000 * (seed + 1) + i, data.device)
+    probe = iter(Batches(data, halves[1], READING_BATCH, cell.setting.size, (cell.seed, ARCH_ORDER, 1)))
+    for i in range(cell.setting.initialisations):
+        search = search_for(cell.setting, data.num_classes, 1000 * (cell.seed + 1) + i, data.device)
         grads.append(search.arch_gradient(next(probe))[1])
         yield
-    return _gradient_reading([torch.stack(parts) for parts in zip(*grads, strict=True)], 0)
-
-
-def _packed(reading: Reading) -> dict[str, Any]:
-    """Tables as base64 of 252 half-precision numbers, each set scaled to a largest magnitude of 1."""
-    fields: dict[str, Any] = {"step": reading.step, "arch_step": reading.arch_step}
-    for name, tables in (("tables", reading.tables), ("t", reading.second)):
-        if tables is not None:
-            flat = torch.cat([table.flatten() for table in tables]).numpy().astype(np.float32)
-            scale = float(np.abs(flat).max())
-            fields[name] = base64.b64encode((flat / scale).astype("<f2").tobytes()).decode()
-            fields[f"{name}_scale"] = float(f"{scale:.6g}")
-    return fields
+    return {"step": 0, **gradient_reading(grads)}
 
 
 def side_by_side(
