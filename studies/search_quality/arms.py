@@ -31,8 +31,8 @@ class Setting:
     """Resting steps between readings of the gradient by alpha and beta."""
     forks: tuple[int, ...] = ()
     """Resting steps after which a bilevel search sets out from a copy of the state, one for each of `arch_lrs`."""
-    arch_steps: int = 200
-    arch_lrs: tuple[float, ...] = (2e-3, 6e-3)
+    arch_steps: int = 150
+    arch_lrs: tuple[float, ...] = (6e-3,)
     read_arch_every: int = 25
     """Architecture steps between readings of alpha and beta."""
     initialisations: int = 0
@@ -75,8 +75,8 @@ TURN = {
 
 
 SEARCH = {
-    "5cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2000, 4000)),
-    "8cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2000, 4000), layers=8),
+    "5cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2400, 4000)),
+    "8cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2400, 4000), layers=8),
     "32px": replace(BASE, rest_steps=2000, schedule="constant", forks=(1200, 2000), size=32),
 }
 """Part 2, bilevel searches. At a constant rate one resting supernet serves several lengths of the rest."""
