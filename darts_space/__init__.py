@@ -4,17 +4,15 @@
 the result, a `Genotype` that saves to and loads from JSON:
 
     search = Search(SuperNet(num_classes=100), BilevelConfig())
-    for epoch in range(search.config.epochs):
-        search.start_epoch(epoch)
-        for train_batch, val_batch in batches(epoch):
-            search.step(train_batch, val_batch)
+    for train_batch, val_batch in batches:  # search.config.steps of them
+        search.step(train_batch, val_batch)
     search.model.genotype().save("genotype.json")
 
 A genotype becomes a `CifarNetwork` or an `ImageNetNetwork`, with a `cost` and, once trained, a checkpoint that
 `load_network` opens.
 """
 
-from darts_space.bilevel import BilevelConfig, Search, StepResult, cosine_lr, scaled_lr
+from darts_space.bilevel import BilevelConfig, Search, StepResult, learning_rate, scaled_lr
 from darts_space.budget import parse_macs, widest
 from darts_space.checkpoint import build_network, load_network, network_checkpoint
 from darts_space.derivation import Diagnostics, derive, diagnose
@@ -42,11 +40,11 @@ __all__ = [
     "SuperNet",
     "build_network",
     "build_operation",
-    "cosine_lr",
     "cost",
     "derive",
     "diagnose",
     "from_plain",
+    "learning_rate",
     "load_network",
     "network_checkpoint",
     "parse_macs",

@@ -6,7 +6,8 @@ Out: the trained supernet, whose `genotype()` is the search's result; losses as 
 
 A step first moves alpha and beta by Adam on the validation loss, then the weights by SGD on the training loss
 (DARTS algorithm 1; PC-DARTS section 4.2). First order takes the weights as they are; `unrolled` takes them one
-SGD step ahead (DARTS section 2.3). Alpha and beta rest in the first epochs (PC-DARTS section 4.2).
+SGD step ahead (DARTS section 2.3). Alpha and beta rest for the first `rest_steps`, until the weights mean something
+(PC-DARTS section 4.2). That takes steps, whatever the number of images, so the search is measured in steps.
 
 Deviations from the published code: alpha and beta get no gradient in the weight step, and the weights none in
 the architecture step (nobody used them); in the second order no extra pass moves BatchNorm's running statistics,
@@ -37,12 +38,20 @@ _AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class BilevelConfig:
     """Hyper-parameters of the search. The defaults are PC-DARTS's on CIFAR-10 (section 4.2), batch 256."""
 
-    epochs: int = 50
-    """Epochs of the whole search; the length of the cosine schedule."""
+    rest_steps: int = 1470
+    """First steps, in which only the weights move. PC-DARTS 4.2: 15 epochs of 98 steps."""
+    arch_steps: int = 3430
+    """Steps after them, which move alpha and beta too. PC-DARTS 4.2: 35 epochs."""
     lr: float = 0.1
     """SGD's first learning rate, for batch 256 (see `scaled_lr`). PC-DARTS 4.2; ImageNet (4.3) 0.5 at 1024."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """SGD's rate over all steps: half a cosine from `lr` to `lr_min` (PC-DARTS 4.2), or `lr` throughout."""
     lr_min: float = 0.0
     """The rate that the cosine approaches. PC-DARTS 4.2."""
+    epoch_steps: int = 98
+    """Steps between changes of the rate. PC-DARTS 4.2: an epoch of 25,000 images."""
+    warmup_epochs: int = 0
+    """Epochs of linear warm-up of SGD's rate. Published ImageNet code: 5."""
     momentum: float = 0.9
     """SGD's momentum. PC-DARTS 4.2."""
     weight_decay: float = 3e-4
@@ -57,22 +66,22 @@ class BilevelConfig:
     """Adam's weight decay on alpha and beta. PC-DARTS 4.2."""
     arch_grad_clip: float | None = None
     """Largest norm of the gradient of alpha and beta; None does not clip. Published ImageNet code: 5."""
-    frozen_epochs: int | None = None
-    """First epochs without architecture steps. PC-DARTS 4.2: 15 of 50; ImageNet (4.3): 35 of 50. None means
-    min(15, epochs // 2)."""
-    warmup_epochs: int = 0
-    """Epochs of linear warm-up of SGD's rate. Published ImageNet code: 5."""
     unrolled: bool = False
     """Second-order architecture gradient. DARTS 2.3; PC-DARTS uses the first order."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Autocast of the forward passes; fp16 needs a GPU and scales its losses. Not in the papers."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"A search needs at least 1 epoch, not {self.epochs}.")
-        for name in ("frozen_epochs", "warmup_epochs"):
-            if not 0 <= (getattr(self, name) or 0) <= self.epochs:
-                raise ValueError(f"{name} is {getattr(self, name)}; choose a value from 0 to {self.epochs} epochs.")
+        for name in ("rest_steps", "arch_steps", "warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; choose 0 or more.")
+        if self.steps < 1 or self.epoch_steps < 1:
+            raise ValueError(
+                f"A search and its epochs need at least 1 step, not {self.rest_steps} + {self.arch_steps} and "
+                f"{self.epoch_steps}."
+            )
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule is {self.schedule!r}; use 'cosine' or 'constant'.")
         for name in ("lr", "grad_clip", "arch_lr", "arch_grad_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -86,9 +95,9 @@ class BilevelConfig:
             )
 
     @property
-    def first_arch_epoch(self) -> int:
-        """The number of frozen epochs, which is the first epoch (from 0) with architecture steps."""
-        return min(15, self.epochs // 2) if self.frozen_epochs is None else self.frozen_epochs
+    def steps(self) -> int:
+        """All steps of the search."""
+        return self.rest_steps + self.arch_steps
 
 
 class StepResult(NamedTuple):
@@ -100,7 +109,7 @@ class StepResult(NamedTuple):
     """Correct predictions in it, int64, 0..N."""
     val_loss: Tensor | None
     """Mean cross-entropy of the validation batch before the architecture step (in the second order: at the
-    weights one step ahead); None in frozen epochs."""
+    weights one step ahead); None while alpha and beta rest."""
 
 
 def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
@@ -114,14 +123,18 @@ def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
     return lr * min(batch_size, full_batch) / full_batch
 
 
-def cosine_lr(epoch: int, *, epochs: int = 50, lr: float = 0.1, lr_min: float = 0.0, warmup_epochs: int = 0) -> float:
-    """SGD's rate in `epoch` 0..epochs - 1: half a cosine from `lr` towards `lr_min`, which epoch `epochs` would have.
+def learning_rate(config: BilevelConfig, step: int) -> float:
+    """SGD's rate in `step` 0..config.steps - 1; it changes once an epoch.
 
-    Below `warmup_epochs` it is lr * (epoch + 1) / warmup_epochs; the cosine then goes on where it would be.
+    In epoch e of the warm-up it is lr * (e + 1) / warmup_epochs; the cosine then goes on where it would be.
     """
-    if epoch < warmup_epochs:
-        return lr * (epoch + 1) / warmup_epochs
-    return lr_min + (lr - lr_min) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    epoch = step // config.epoch_steps
+    if epoch < config.warmup_epochs:
+        return config.lr * (epoch + 1) / config.warmup_epochs
+    if config.schedule == "constant":
+        return config.lr
+    done = epoch * config.epoch_steps / config.steps
+    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * done)) / 2
 
 
 @contextmanager
@@ -137,10 +150,13 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 class Search:
-    """A supernet with its two optimisers. Call `start_epoch(epoch)` from 0, then `step` for each pair of batches.
+    """A supernet with its two optimisers. Call `step` for each pair of batches, `config.steps` times.
 
     The model is trained in place, on the device where its parameters are. Nothing here waits for a GPU.
     """
+
+    steps_done: int
+    """Steps taken so far."""
 
     def __init__(self, model: nn.Module, config: BilevelConfig):
         self.model = model
@@ -159,19 +175,20 @@ class Search:
             self.arch, config.arch_lr, config.arch_betas, weight_decay=config.arch_weight_decay, **kernels
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.start_epoch(0)
+        self.steps_done = 0
 
-    def start_epoch(self, epoch: int) -> None:
-        """Set the epoch (from 0): SGD's rate, and whether the architecture is frozen."""
-        config = self.config
-        self.epoch = epoch
-        self.lr = cosine_lr(
-            epoch, epochs=config.epochs, lr=config.lr, lr_min=config.lr_min, warmup_epochs=config.warmup_epochs
-        )
-        self.set_lr(self.lr)
+    @property
+    def resting(self) -> bool:
+        """Whether alpha and beta rest in the step to come."""
+        return self.steps_done < self.config.rest_steps
+
+    @property
+    def lr(self) -> float:
+        """SGD's rate in the step to come."""
+        return learning_rate(self.config, self.steps_done)
 
     def set_lr(self, lr: float) -> None:
-        """Set SGD's rate."""
+        """Set SGD's rate for a step taken by `weight_step`; `step` sets it itself."""
         for group in self.weight_optimizer.param_groups:
             group["lr"] = lr
 
@@ -180,20 +197,19 @@ class Search:
         for group in self.arch_optimizer.param_groups:
             group["lr"] = lr
 
-    @property
-    def frozen(self) -> bool:
-        """Whether alpha and beta rest in the present epoch."""
-        return self.epoch < self.config.first_arch_epoch
-
     def step(self, train_batch: Batch, val_batch: Batch | None) -> StepResult:
-        """One architecture step on `val_batch` (none in frozen epochs, which do not read it), one weight step."""
+        """One architecture step on `val_batch` (none while alpha and beta rest, and none is read), one weight step."""
+        if self.steps_done >= self.config.steps:
+            raise ValueError(f"The search has taken all of its {self.config.steps} steps.")
         val_loss = None
-        if not self.frozen:
+        self.set_lr(self.lr)
+        if not self.resting:
             if val_batch is None:
-                raise ValueError(f"Epoch {self.epoch} moves the architecture and needs a validation batch.")
+                raise ValueError(f"Step {self.steps_done} moves the architecture and needs a validation batch.")
             val_loss = self.arch_step(train_batch, val_batch)
         train_loss, correct = self.weight_step(train_batch)
         self.scaler.update()
+        self.steps_done += 1
         return StepResult(train_loss, correct, val_loss)
 
     def arch_step(self, train_batch: Batch, val_batch: Batch) -> Tensor:
@@ -289,16 +305,16 @@ class Search:
         As in PyTorch the tensors are the live ones: save or copy them before the next step.
         """
         return {
-            "epoch": self.epoch,
+            "steps_done": self.steps_done,
             "model": self.model.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict()["state"],
+            "arch_optimizer": self.arch_optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of the same model and config; another model's is a ValueError before anything moves."""
-        keys = ("epoch", "model", "weight_optimizer", "arch_optimizer", "scaler")
+        keys = ("steps_done", "model", "weight_optimizer", "arch_optimizer", "scaler")
         if missing := [key for key in keys if key not in state]:
             raise ValueError(f"The search state lacks {', '.join(missing)}; it is not one of Search.state_dict.")
         shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
@@ -310,8 +326,11 @@ class Search:
                 f"{found.get(name, 'nothing')} for {shapes.get(name, 'nothing')}; build the model as it was saved."
             )
         self.model.load_state_dict(state["model"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        for name in ("weight_optimizer", "arch_optimizer"):
+            optimizer = getattr(self, name)
+            # Rates and kernels stay this search's own, so that it may go on on another kind of device.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state[name], "param_groups": groups})
         if self.scaler.is_enabled() and state["scaler"]:  # empty if the search so far had no use for one
             self.scaler.load_state_dict(state["scaler"])
-        self.start_epoch(state["epoch"])
+        self.steps_done = state["steps_done"]

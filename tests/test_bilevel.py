@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from darts_space import unrolled
-from darts_space.bilevel import BilevelConfig, Search, cosine_lr, scaled_lr
+from darts_space.bilevel import BilevelConfig, Search, learning_rate, scaled_lr
 from darts_space.fast.supernet import SuperNet
 from darts_space.plain import PlainSuperNet
 from darts_space.search_network import ARCHITECTURE_NAMES, SearchNetwork
@@ -57,7 +57,7 @@ def draw_batch(seed: int, images: int = 4, size: int = 4, dtype: torch.dtype = t
 
 def config(**arguments) -> BilevelConfig:
     """No frozen epochs, so that a test sees both steps at once."""
-    return BilevelConfig(**{"epochs": 4, "frozen_epochs": 0, **arguments})
+    return BilevelConfig(**{"rest_steps": 0, "arch_steps": 8, "epoch_steps": 2, **arguments})
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def arch_gradients(search: Search) -> list[torch.Tensor]:
 @pytest.mark.parametrize("arch_grad_clip", [None, 1e-3])
 def test_first_order_is_the_published_loop(arch_grad_clip):
     """Three steps against the loop as one would write it down: backward everywhere, step one optimiser at a time."""
-    settings = config(epochs=10, grad_clip=0.5, arch_grad_clip=arch_grad_clip)
+    settings = config(arch_steps=10, epoch_steps=1, grad_clip=0.5, arch_grad_clip=arch_grad_clip)
     model = supernet()
     oracle = copy.deepcopy(model)
     arch = [getattr(oracle, name) for name in ARCHITECTURE_NAMES]
@@ -88,12 +88,11 @@ def test_first_order_is_the_published_loop(arch_grad_clip):
     sgd = torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=3e-4)
     adam = torch.optim.Adam(arch, lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3)
     search = Search(model, settings)
-    for epoch in range(3):
-        train_batch, val_batch = draw_batch(2 * epoch), draw_batch(2 * epoch + 1)
-        search.start_epoch(epoch)
+    for step in range(3):
+        train_batch, val_batch = draw_batch(2 * step), draw_batch(2 * step + 1)
         result = search.step(train_batch, val_batch)
 
-        sgd.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * epoch / 10))
+        sgd.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 10))
         oracle.zero_grad()
         val_loss = F.cross_entropy(oracle(val_batch[0]), val_batch[1])
         val_loss.backward()
@@ -147,21 +146,35 @@ def test_the_weight_step_leaves_alpha_and_beta_bitwise():
     assert all(not torch.equal(seen[0][name], value) for name, value in model.state_dict().items() if "weight" in name)
 
 
-def test_frozen_epochs_move_the_weights_alone():
+def test_alpha_and_beta_rest_while_the_weights_move():
     model = supernet()
-    search = Search(model, config(frozen_epochs=2))
+    search = Search(model, config(rest_steps=2))
     start = snapshot(model)
-    for epoch in range(2):
-        search.start_epoch(epoch)
-        assert search.frozen and search.step(draw_batch(epoch), None).val_loss is None
+    for step in range(2):
+        assert search.resting and search.step(draw_batch(step), None).val_loss is None
     assert all(torch.equal(start[name], getattr(model, name)) for name in ARCHITECTURE_NAMES)
     assert not torch.equal(start["classifier.weight"], model.classifier.weight)
     assert int(model.stem0[1].num_batches_tracked) == 2, "one forward pass per step"
-    search.start_epoch(2)
-    with pytest.raises(ValueError, match="Epoch 2 moves the architecture and needs a validation batch"):
+    with pytest.raises(ValueError, match="Step 2 moves the architecture and needs a validation batch"):
         search.step(draw_batch(2), None)
     search.step(draw_batch(2), draw_batch(3))
     assert not any(torch.equal(start[name], getattr(model, name)) for name in ARCHITECTURE_NAMES)
+
+
+def test_a_search_ends_with_its_last_step():
+    search = Search(smooth_net(), config(rest_steps=1, arch_steps=1))
+    for seed in range(2):
+        search.step(draw_batch(seed, images=8), draw_batch(seed + 2, images=8))
+    with pytest.raises(ValueError, match="taken all of its 2 steps"):
+        search.step(draw_batch(0, images=8), draw_batch(1, images=8))
+
+
+def test_the_gradient_of_the_architecture_moves_nothing():
+    search = Search(supernet(), config(arch_weight_decay=0.0))
+    loss, found = search.arch_gradient(draw_batch(1))
+    assert all(torch.equal(a, b) for a, b in zip(search.arch, supernet().arch_parameters(), strict=True))
+    assert search.step(draw_batch(0), draw_batch(1)).val_loss == loss
+    torch.testing.assert_close(list(found), arch_gradients(search), rtol=1e-12, atol=0)
 
 
 def test_only_the_weights_are_clipped_by_grad_clip():
@@ -172,7 +185,7 @@ def test_only_the_weights_are_clipped_by_grad_clip():
         before = [weight.detach().clone() for weight in one.weights]
         one.step(draw_batch(0), draw_batch(1))
         moved = [weight.detach() - start for weight, start in zip(one.weights, before, strict=True)]
-        norms.append(torch.cat([m.flatten() for m in moved]).norm() / one.lr)
+        norms.append(torch.cat([m.flatten() for m in moved]).norm() / 0.1)
     assert norms[0] == pytest.approx(1e-4, rel=1e-4) and norms[1] > 1e-2
     assert all(map(torch.equal, arch_gradients(search), arch_gradients(free)))
 
@@ -208,12 +221,11 @@ def exact_gradients(search: Search, train_batch, val_batch) -> list[torch.Tensor
 
 
 def about_to_unroll(model: nn.Module, steps_before: int) -> Search:
-    """A search with momentum from `steps_before` frozen steps; Adam is still untouched, the next step unrolls."""
-    settings = config(epochs=4, lr=0.5, unrolled=True, arch_weight_decay=0.0, weight_decay=0.1, frozen_epochs=1)
+    """A search with momentum from `steps_before` resting steps; Adam is still untouched, the next step unrolls."""
+    settings = config(rest_steps=steps_before, lr=0.5, unrolled=True, arch_weight_decay=0.0, weight_decay=0.1)
     search = Search(model, settings)
     for seed in range(steps_before):
         search.step(draw_batch(seed, images=8), None)
-    search.start_epoch(1)
     return search
 
 
@@ -271,19 +283,27 @@ def test_the_published_difference_is_taken_to_the_letter():
 
 
 def test_the_learning_rate_is_the_published_one():
-    rates = [cosine_lr(epoch) for epoch in (0, 1, 15, 25, 49)]
-    assert rates == pytest.approx([0.1, 0.099901, 0.079389, 0.05, 9.87e-5], rel=5e-4)
-    assert cosine_lr(25, lr_min=0.02) == pytest.approx(0.06)
-    imagenet = [cosine_lr(epoch, lr=0.5, warmup_epochs=5) for epoch in range(7)]
-    assert imagenet[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert imagenet[5:] == pytest.approx([0.25 * (1 + math.cos(math.pi * epoch / 50)) for epoch in (5, 6)])
+    """The figures are those of a 50-epoch cosine at the start of an epoch."""
+    cifar = BilevelConfig()
+    rates = [learning_rate(cifar, 98 * epoch + step) for epoch in (0, 1, 15, 25, 49) for step in (0, 97)]
+    assert rates == pytest.approx(
+        [rate for rate in (0.1, 0.099901, 0.079389, 0.05, 9.87e-5) for _ in range(2)], rel=5e-4
+    )
+    assert learning_rate(BilevelConfig(lr_min=0.02), 98 * 25) == pytest.approx(0.06)
+    imagenet = BilevelConfig(rest_steps=350, arch_steps=150, epoch_steps=10, lr=0.5, warmup_epochs=5)
+    rates = [learning_rate(imagenet, step) for step in (0, 9, 10, 49, 50, 69)]
+    cosine = [0.25 * (1 + math.cos(math.pi * epoch / 50)) for epoch in (5, 6)]
+    assert rates == pytest.approx([0.1, 0.1, 0.2, 0.5, *cosine])
+    constant = BilevelConfig(schedule="constant", warmup_epochs=2, epoch_steps=3)
+    assert [learning_rate(constant, step) for step in (0, 3, 6, 4899)] == [0.05, 0.1, 0.1, 0.1]
 
 
-def test_each_epoch_sets_its_rate():
-    search = Search(smooth_net(), BilevelConfig(epochs=50, lr=0.5, lr_min=0.1, warmup_epochs=2))
-    for epoch, expected in ((0, 0.25), (1, 0.5), (25, 0.3)):
-        search.start_epoch(epoch)
-        assert search.lr == search.weight_optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+def test_each_step_sets_its_rate():
+    search = Search(smooth_net(), BilevelConfig(0, 4, lr=0.5, lr_min=0.1, epoch_steps=2))
+    for expected in (0.5, 0.5, 0.3, 0.3):
+        assert search.lr == pytest.approx(expected)
+        search.step(draw_batch(0, images=8), draw_batch(1, images=8))
+        assert search.weight_optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         assert search.arch_optimizer.param_groups[0]["lr"] == 6e-4
 
 
@@ -296,17 +316,13 @@ def test_small_batches_lower_the_rate():
         scaled_lr(0)
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(50, 15), (30, 15), (10, 5), (3, 1), (1, 0)])
-def test_frozen_epochs_follow_the_length_of_the_search(epochs, expected):
-    assert BilevelConfig(epochs=epochs).first_arch_epoch == expected
-    assert BilevelConfig(epochs=epochs, frozen_epochs=0).first_arch_epoch == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"epochs": 0}, "at least 1 epoch, not 0"),
-        ({"frozen_epochs": 51}, "frozen_epochs is 51; choose a value from 0 to 50"),
+        ({"rest_steps": 0, "arch_steps": 0}, r"need at least 1 step, not 0 \+ 0 and 98"),
+        ({"epoch_steps": 0}, r"need at least 1 step, not 1470 \+ 3430 and 0"),
+        ({"rest_steps": -1}, "rest_steps is -1; choose 0 or more"),
+        ({"schedule": "step"}, "schedule is 'step'; use 'cosine' or 'constant'"),
         ({"warmup_epochs": -1}, "warmup_epochs is -1"),
         ({"lr": 0.0}, r"lr is 0\.0; choose a positive"),
         ({"arch_lr": float("nan")}, "arch_lr is nan"),
@@ -362,18 +378,13 @@ def test_evaluation_weighs_every_image_alike_and_changes_nothing():
 # --- Resume
 
 
-@pytest.mark.parametrize(("unrolled", "interrupted_after"), [(False, 1), (False, 3), (True, 3)])
+@pytest.mark.parametrize(("unrolled", "interrupted_after"), [(False, 1), (False, 2), (False, 3), (True, 3)])
 def test_an_interrupted_search_ends_with_the_same_bits(tmp_path, unrolled, interrupted_after):
-    settings = config(frozen_epochs=1, unrolled=unrolled)
-    plan = [
-        (step // 2, draw_batch(2 * step, dtype=torch.float32), draw_batch(2 * step + 1, dtype=torch.float32))
-        for step in range(4)
-    ]
+    settings = config(rest_steps=2, unrolled=unrolled)
+    plan = [[draw_batch(2 * step + half, dtype=torch.float32) for half in range(2)] for step in range(5)]
 
     def run(search, steps):
-        for epoch, train_batch, val_batch in steps:
-            if epoch != search.epoch:
-                search.start_epoch(epoch)
+        for train_batch, val_batch in steps:
             search.step(train_batch, val_batch)
 
     whole = Search(supernet(dtype=torch.float32), settings)
@@ -383,7 +394,7 @@ def test_an_interrupted_search_ends_with_the_same_bits(tmp_path, unrolled, inter
     torch.save(first.state_dict(), tmp_path / "search.pt")
     second = Search(supernet(seed=9, dtype=torch.float32), settings)
     second.load_state_dict(torch.load(tmp_path / "search.pt", weights_only=True))
-    assert second.epoch == first.epoch and second.lr == first.lr
+    assert second.steps_done == first.steps_done == interrupted_after and second.lr == first.lr
     run(second, plan[interrupted_after:])
     assert same(whole.model.state_dict(), second.model.state_dict())
     assert set(ARCHITECTURE_NAMES) <= set(whole.state_dict()["model"])
@@ -400,13 +411,13 @@ def test_the_state_of_another_search_is_refused_and_changes_nothing():
         with pytest.raises(ValueError, match=r"another supernet: [0-9]+ tensors differ, first .*; build the model"):
             search.load_state_dict(state)
     with pytest.raises(ValueError, match="lacks weight_optimizer, scaler"):
-        search.load_state_dict({"epoch": 1, "model": {}, "arch_optimizer": {}})
-    assert same(before, search.model.state_dict()) and search.epoch == 0
+        search.load_state_dict({"steps_done": 1, "model": {}, "arch_optimizer": {}})
+    assert same(before, search.model.state_dict()) and search.steps_done == 0
 
 
 def test_a_search_learns():
     """Labels that the mean of one channel tells: both losses fall well below chance."""
-    search = Search(supernet(dtype=torch.float32), config(epochs=1, lr=0.1, arch_lr=0.1))
+    search = Search(supernet(dtype=torch.float32), config(arch_steps=12, epoch_steps=12, lr=0.1, arch_lr=0.1))
     losses = []
     for step in range(12):
         batches = []

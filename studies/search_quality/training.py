@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from darts_space import BilevelConfig, Search, SuperNet
 from darts_space.bilevel import Batch
-from darts_space.graphs import GraphedSearch
+from darts_space.fast.graphs import GraphedSearch
 from nas_kmix.engine.data import DataConfig, ImageData, augment_batch
 from studies.search_quality.arms import Cell, Setting
 

@@ -33,29 +33,36 @@ class GraphedSearch(Search):
     def __init__(self, model: nn.Module, config: BilevelConfig):
         if config.unrolled or config.amp == "fp16":
             raise ValueError("Only the first order without fp16's loss scaling can be recorded; use `Search`.")
+        super().__init__(model, config)
+        if self.device.type != "cuda":
+            raise ValueError(f"A recorded search needs a CUDA device, the model is on {self.device}; use `Search`.")
         self._calls: dict[Any, int] = {}
         self._recordings: dict[Any, _Recording] = {}
-        super().__init__(model, config)
         self.arch_optimizer = torch.optim.Adam(
             self.arch,
-            torch.tensor(config.arch_lr, device=self.device),
+            config.arch_lr,
             config.arch_betas,
             weight_decay=config.arch_weight_decay,
             fused=True,
             capturable=True,
         )
 
+        for optimizer in (self.weight_optimizer, self.arch_optimizer):
+            for group in optimizer.param_groups:  # a recording reads the rate from the device
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+
     def set_lr(self, lr: float) -> None:
-        """Set SGD's rate, which a recording reads from the device."""
         for group in self.weight_optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] = torch.tensor(lr, dtype=torch.float32, device=self.device)
             group["lr"].fill_(lr)
 
     def set_arch_lr(self, lr: float) -> None:
-        """Set Adam's rate."""
         for group in self.arch_optimizer.param_groups:
             group["lr"].fill_(lr)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._recordings.clear()  # their optimisers' state is another one now
+        self._calls.clear()
 
     def weight_step(self, train_batch: Batch) -> tuple[Tensor, Tensor]:
         return self._replay("weight_step", super().weight_step, train_batch)
