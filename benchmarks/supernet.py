@@ -89,7 +89,7 @@ class PublishedLoop:
 def build(form: str, config: Config) -> tuple[SearchNetwork, PublishedLoop | Search, Batch]:
     """The network, its loop and a batch."""
     model = FORMS[form](generator=torch.Generator().manual_seed(0)).to(config.device)
-    settings = BilevelConfig(frozen_epochs=0)
+    settings = BilevelConfig(rest_steps=0)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(config.batch_size, 3, 32, 32, generator=generator)
     labels = torch.randint(10, (config.batch_size,), generator=generator)

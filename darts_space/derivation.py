@@ -11,13 +11,17 @@ computed in float64 on the CPU, so that a genotype does not depend on the device
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from darts_space.cell import CONCAT, EDGES, NODES, PRIMITIVES, Edge, node_rows
 from darts_space.genotype import Genotype
+
+
+EdgesBy = Literal["alpha", "alpha-beta"]
+"""What chooses the edges of a node: their best operation's alpha, or its product with beta (PC-DARTS section 3.3)."""
 
 
 class Diagnostics(NamedTuple):
@@ -33,6 +37,9 @@ class Diagnostics(NamedTuple):
     skips_normal: int
     """Skip connections among the eight chosen operations."""
     skips_reduce: int
+    pools_normal: int
+    """Pools among the eight chosen operations: a search whose weights are untrained chooses them."""
+    pools_reduce: int
 
 
 def normalised_betas(betas: Tensor) -> Tensor:
@@ -46,11 +53,11 @@ def derive(
     alphas_reduce: Tensor,
     betas_reduce: Tensor,
     *,
-    edge_normalisation: bool = True,
+    edges_by: EdgesBy = "alpha-beta",
 ) -> Genotype:
-    """The genotype of the tables; with `edge_normalisation=False` beta plays no part, which is DARTS's rule."""
-    normal = _scores("normal", alphas_normal, betas_normal, edge_normalisation)
-    reduce = _scores("reduce", alphas_reduce, betas_reduce, edge_normalisation)
+    """The genotype of the tables. By "alpha" alone, beta plays no part in the choice of edges: DARTS's rule."""
+    normal = _scores("normal", alphas_normal, betas_normal, edges_by)
+    reduce = _scores("reduce", alphas_reduce, betas_reduce, edges_by)
     return Genotype(_chosen_edges(normal), CONCAT, _chosen_edges(reduce), CONCAT)
 
 
@@ -60,18 +67,23 @@ def diagnose(
     alphas_reduce: Tensor,
     betas_reduce: Tensor,
     *,
-    edge_normalisation: bool = True,
+    edges_by: EdgesBy = "alpha-beta",
 ) -> Diagnostics:
-    """Margins, entropies and skip connections of the tables; arguments as for `derive`."""
-    normal = _scores("normal", alphas_normal, betas_normal, edge_normalisation)
-    reduce = _scores("reduce", alphas_reduce, betas_reduce, edge_normalisation)
-    skips = Genotype(_chosen_edges(normal), CONCAT, _chosen_edges(reduce), CONCAT).skip_connections()
+    """Margins, entropies, skip connections and pools of the tables; arguments as for `derive`."""
+    normal = _scores("normal", alphas_normal, betas_normal, edges_by)
+    reduce = _scores("reduce", alphas_reduce, betas_reduce, edges_by)
+    genotype = Genotype(_chosen_edges(normal), CONCAT, _chosen_edges(reduce), CONCAT)
     return Diagnostics(
-        _margin(normal), _margin(reduce), _mean_entropy(alphas_normal), _mean_entropy(alphas_reduce), *skips
+        _margin(normal),
+        _margin(reduce),
+        _mean_entropy(alphas_normal),
+        _mean_entropy(alphas_reduce),
+        *genotype.skip_connections(),
+        *genotype.pools(),
     )
 
 
-def _scores(cell: str, alphas: Tensor, betas: Tensor, edge_normalisation: bool) -> list[list[float]]:
+def _scores(cell: str, alphas: Tensor, betas: Tensor, edges_by: EdgesBy) -> list[list[float]]:
     """The (14, 7) scores without the column of `none`, so that column c is PRIMITIVES[c + 1]."""
     alphas, betas = torch.as_tensor(alphas), torch.as_tensor(betas)
     for name, table, shape in (
@@ -83,7 +95,7 @@ def _scores(cell: str, alphas: Tensor, betas: Tensor, edge_normalisation: bool) 
         if not table.isfinite().all():
             raise ValueError(f"{name} has values that are not finite: the search has diverged; lower its rates.")
     scores = alphas.detach().to("cpu", torch.float64).softmax(1)
-    if edge_normalisation:
+    if edges_by == "alpha-beta":
         scores = scores * normalised_betas(betas.detach().to("cpu", torch.float64))[:, None]
     return scores[:, 1:].tolist()
 

@@ -21,8 +21,8 @@ from darts_space.legacy_text import TEXT_FORM, parse_call
 
 FORMAT = "darts_space/genotype"
 VERSION = 1
-COLLAPSE_SKIPS = 4
-"""Skip connections, of the eight operations of a normal cell, from which on a search counts as collapsed."""
+COLLAPSE_SKIPS, COLLAPSE_POOLS = 4, 5
+"""Skip connections, and pools, of the eight operations of a normal cell from which on a search counts as collapsed."""
 
 # Far more than a genotype with its provenance needs; a larger file is a mistaken path.
 _MAX_FILE_BYTES = 1 << 20
@@ -51,13 +51,18 @@ class Genotype:
         normal, reduce = ([operation for operation, _ in cell] for cell in (self.normal, self.reduce))
         return normal.count("skip_connect"), reduce.count("skip_connect")
 
+    def pools(self) -> tuple[int, int]:
+        """Number of pools in the normal and in the reduction cell, each 0..8."""
+        normal, reduce = (sum("pool" in operation for operation, _ in cell) for cell in (self.normal, self.reduce))
+        return normal, reduce
+
     @property
     def collapsed(self) -> bool:
-        """Whether skip connections have taken over the normal cell: the known failure of differentiable search.
+        """Whether operations without weights have taken over the normal cell: the known failures of such searches.
 
-        They win while the other operations are still untrained, and the network that is left is shallow.
+        Pools win while the other operations are untrained, skip connections where the architecture moves for too long.
         """
-        return self.skip_connections()[0] >= COLLAPSE_SKIPS
+        return self.skip_connections()[0] >= COLLAPSE_SKIPS or self.pools()[0] >= COLLAPSE_POOLS
 
     def shared_edges(self, other: Genotype) -> int:
         """Number of (cell, node, operation, input) entries that both genotypes have, 0..`GENOTYPE_EDGES`."""

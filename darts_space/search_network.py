@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from darts_space.cell import EDGES, NODES, PRIMITIVES
-from darts_space.derivation import Diagnostics, derive, diagnose, normalised_betas
+from darts_space.derivation import Diagnostics, EdgesBy, derive, diagnose, normalised_betas
 from darts_space.genotype import Genotype
 from darts_space.primitives import build_stems, initialised_from
 
@@ -124,13 +124,13 @@ class SearchNetwork(nn.Module):
         """All parameters but alpha and beta."""
         return [parameter for name, parameter in self.named_parameters() if name not in ARCHITECTURE_NAMES]
 
-    def genotype(self) -> Genotype:
-        """The genotype of the present alpha and beta."""
-        return derive(**self._tables(), edge_normalisation=self.edge_normalisation)
+    def genotype(self, edges_by: EdgesBy = "alpha-beta") -> Genotype:
+        """The genotype of the present alpha and beta; see `derive`. Without edge normalisation beta has no part."""
+        return derive(**self._tables(), edges_by=edges_by if self.edge_normalisation else "alpha")
 
-    def diagnostics(self) -> Diagnostics:
-        """Margins, entropies and skip connections of the present alpha and beta."""
-        return diagnose(**self._tables(), edge_normalisation=self.edge_normalisation)
+    def diagnostics(self, edges_by: EdgesBy = "alpha-beta") -> Diagnostics:
+        """Margins, entropies, skip connections and pools of the present alpha and beta."""
+        return diagnose(**self._tables(), edges_by=edges_by if self.edge_normalisation else "alpha")
 
     def _tables(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ARCHITECTURE_NAMES}

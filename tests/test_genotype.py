@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,10 +291,18 @@ def test_skip_connections_are_counted_by_cell():
     }
 
 
-def test_four_skip_connections_in_the_normal_cell_are_a_collapse():
+def test_pools_are_counted_by_cell():
+    counts = {name: genotype.pools() for name, genotype in GENOTYPES.items()}
+    assert counts == {"PC_DARTS_cifar": (1, 1), "PC_DARTS_image": (0, 1), "DARTS_V1": (0, 5), "DARTS_V2": (0, 5)}
+
+
+@pytest.mark.parametrize(("operations", "limit"), [(["skip_connect"], 4), (["max_pool_3x3", "avg_pool_3x3"], 5)])
+def test_too_many_operations_without_weights_in_the_normal_cell_are_a_collapse(operations, limit):
     for count in range(9):
-        cell = [("skip_connect" if i < count else "sep_conv_3x3", i % 2) for i in range(8)]
-        assert with_normal(cell).collapsed == (count >= 4)
+        names = [operations[i % len(operations)] if i < count else "sep_conv_3x3" for i in range(8)]
+        genotype = with_normal([(name, i % 2) for i, name in enumerate(names)])
+        assert genotype.collapsed == (count >= limit)
+        assert not replace(genotype, reduce=genotype.normal, normal=genotype.reduce).collapsed
 
 
 @settings(max_examples=50, deadline=None)

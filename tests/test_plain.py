@@ -380,15 +380,15 @@ def test_golden_tables_derive_their_genotypes(table):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([1e-3, 0.3, 3.0]), st.booleans())
-def test_the_rule_is_the_best_of_all_choices(seed, scale, edge_normalisation):
+@given(st.integers(0, 2**32), st.sampled_from([1e-3, 0.3, 3.0]), st.sampled_from(["alpha", "alpha-beta"]))
+def test_the_rule_is_the_best_of_all_choices(seed, scale, edges_by):
     tables = draw_tables(seed, scale)
-    normal, normal_margin = brute_force(tables["alphas_normal"], tables["betas_normal"], edge_normalisation)
-    reduce, reduce_margin = brute_force(tables["alphas_reduce"], tables["betas_reduce"], edge_normalisation)
+    normal, normal_margin = brute_force(tables["alphas_normal"], tables["betas_normal"], edges_by == "alpha-beta")
+    reduce, reduce_margin = brute_force(tables["alphas_reduce"], tables["betas_reduce"], edges_by == "alpha-beta")
     assume(min(normal_margin, reduce_margin) > 1e-12)
-    genotype = derive(**tables, edge_normalisation=edge_normalisation)
+    genotype = derive(**tables, edges_by=edges_by)
     assert (genotype.normal, genotype.reduce) == (tuple(normal), tuple(reduce))
-    found = diagnose(**tables, edge_normalisation=edge_normalisation)
+    found = diagnose(**tables, edges_by=edges_by)
     assert found.margin_normal == pytest.approx(normal_margin, rel=1e-6, abs=1e-13)
     assert found.margin_reduce == pytest.approx(reduce_margin, rel=1e-6, abs=1e-13)
 
@@ -418,10 +418,10 @@ def test_small_differences_survive_large_half_precision_like_values():
     assert {operation for operation, _ in derive(**tables).normal} == {"sep_conv_5x5"}
 
 
-def test_beta_plays_no_part_without_edge_normalisation():
+def test_beta_plays_no_part_where_alpha_alone_chooses_the_edges():
     tables = draw_tables(0)
     other = {**tables, "betas_normal": tables["betas_normal"].flip(0) * 5}
-    assert derive(**tables, edge_normalisation=False) == derive(**other, edge_normalisation=False)
+    assert derive(**tables, edges_by="alpha") == derive(**other, edges_by="alpha")
     assert derive(**tables) != derive(**other)
 
 
@@ -435,15 +435,17 @@ def test_tables_that_cannot_be_are_refused():
             derive(**tables)
 
 
-def test_the_model_derives_by_its_own_setting():
+def test_the_model_derives_by_its_own_tables():
     for edge_normalisation in (True, False):
         model = build(edge_normalisation=edge_normalisation)
         tables = {name: getattr(model, name) for name in TABLES}
-        assert model.genotype() == derive(**tables, edge_normalisation=edge_normalisation)
-        assert model.diagnostics() == diagnose(**tables, edge_normalisation=edge_normalisation)
+        for edges_by in ("alpha", "alpha-beta"):
+            used = edges_by if edge_normalisation else "alpha"
+            assert model.genotype(edges_by) == derive(**tables, edges_by=used)
+            assert model.diagnostics(edges_by) == diagnose(**tables, edges_by=used)
 
 
-def test_entropy_and_skip_connections():
+def test_entropy_skip_connections_and_pools():
     tables = draw_tables(0)
     tables["alphas_normal"] = torch.zeros(14, 8)
     tables["alphas_reduce"] = torch.zeros(14, 8)
@@ -451,5 +453,6 @@ def test_entropy_and_skip_connections():
     found = diagnose(**tables)
     assert found.entropy_normal == pytest.approx(math.log(8)) and found.skips_normal == 0
     assert found.entropy_reduce == pytest.approx(0.0, abs=1e-12) and found.skips_reduce == 8
+    assert (found.pools_normal, found.pools_reduce) == (8, 0), "ties go to the max pool"
     tables["alphas_normal"][:7, :4] = 50.0  # half the rows choose evenly among four, half among eight
     assert diagnose(**tables).entropy_normal == pytest.approx((math.log(4) + math.log(8)) / 2)

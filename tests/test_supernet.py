@@ -109,7 +109,7 @@ def test_state_dicts_convert_both_ways():
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_twenty_steps_stay_with_the_plain_search(unrolled):
     """Alpha, beta, weights and statistics, and the genotype in the end."""
-    config = BilevelConfig(epochs=4, frozen_epochs=0, unrolled=unrolled)
+    config = BilevelConfig(rest_steps=0, arch_steps=20, epoch_steps=5, unrolled=unrolled)
     both = [Search(model, config) for model in build_both()]
     for step in range(20):
         for search in both:
@@ -195,5 +195,5 @@ def test_copies_are_independent():
     other = copy.deepcopy(fast)
     batch = draw_batch()
     before = fast.eval()(batch[0])
-    Search(other, BilevelConfig(epochs=4, frozen_epochs=0)).step(batch, batch)
+    Search(other, BilevelConfig(rest_steps=0)).step(batch, batch)
     assert torch.equal(fast.eval()(batch[0]), before)
