@@ -19,7 +19,6 @@ from torch import Tensor
 from darts_space.cell import CONCAT, EDGES, NODES, PRIMITIVES, Edge, node_rows
 from darts_space.genotype import Genotype
 
-
 EdgesBy = Literal["alpha", "alpha-beta"]
 """What chooses the edges of a node: their best operation's alpha, or its product with beta (PC-DARTS section 3.3)."""
 
