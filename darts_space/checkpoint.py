@@ -31,7 +31,10 @@ RANGES = {"channels": (1, 1 << 16), "layers": (3, 1000), "num_classes": (1, 1 <<
 
 
 def network_checkpoint(model: Network) -> dict[str, Any]:
-    """The dict that `load_network` reads, for `torch.save`; its tensors are the model's own, not copies."""
+    """The dict that `load_network` reads, for a trainer of your own: `torch.save(network_checkpoint(model), path)`.
+
+    Its tensors are the model's own, not copies. (train_eval.py writes the same keys and more.)
+    """
     return {"format": FORMAT, "network": model.description(), "model": model.state_dict()}
 
 
