@@ -6,12 +6,12 @@ Out: the trained supernet, whose `genotype()` is the search's result; losses as 
 
 A step first moves alpha and beta by Adam on the validation loss, then the weights by SGD on the training loss
 (DARTS algorithm 1; PC-DARTS section 4.2). First order takes the weights as they are; `unrolled` takes them one
-SGD step ahead (DARTS section 2.3). Alpha and beta rest in the first epochs (PC-DARTS section 4.2).
+SGD step ahead (DARTS section 2.3). In the first epochs alpha and beta are frozen (PC-DARTS section 4.2).
 
 Deviations from the published code: alpha and beta get no gradient in the weight step, and the weights none in
-the architecture step (nobody used them); in the second order no extra pass moves BatchNorm's running statistics,
-and the weights return to exactly their bits. In the first order the architecture pass does move the running
-statistics, as published. Data, epochs' batches, logs and files are the caller's.
+the architecture step, where no one uses them; in the second order no extra pass moves BatchNorm's running statistics,
+and the weights are restored bit for bit. In the first order the architecture pass does move the running statistics,
+as published. Data loading, logs and files are left to the caller.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ class BilevelConfig:
     """Hyper-parameters of the search. The defaults are PC-DARTS's on CIFAR-10 (section 4.2), batch 256."""
 
     epochs: int = 50
-    """Epochs of the whole search; the length of the cosine schedule."""
+    """Epochs of the search, which is also the length of the cosine schedule."""
     lr: float = 0.1
-    """SGD's first learning rate, for batch 256 (see `scaled_lr`). PC-DARTS 4.2; ImageNet (4.3) 0.5 at 1024."""
+    """Initial learning rate of SGD for batch 256 (see `scaled_lr`). PC-DARTS 4.2; ImageNet (4.3) 0.5 at 1024."""
     lr_min: float = 0.0
-    """The rate that the cosine approaches. PC-DARTS 4.2."""
+    """The learning rate at which the cosine schedule ends. PC-DARTS 4.2."""
     momentum: float = 0.9
     """SGD's momentum. PC-DARTS 4.2."""
     weight_decay: float = 3e-4
     """SGD's weight decay. PC-DARTS 4.2."""
     grad_clip: float = 5.0
-    """Largest norm of the weights' gradient, all weights together. Published code."""
+    """Clip the norm of the gradient of all weights together to this. Published code."""
     arch_lr: float = 6e-4
-    """Adam's learning rate for alpha and beta, without schedule. PC-DARTS 4.2; ImageNet (4.3) 6e-3."""
+    """Constant learning rate of Adam for alpha and beta. PC-DARTS 4.2; ImageNet (4.3) 6e-3."""
     arch_betas: tuple[float, float] = (0.5, 0.999)
     """Adam's two decay rates (not the edge parameters beta). PC-DARTS 4.2."""
     arch_weight_decay: float = 1e-3
     """Adam's weight decay on alpha and beta. PC-DARTS 4.2."""
     arch_grad_clip: float | None = None
-    """Largest norm of the gradient of alpha and beta; None does not clip. Published ImageNet code: 5."""
+    """Clip the norm of the gradient of alpha and beta to this; None does not clip. Published ImageNet code: 5."""
     frozen_epochs: int | None = None
-    """First epochs without architecture steps. PC-DARTS 4.2: 15 of 50; ImageNet (4.3): 35 of 50. None means
-    min(15, epochs // 2)."""
+    """Epochs at the start in which alpha and beta are frozen. PC-DARTS 4.2: 15 of 50; ImageNet (4.3): 35 of 50.
+    None means min(15, epochs // 2)."""
     warmup_epochs: int = 0
-    """Epochs of linear warm-up of SGD's rate. Published ImageNet code: 5."""
+    """Epochs of linear warm-up of SGD's learning rate. Published ImageNet code: 5."""
     unrolled: bool = False
-    """Second-order architecture gradient. DARTS 2.3; PC-DARTS uses the first order."""
+    """Use the second-order architecture gradient. DARTS 2.3; PC-DARTS uses the first order."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Autocast of the forward passes; fp16 needs a GPU and scales its losses. Not in the papers."""
+    """Autocast the forward passes; fp16 needs a GPU and scales the losses. Not in the papers."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -87,26 +87,26 @@ class BilevelConfig:
 
     @property
     def first_arch_epoch(self) -> int:
-        """The number of frozen epochs, which is the first epoch (from 0) with architecture steps."""
+        """The first epoch (from 0) with architecture steps: the number of frozen epochs."""
         return min(15, self.epochs // 2) if self.frozen_epochs is None else self.frozen_epochs
 
 
 class StepResult(NamedTuple):
-    """One step's numbers: detached 0-dimensional tensors on the model's device, read when the caller likes."""
+    """One step's losses: detached 0-dimensional tensors on the model's device, so that no step waits for them."""
 
     train_loss: Tensor
-    """Mean cross-entropy of the training batch, before the weight step."""
+    """Mean cross-entropy of the training batch before the weight step."""
     train_correct: Tensor
-    """Correct predictions in it, int64, 0..N."""
+    """Number of correct predictions in it, int64, 0..N."""
     val_loss: Tensor | None
     """Mean cross-entropy of the validation batch before the architecture step (in the second order: at the
     weights one step ahead); None in frozen epochs."""
 
 
 def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
-    """SGD's rate for a batch: `lr` from `full_batch` images up, in proportion to the batch below.
+    """SGD's learning rate: `lr` for `full_batch` images and more, proportionally less for smaller batches.
 
-    Deviates from the paper, which has 256 (1024 on ImageNet): at batch 96 the unchanged rate collapsed to skip
+    The paper fixes the batch at 256 (1024 on ImageNet); with the same rate at batch 96 searches collapsed to skip
     connections.
     """
     if batch_size < 1:
@@ -115,9 +115,9 @@ def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
 
 
 def cosine_lr(epoch: int, *, epochs: int = 50, lr: float = 0.1, lr_min: float = 0.0, warmup_epochs: int = 0) -> float:
-    """SGD's rate in `epoch` 0..epochs - 1: half a cosine from `lr` towards `lr_min`, which epoch `epochs` would have.
+    """SGD's learning rate in `epoch`, 0..epochs - 1: half a cosine from `lr` to `lr_min`, reached after the last epoch.
 
-    Below `warmup_epochs` it is lr * (epoch + 1) / warmup_epochs; the cosine then goes on where it would be.
+    During the `warmup_epochs` it is lr * (epoch + 1) / warmup_epochs; the cosine continues as if it had run meanwhile.
     """
     if epoch < warmup_epochs:
         return lr * (epoch + 1) / warmup_epochs
@@ -126,7 +126,7 @@ def cosine_lr(epoch: int, *, epochs: int = 50, lr: float = 0.1, lr_min: float = 
 
 @contextmanager
 def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """What is computed inside keeps nothing that only the gradients of these parameters would need."""
+    """Compute without these parameters' gradients, and keep nothing that only they would need."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -139,7 +139,7 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 class Search:
     """A supernet with its two optimisers. Call `start_epoch(epoch)` from 0, then `step` for each pair of batches.
 
-    The model is trained in place, on the device where its parameters are. Nothing here waits for a GPU.
+    The model is trained in place, on the device where its parameters are. A step never waits for a GPU.
     """
 
     def __init__(self, model: nn.Module, config: BilevelConfig):
@@ -162,7 +162,7 @@ class Search:
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the epoch (from 0): SGD's rate, and whether the architecture is frozen."""
+        """Begin an epoch (from 0): it sets SGD's learning rate and whether the architecture is frozen."""
         config = self.config
         self.epoch = epoch
         self.lr = cosine_lr(
@@ -173,11 +173,11 @@ class Search:
 
     @property
     def frozen(self) -> bool:
-        """Whether alpha and beta rest in the present epoch."""
+        """Whether alpha and beta are frozen in the current epoch."""
         return self.epoch < self.config.first_arch_epoch
 
     def step(self, train_batch: Batch, val_batch: Batch | None) -> StepResult:
-        """One architecture step on `val_batch` (none in frozen epochs, which do not read it), one weight step."""
+        """One architecture step on `val_batch`, which frozen epochs skip and ignore, then one weight step."""
         val_loss = None
         if not self.frozen:
             if val_batch is None:
@@ -188,7 +188,7 @@ class Search:
         return StepResult(train_loss, correct, val_loss)
 
     def arch_step(self, train_batch: Batch, val_batch: Batch) -> Tensor:
-        """Move alpha and beta; the validation loss before. The first order does not look at the training batch."""
+        """Update alpha and beta and return the validation loss before. The first order ignores the training batch."""
         self.model.train()
         gradient = self._second_order if self.config.unrolled else self._first_order
         val_loss, grads = gradient(train_batch, val_batch)
@@ -196,7 +196,7 @@ class Search:
         return val_loss
 
     def weight_step(self, train_batch: Batch) -> tuple[Tensor, Tensor]:
-        """Move the weights; the training loss before and the number of correct predictions."""
+        """Update the weights and return the training loss and the number of correct predictions before."""
         self.model.train()
         with _without_gradients(self.arch):
             train_loss, logits = self._loss(train_batch)
@@ -231,13 +231,13 @@ class Search:
         optimizer.zero_grad(set_to_none=True)
 
     def _first_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
-        """Validation loss and its gradient by alpha and beta at the present weights; the training batch is unused."""
+        """Validation loss and its gradient by alpha and beta at the current weights; the training batch is unused."""
         with _without_gradients(self.weights):
             loss, _ = self._loss(val_batch)
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
 
     def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
-        """The same through one SGD step on the training batch."""
+        """The same, but through one SGD step on the training batch."""
         buffers = [self.weight_optimizer.state[weight].get("momentum_buffer") for weight in self.weights]
         return unrolled_gradient(
             lambda: self._loss(train_batch)[0],
@@ -281,7 +281,7 @@ class Search:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state of the same model and config; another model's is a ValueError before anything moves."""
+        """Restore a state of the same model and config. Another model's raises a ValueError before anything changes."""
         keys = ("epoch", "model", "weight_optimizer", "arch_optimizer", "scaler")
         if missing := [key for key in keys if key not in state]:
             raise ValueError(f"The search state lacks {', '.join(missing)}; it is not one of Search.state_dict.")

@@ -8,8 +8,8 @@ In:  a network; or the path of a checkpoint, a `torch.save`d dict of plain value
 
 Out: that dict; or the network with its weights, ready to evaluate.
 
-A trainer adds keys of its own (optimiser, epoch, ...), which are ignored here. A file from elsewhere cannot run code,
-and what it says is checked before memory is spent on it.
+A trainer may add keys of its own (optimiser, epoch, ...), which are ignored here. A file from elsewhere cannot run
+code, and its description is checked before any memory is allocated for it.
 """
 
 from __future__ import annotations
