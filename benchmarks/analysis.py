@@ -1,12 +1,12 @@
-"""What the analyses cost: a Hessian product against a gradient, steps of PGD against bare forward and backward passes.
+"""What the analyses cost: a Hessian product against a gradient, a step of PGD against a bare forward and backward pass.
 
     python -m benchmarks.analysis --network tiny --threads 1
     python -m benchmarks.analysis --network PC_DARTS_cifar --batch-size 32 --threads 1
 
-Pairs run in turn in one process on the same generated images; a figure is the median over the pairs. A Hessian product
-by double backward differentiates each of a gradient's three products once more in both its factors: three gradients, if
-convolutions were all. An attack's step needs no gradient of the weights: the bare pass that it is compared with gets
-that of the images alone, so that 1.00 would mean that signs, projections and normalisation cost nothing.
+The two of a pair run in turn in one process on the same generated images; a figure is the median over the pairs. A
+Hessian product by double backward differentiates each of a gradient's three products once more, by both factors: it
+would cost three gradients if there were only convolutions. A step of the attack needs no gradient of the weights, and
+neither does the bare pass that it is compared with: 1.00 would mean that signs, projections and normalisation are free.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Config:
     classes: int = 100
     image_size: int = 32
     batch_size: int = 128
-    """Images of a gradient, a product or a step."""
+    """Images in a gradient, a Hessian product or a step of the attack."""
     steps: int = 10
-    """Of the attack."""
+    """Steps of the attack."""
     pairs: int = 9
     channels_last: bool = False
     device: str = "cpu"
     threads: int = 0
     json: Path | None = None
-    """Also write the figures there."""
+    """Also write the figures to this file, as JSON."""
 
 
 def main(config: Config) -> dict[str, float]:

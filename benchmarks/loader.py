@@ -1,4 +1,4 @@
-"""Images per second that the training loader delivers, as a share of bare JPEG decoding in the same run.
+"""Throughput of the training loader as a share of bare JPEG decoding in the same run.
 
     python -m benchmarks.loader --data data/imagenette --workers 2
 
@@ -28,14 +28,14 @@ class Config:
     data: Path = Path("data/imagenette")
     """Folder with train/CLASS/*."""
     workers: int = 1
-    """Processes; 0 decodes in the main one."""
+    """Loader processes; 0 decodes in the main process."""
     images: int = 256
     """Images per round."""
     rounds: int = 5
     jitter: bool = False
     """Jitter colours as the preset `imagenet` does."""
     json: Path | None = None
-    """Also write the figures there."""
+    """Also write the figures to this file, as JSON."""
 
 
 def main(config: Config) -> dict[str, float]:

@@ -17,7 +17,7 @@ from nas_kmix.engine.sources import Source
 
 
 def seconds(work: Callable[[], object], device: torch.device | str) -> float:
-    """How long `work` takes, until the device has finished it."""
+    """Seconds that `work` takes until the device has finished it."""
     device = torch.device(device)
     start = time.perf_counter()
     work()
@@ -27,7 +27,7 @@ def seconds(work: Callable[[], object], device: torch.device | str) -> float:
 
 
 def generated_images(n: int, size: int, classes: int, device: torch.device, *, rng: np.random.Generator) -> ImageData:
-    """A resident set of `n` noisy images of `size` pixels a side with labels at random."""
+    """A resident set of `n` noise images of `size` x `size` pixels with random labels."""
     pixels = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
     names = tuple(map(str, range(classes)))
     source = Source("generated", "train", rng.integers(0, classes, n), names, arrays=pixels)

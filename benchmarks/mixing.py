@@ -50,24 +50,24 @@ class Config:
     """What to time."""
 
     batch_size: int = 128
-    """Of 32 px images; of 224 px an eighth of it."""
+    """Batch of 32 px images; of 224 px an eighth."""
     repeats: int = 200
-    """Mixes of 32 px batches whose median is taken; of 224 px a tenth of it."""
+    """Mixes of a 32 px batch of which the median is taken; of 224 px a tenth."""
     steps: int = 15
-    """Training steps whose median is taken."""
+    """Training steps of which the median is taken."""
     backbones: tuple[str, ...] = ("small",)
-    """Networks of nas_kmix.backbones for the ratios; those of the first have no prefix in the JSON."""
+    """Networks of nas_kmix.backbones whose training steps are timed; the first has no prefix in the JSON."""
     steps_only: bool = False
     """Leave the table out."""
     channels_last: bool = False
     device: str = "cpu"
     threads: int = 0
     json: Path | None = None
-    """Write the figures there as JSON; `-` is the standard output."""
+    """Write the figures to this file as JSON; `-` is the standard output."""
 
 
 class LoopDCutMix:
-    """DCutMix as one writes it first: image by image, box by box, in slices."""
+    """DCutMix as one would first write it: image by image and box by box, with slices."""
 
     def __init__(self, k: int, alpha: float):
         self.k, self.alpha = k, alpha
@@ -90,7 +90,7 @@ class LoopDCutMix:
 
 
 def mixers(device: torch.device) -> dict[str, Work]:
-    """By name; torchvision's and ours have one call. The loop is for the CPU."""
+    """The mixers by name, ours and torchvision's, with the same call. The loop is for the CPU."""
     settings = {"alpha": ALPHA, "num_classes": CLASSES}
     table: dict[str, Work] = {}
     for k in SOURCES:

@@ -1,10 +1,10 @@
-"""What the memory layout is worth to a genotype's network, and gradients without gaps in it.
+"""What the memory format and contiguous gradients are worth to a genotype's network.
 
     python -m benchmarks.network --threads 1
     python -m benchmarks.network --kind imagenet --input-size 224 --batch-size 4 --threads 1
 
 The layouts run in turn in one process on the same images; a speed-up is the median over the pairs of (time in NCHW /
-time in channels_last), for a training step without its optimiser and for evaluation. The gain of gradients without gaps
+time in channels_last), for a training step without its optimiser and for evaluation. The gain of contiguous gradients
 (`darts_space.fast.kernels.concatenate`) is that of (time with torch.cat / time with it), both in channels_last. 1.00
 would mean that it makes no difference.
 """
@@ -42,7 +42,7 @@ class Config:
     device: str = "cpu"
     threads: int = 0
     json: Path | None = None
-    """Also write the figures there."""
+    """Also write the figures to this file, as JSON."""
 
 
 def main(config: Config) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How the method grows with the data: time to select from N scores, memory to score a folder of N images.
+"""How the method scales with the data: time to select from N scores, memory to score a folder of N images.
 
     python -m benchmarks.scale --json scale.json
     python -m benchmarks.scale --rows 10000 1000000 --files 1000 10000
@@ -39,18 +39,18 @@ SIDE = 32  # pixels
 
 @dataclass(frozen=True)
 class Config:
-    """Which sizes."""
+    """Which sizes to measure."""
 
     rows: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
-    """N of the tables of scores."""
+    """Sizes N of the score tables."""
     files: tuple[int, ...] = (1_000, 10_000, 100_000)
-    """N of the folders of images."""
+    """Sizes N of the image folders."""
     repeats: int = 5
-    """Selections, and sorts by turns, whose median is taken."""
+    """Selections and sorts, in turn, of which the median is taken."""
     peak_of: int | None = None
     """Score one folder of so many images in this process, and print its peak memory in bytes."""
     json: Path | None = None
-    """Also write the figures there."""
+    """Also write the figures to this file, as JSON."""
 
 
 def selection_over_sort(n: int, repeats: int) -> float:

@@ -40,7 +40,7 @@ class Config:
     device: str = "cpu"
     threads: int = 0
     json: Path | None = None
-    """Write the figures there as JSON; `-` is the standard output."""
+    """Write the figures to this file as JSON; `-` is the standard output."""
 
 
 def main(config: Config) -> dict[str, float]:

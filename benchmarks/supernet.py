@@ -7,9 +7,9 @@
 
 The two forms run in turn in one process on the same images; a ratio is the median over the pairs of (time of the plain
 form / time of the fast form). The plain form does what PC-DARTS's published loop does: all gradients in both steps.
-Memory is what one bilevel step adds to a process that holds the network, each form in a process of its own. Tensor
-operations are counted as a GPU would launch them, on PyTorch's meta device; on a CPU, where a launch costs next to
-nothing, the fast form takes more of them. The roof is a matrix product and a memory copy, measured in the same run.
+Memory is what one bilevel step adds to a process that holds the network; each form has a process of its own. Tensor
+operations are counted on PyTorch's meta device, as a GPU would launch them; on a CPU, where a launch costs next to
+nothing, the fast form uses more of them. The roof is a matrix product and a memory copy, measured in the same run.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Config:
     device: str = "cpu"
     threads: int = 0
     json: Path | None = None
-    """Also write the figures there."""
+    """Also write the figures to this file, as JSON."""
     profile: bool = False
-    """Only print the seconds of one forward and backward pass by kind of operation."""
+    """Only print the seconds of one forward and backward pass, by kind of operation."""
     memory_of: Literal["plain", "fast"] | None = None
     """Only print what one bilevel step of this form adds to the memory, in bytes (used by the benchmark itself)."""
 
@@ -98,7 +98,7 @@ def build(form: str, config: Config) -> tuple[SearchNetwork, PublishedLoop | Sea
 
 
 def works(form: str, config: Config) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """What is timed, by its name in the table."""
     model, loop, batch = build(form, config)
 
     def forward() -> None:
@@ -165,7 +165,7 @@ class Profile(TorchDispatchMode):
 
 
 def profile(config: Config) -> dict[str, dict[str, float]]:
-    """Of both forms, after passes to warm up."""
+    """Seconds by kind of operation of both forms, after three passes of warm-up."""
     found = {}
     for form in FORMS:
         model, _, batch = build(form, config)
@@ -187,7 +187,7 @@ def operations(form: str, config: Config, device: str) -> int:
 
 
 def multiply_adds(config: Config) -> int:
-    """Of the plain form per image: convolutions and the linear layer, counted while they run."""
+    """Multiply-adds of the plain form per image: those of convolutions and the linear layer, counted while they run."""
     model, _, (images, _) = build("plain", config)
     counts: list[int] = []
     for module in model.modules():

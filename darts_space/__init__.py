@@ -1,7 +1,7 @@
-"""The DARTS search space and its search, standing alone: PyTorch and nothing else.
+"""The DARTS search space and its search, which need nothing but PyTorch.
 
-`SuperNet` holds every candidate cell, `Search` trains it on two streams of batches, `SuperNet.genotype()` reads
-the result, a `Genotype` that saves to and loads from JSON:
+`SuperNet` holds every candidate cell, `Search` trains it on two streams of batches, and `SuperNet.genotype()` reads
+off the result, a `Genotype` that is saved to and loaded from JSON:
 
     search = Search(SuperNet(num_classes=100), BilevelConfig())
     for train_batch, val_batch in batches:  # search.config.steps of them

@@ -10,9 +10,9 @@ SGD step ahead (DARTS section 2.3). Alpha and beta rest for the first `rest_step
 (PC-DARTS section 4.2). That takes steps, whatever the number of images, so the search is measured in steps.
 
 Deviations from the published code: alpha and beta get no gradient in the weight step, and the weights none in
-the architecture step (nobody used them); in the second order no extra pass moves BatchNorm's running statistics,
-and the weights return to exactly their bits. In the first order the architecture pass does move the running
-statistics, as published. Data, epochs' batches, logs and files are the caller's.
+the architecture step, where no one uses them; in the second order no extra pass moves BatchNorm's running statistics,
+and the weights are restored bit for bit. In the first order the architecture pass does move the running statistics,
+as published. Data loading, logs and files are left to the caller.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class BilevelConfig:
     weight_decay: float = 3e-4
     """SGD's weight decay. PC-DARTS 4.2."""
     grad_clip: float = 5.0
-    """Largest norm of the weights' gradient, all weights together. Published code."""
+    """Clip the norm of the gradient of all weights together to this. Published code."""
     arch_lr: float = 6e-4
-    """Adam's learning rate for alpha and beta, without schedule. PC-DARTS 4.2; ImageNet (4.3) 6e-3."""
+    """Constant learning rate of Adam for alpha and beta. PC-DARTS 4.2; ImageNet (4.3) 6e-3."""
     arch_betas: tuple[float, float] = (0.5, 0.999)
     """Adam's two decay rates (not the edge parameters beta). PC-DARTS 4.2."""
     arch_weight_decay: float = 1e-3
@@ -67,9 +67,9 @@ class BilevelConfig:
     arch_grad_clip: float | None = None
     """Largest norm of the gradient of alpha and beta; None does not clip. Published ImageNet code: 5."""
     unrolled: bool = False
-    """Second-order architecture gradient. DARTS 2.3; PC-DARTS uses the first order."""
+    """Use the second-order architecture gradient. DARTS 2.3; PC-DARTS uses the first order."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Autocast of the forward passes; fp16 needs a GPU and scales its losses. Not in the papers."""
+    """Autocast the forward passes; fp16 needs a GPU and scales the losses. Not in the papers."""
 
     def __post_init__(self) -> None:
         for name in ("rest_steps", "arch_steps", "warmup_epochs"):
@@ -101,21 +101,21 @@ class BilevelConfig:
 
 
 class StepResult(NamedTuple):
-    """One step's numbers: detached 0-dimensional tensors on the model's device, read when the caller likes."""
+    """One step's losses: detached 0-dimensional tensors on the model's device, so that no step waits for them."""
 
     train_loss: Tensor
-    """Mean cross-entropy of the training batch, before the weight step."""
+    """Mean cross-entropy of the training batch before the weight step."""
     train_correct: Tensor
-    """Correct predictions in it, int64, 0..N."""
+    """Number of correct predictions in it, int64, 0..N."""
     val_loss: Tensor | None
     """Mean cross-entropy of the validation batch before the architecture step (in the second order: at the
     weights one step ahead); None while alpha and beta rest."""
 
 
 def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
-    """SGD's rate for a batch: `lr` from `full_batch` images up, in proportion to the batch below.
+    """SGD's learning rate: `lr` for `full_batch` images and more, proportionally less for smaller batches.
 
-    Deviates from the paper, which has 256 (1024 on ImageNet): at batch 96 the unchanged rate collapsed to skip
+    The paper fixes the batch at 256 (1024 on ImageNet); with the same rate at batch 96 searches collapsed to skip
     connections.
     """
     if batch_size < 1:
@@ -139,7 +139,7 @@ def learning_rate(config: BilevelConfig, step: int) -> float:
 
 @contextmanager
 def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """What is computed inside keeps nothing that only the gradients of these parameters would need."""
+    """Compute without these parameters' gradients, and keep nothing that only they would need."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -152,7 +152,7 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 class Search:
     """A supernet with its two optimisers. Call `step` for each pair of batches, `config.steps` times.
 
-    The model is trained in place, on the device where its parameters are. Nothing here waits for a GPU.
+    The model is trained in place, on the device where its parameters are. A step never waits for a GPU.
     """
 
     steps_done: int
@@ -213,7 +213,7 @@ class Search:
         return StepResult(train_loss, correct, val_loss)
 
     def arch_step(self, train_batch: Batch, val_batch: Batch) -> Tensor:
-        """Move alpha and beta; the validation loss before. The first order does not look at the training batch."""
+        """Update alpha and beta and return the validation loss before. The first order ignores the training batch."""
         self.model.train()
         if self.config.unrolled:
             val_loss, grads = self._second_order(train_batch, val_batch)
@@ -223,7 +223,7 @@ class Search:
         return val_loss
 
     def weight_step(self, train_batch: Batch) -> tuple[Tensor, Tensor]:
-        """Move the weights; the training loss before and the number of correct predictions."""
+        """Update the weights and return the training loss and the number of correct predictions before."""
         self.model.train()
         with _without_gradients(self.arch):
             train_loss, logits = self._loss(train_batch)
@@ -269,7 +269,7 @@ class Search:
         return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
 
     def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
-        """The same through one SGD step on the training batch."""
+        """The same, but through one SGD step on the training batch."""
         buffers = [self.weight_optimizer.state[weight].get("momentum_buffer") for weight in self.weights]
         return unrolled_gradient(
             lambda: self._loss(train_batch)[0],

@@ -3,8 +3,8 @@
 In:  a genotype, the shape of its network, a budget such as "600M" (the mobile setting on ImageNet).
 Out: a number of channels for `CifarNetwork` or `ImageNetNetwork`.
 
-PC-DARTS fixes the channels (36 and 48) and lets the cost come out as it may; two genotypes are compared fairly at
-the same cost.
+PC-DARTS fixes the channels (36 and 48), so that the cost depends on the genotype; a fair comparison of two genotypes
+fixes the cost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTHS = range(2, 1 << 20, 2)
 
 
 def parse_macs(text: str) -> int:
-    """Multiply-adds as people write them: "600M", "0.6G", "600000000"; rounded down to a whole number."""
+    """Parse multiply-adds as people write them, "600M", "0.6G" or "600000000", rounded down to a whole number."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?)\s*", text, re.ASCII | re.IGNORECASE)
     macs = int(Fraction(match[1]) * UNITS[match[2].upper()]) if match else 0
     if macs < 1:
@@ -47,7 +47,7 @@ def widest(
 ) -> int:
     """The largest even number of channels with which the network costs at most `max_macs` per image.
 
-    `convention` tells how multiply-adds are counted, see `cost`. ValueError if even 2 channels are too many.
+    `convention` says how multiply-adds are counted (see `cost`). ValueError if even 2 channels are too many.
     """
 
     def macs(channels: int) -> int:

@@ -1,4 +1,4 @@
-"""What a cell of the DARTS search space is made of, and what is not one.
+"""Cells of the DARTS search space: what they are made of, and a check of those that come from outside.
 
 In:  a cell as written in a genotype, eight (operation, input) pairs and the states to concatenate.
 Out: the same as tuples, or a ValueError that names the edge.
@@ -42,7 +42,7 @@ def node_rows(node: int) -> range:
 
 
 STATES = ((0, 1), (2,), (3,), (4,))
-"""The states that send edges, in the order in which they become known; the two inputs are known together."""
+"""The states that send edges, in the order in which they are computed; the two inputs come together."""
 
 
 def edge_rows(states: tuple[int, ...]) -> list[int]:

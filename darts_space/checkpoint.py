@@ -8,8 +8,8 @@ In:  a network; or the path of a checkpoint, a `torch.save`d dict of plain value
 
 Out: that dict; or the network with its weights, ready to evaluate.
 
-A trainer adds keys of its own (optimiser, epoch, ...), which are ignored here. A file from elsewhere cannot run code,
-and what it says is checked before memory is spent on it.
+A trainer may add keys of its own (optimiser, epoch, ...), which are ignored here. A file from elsewhere cannot run
+code, and its description is checked before any memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ RANGES = {"channels": (1, 1 << 16), "layers": (3, 1000), "num_classes": (1, 1 <<
 
 
 def network_checkpoint(model: Network) -> dict[str, Any]:
-    """The dict that `load_network` reads, for `torch.save`; its tensors are the model's own, not copies."""
+    """The dict that `load_network` reads, for a trainer of your own: `torch.save(network_checkpoint(model), path)`.
+
+    Its tensors are the model's own, not copies. (train_eval.py writes the same keys and more.)
+    """
     return {"format": FORMAT, "network": model.description(), "model": model.state_dict()}
 
 

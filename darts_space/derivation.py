@@ -1,4 +1,4 @@
-"""From the architecture tables of a supernet to its genotype, and how sure that choice is.
+"""Derive the genotype from a supernet's architecture tables, and measure how sure that choice is.
 
 In:  alpha (14, 8) and beta (14,) of the normal and of the reduction cell, raw values before any softmax.
 Out: a `Genotype`; `Diagnostics` for the log.
@@ -27,8 +27,8 @@ class Diagnostics(NamedTuple):
     """What to watch while a search runs. Scores and margins are probabilities, 0..1."""
 
     margin_normal: float
-    """How far the nearest decision is from falling the other way: the smallest difference between the weaker
-    chosen edge of a node and its best rejected edge, and between a chosen operation and the second best."""
+    """How far the closest decision is from flipping: the smallest difference between the weaker chosen edge of a
+    node and its best rejected edge, or between a chosen operation and the second best."""
     margin_reduce: float
     entropy_normal: float
     """Mean entropy of the rows of softmax(alpha) in nats: log(8) = 2.079 before the search, 0 when decided."""

@@ -30,7 +30,7 @@ _MAX_FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Genotype:
-    """A normal and a reduction cell. Sequences become tuples; anything invalid raises a ValueError."""
+    """A normal and a reduction cell. Sequences become tuples; anything invalid is a ValueError."""
 
     normal: tuple[Edge, ...]
     """Eight (operation, input state) pairs, two per node, of the cells that keep the resolution."""
@@ -85,7 +85,7 @@ class Genotype:
 
     @classmethod
     def from_json(cls, document: Any) -> Genotype:
-        """The inverse of `to_json`; a "provenance" object is allowed and ignored, any other key is an error."""
+        """The inverse of `to_json`. A "provenance" object is ignored; any other additional key is an error."""
         if not isinstance(document, dict):
             raise ValueError("The genotype JSON is not an object; write one with Genotype.save.")
         if document.get("format") != FORMAT or document.get("version") != VERSION:
@@ -123,7 +123,7 @@ class Genotype:
         """Write the genotype as JSON, one node per line; the same content gives the same bytes.
 
         `provenance` is any JSON object, such as the search's config and the hashes of its inputs. The file
-        appears whole or not at all: it is written beside its place and then renamed. OSError if it cannot be.
+        appears whole or not at all: a temporary file beside it is renamed. OSError if it cannot be written.
         """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -178,7 +178,7 @@ class Genotype:
 
 
 def read_genotype(source: str) -> Genotype:
-    """A genotype from what a user typed: a published name, the path of a file, or JSON or legacy text."""
+    """The genotype that a user names: a published one, the path of a file, or JSON or legacy text itself."""
     if source in GENOTYPES:
         return GENOTYPES[source]
     if os.path.isfile(source):

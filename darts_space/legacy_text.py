@@ -2,7 +2,7 @@
 
 In:  `Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), reduce=..., reduce_concat=...)`,
      also as `NAME = Genotype(...)`, with positional arguments, or with lists in place of `range`.
-Out: the four arguments as nested tuples of strings and integers. `Genotype` judges whether they make sense.
+Out: the four arguments as nested tuples of strings and integers. `Genotype` checks whether they make sense.
 
 The text is parsed and never executed: a file from elsewhere must not be able to run code.
 """
@@ -28,7 +28,7 @@ def parse_call(text: str) -> dict[str, Any]:
         )
     try:
         statements = ast.parse(text.strip()).body
-    # MemoryError and RecursionError are how Python's parser reports nesting beyond its own bounds.
+    # Python's parser reports nesting beyond its limits as MemoryError or RecursionError.
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"The genotype text is not a single {TEXT_FORM}.") from error
     call = statements[0] if len(statements) == 1 else None

@@ -1,22 +1,22 @@
-"""The networks of a genotype: its cells stacked, to be trained with all their channels.
+"""The networks of a genotype: its cells stacked, and trained with all their channels.
 
 In:  a `Genotype`; images (N, 3, H, W), float, normalised, of any size from 32 px (CIFAR) or 128 px (ImageNet) up.
 Out: logits (N, num_classes). In training mode a network with an auxiliary head returns the pair
      (logits, auxiliary logits); in evaluation mode, and without the head, logits alone.
 
-`CifarNetwork` and `ImageNetNetwork` are those of PC-DARTS sections 4.2 and 4.3, which are DARTS's (section 3.2):
-stem, `layers` cells of which those at layers // 3 and 2 * layers // 3 reduce, global average pool, linear. Their
-regularisers are here, their schedules are the caller's: the auxiliary loss has weight 0.4, and the probability of
-drop-path grows linearly, p * epoch / epochs.
+`CifarNetwork` and `ImageNetNetwork` are those of PC-DARTS sections 4.2 and 4.3, which are DARTS's (section 3.2): a
+stem, `layers` cells of which those at layers // 3 and 2 * layers // 3 reduce, global average pool, linear. The
+regularisers are here and their schedules are the caller's: the papers weigh the auxiliary loss by 0.4 and let the
+drop-path probability grow linearly, p * epoch / epochs.
 
 Deviations from the published code, none of which changes a value at 32 or 224 px: strided paths round odd sizes up,
 the auxiliary head shrinks its pool on small maps and averages over large ones, and the final pool covers any map.
 
-This is the plain form, one operation after the other. Of what was measured against it on a CPU, two things pay
-(benchmarks/network.py): the memory format channels_last, 1.2 to 1.8 times as fast, which is the caller's to choose; and
-with it gradients without gaps for the BatchNorms (`kernels.concatenate`), 1.2 times in training. Sharing the ReLUs of
-a state (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) do not; folding BatchNorms into convolutions (1.06 to 1.16 on
-top of channels_last) changes results in the last digits, and only serves evaluation.
+This is the plain form, one operation after the other. Of the optimisations measured on a CPU (benchmarks/network.py)
+two are worth having: the memory format channels_last, 1.2 to 1.8 times as fast, which is the caller's choice; and with
+it contiguous gradients for the BatchNorms (`fast.kernels.concatenate`), 1.2 times as fast in training. Sharing the
+ReLUs of a state (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) are not; folding BatchNorms into convolutions (1.06
+to 1.16 on top of channels_last) changes the last digits and only helps evaluation.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ from torch.nn import functional as F
 from darts_space.cell import NODES, Edge
 from darts_space.fast.kernels import concatenate
 from darts_space.genotype import Genotype
-from darts_space.primitives import FactorizedReduce, ReLUConvBN, build_operation, build_stems, initialised_from
-
-STEM_MULTIPLIER = 3  # the CIFAR stem is this many times wider than the first cell's nodes
+from darts_space.primitives import (
+    STEM_MULTIPLIER,
+    FactorizedReduce,
+    ReLUConvBN,
+    build_operation,
+    build_stems,
+    initialised_from,
+)
 
 
 class Cell(nn.Module):
@@ -59,7 +64,7 @@ class Cell(nn.Module):
         )
 
     def forward(self, state0: Tensor, state1: Tensor, drop_path: Tensor | None) -> Tensor:
-        """`drop_path` (8, N) are the factors of the eight operations' outputs."""
+        """`drop_path` (8, N) holds the factors of the eight operations' outputs."""
         states = [self.preprocess0(state0), self.preprocess1(state1)]
         for node in range(NODES):
             first, second = (self._edge(edge, states, drop_path) for edge in (2 * node, 2 * node + 1))
@@ -100,9 +105,9 @@ class AuxiliaryHead(nn.Module):
 
 
 class BatchNormOfOne(nn.BatchNorm2d):
-    """BatchNorm that takes a single value per channel, the last batch of an epoch having only one image.
+    """BatchNorm that accepts a single value per channel, as the last batch of an epoch may be a single image.
 
-    It has no spread of its own to be divided by, which PyTorch refuses; the running statistics take its place.
+    A single value has no variance, so PyTorch refuses it; here the running statistics normalise it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,7 +256,7 @@ class ImageNetNetwork(Network):
         *,
         generator: torch.Generator | None = None,
     ):
-        """Build and initialise, as `CifarNetwork`; `channels` must be even, since the stem begins with half of them."""
+        """Build and initialise as `CifarNetwork` does; `channels` must be even, since the stem starts with half."""
         if channels % 2:
             raise ValueError(f"The imagenet stem halves its width, so {channels} channels must be even.")
         super().__init__(genotype, channels, layers, num_classes, auxiliary, generator)
@@ -262,13 +267,13 @@ NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 
 @torch.no_grad()
 def cost(model: nn.Module, input_size: int) -> dict[str, int]:
-    """What one square image of `input_size` px costs in evaluation mode, and what the model weighs.
+    """What one square image of `input_size` px costs in evaluation mode, and how many parameters the model has.
 
     - params, params_without_aux: elements of all parameters, and of those outside the auxiliary head.
     - macs: multiply-adds of the convolutions and linear layers.
     - macs_published: macs + 2 * BatchNorm outputs + ReLU outputs, which gives the 586 M and 597 M of the paper.
 
-    The model itself is neither run nor changed: a copy of it, where it lies, evaluates a blank image.
+    The model itself is neither run nor changed: a copy on the same device evaluates a blank image.
     """
     twin = copy.deepcopy(model).eval()
     macs = extra = 0

@@ -1,6 +1,7 @@
 """The partial-channel supernet in its plain form, one operation at a time: written to be read, and to check by.
 
-In and out: as `darts_space.fast.supernet.SuperNet`, which computes the same several times as fast.
+In:  images (N, 3, H, W), float, normalised; H and W divisible by 4 (CIFAR stem) or by 32 (ImageNet stem).
+Out: logits (N, num_classes). `darts_space.fast.supernet` computes the same several times as fast.
 
 The reading order is the paper's (PC-DARTS):
 - `PartialChannelEdge`, section 3.2: an edge sends the first 1/K of its channels through all operations, mixed by

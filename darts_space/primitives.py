@@ -44,10 +44,10 @@ class ReLUConvBN(nn.Sequential):
 
 
 class FactorizedReduce(nn.Module):
-    """Halves H and W by two 1x1 convolutions, one of the even pixels, one of the odd ones.
+    """Halves H and W by two 1x1 convolutions, one over the even pixels and one over the odd ones.
 
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / 2), ceil(W / 2)), out_channels even. An odd H or W lacks
-    the last odd pixel; a zero stands in, so that the size is that of all other strided operations.
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / 2), ceil(W / 2)), out_channels even. An odd H or W has no
+    last odd pixel; a zero takes its place, so that the size is that of all other strided operations.
 
     The pixels are taken by slicing: 1x1 convolutions with a stride, in channels_last and with few channels, write past
     a buffer of oneDNN's on CPUs (uxlfoundation/oneDNN issue 6035), which ends in wrong gradients or a crash.
@@ -71,17 +71,17 @@ class FactorizedReduce(nn.Module):
 
 
 def _every_second_pixel(x: Tensor, first: int) -> Tensor:
-    """x[:, :, first::2, first::2], whose gradient is channels_last where x is; this slice's would be contiguous."""
+    """x[:, :, first::2, first::2] with a gradient in channels_last where x is; the plain slice's is contiguous."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1)[:, first::2, first::2].permute(0, 3, 1, 2)
     return x[:, :, first::2, first::2]
 
 
 class DilatedConv2d(nn.Conv2d):
-    """A convolution in groups with a dilation, which on a CPU does not compute in bfloat16.
+    """A dilated grouped convolution that computes in float32 where a CPU would compute in bfloat16.
 
-    oneDNN's gradient by such weights is memory that nothing was written to, in bfloat16 and channels_last with a stride
-    of 1 and rows of more than 28 pixels (seen in torch 2.14.1 with AVX-512). So float32 stands in, forward too.
+    In bfloat16 and channels_last, with a stride of 1 and rows of more than 28 pixels, oneDNN returns uninitialised
+    memory as the gradient of the weights (seen in torch 2.14.1 with AVX-512).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class DilatedConv2d(nn.Conv2d):
 
 
 def depthwise_separable(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
-    """ReLU, depthwise convolution, pointwise convolution, BatchNorm, as the list of these modules."""
+    """A list of modules: ReLU, depthwise convolution, pointwise convolution, BatchNorm."""
     padding = dilation * (kernel // 2)
     convolution = nn.Conv2d if dilation == 1 else DilatedConv2d
     return [
@@ -141,6 +141,10 @@ def build_operation(name: str, channels: int, stride: int, affine: bool) -> nn.M
     raise ValueError(f"There is no operation {name!r}; use one of {', '.join(PRIMITIVES)}.")
 
 
+STEM_MULTIPLIER = 3
+"""How many times wider than the first cell's nodes the stem is, except in final networks on ImageNet."""
+
+
 def build_stems(kind: str, width: int) -> tuple[nn.Module, nn.Module]:
     """The layers before the first cell: images (N, 3, H, W) to state 0, and state 0 to state 1, both `width` wide.
 
@@ -166,10 +170,10 @@ def build_stems(kind: str, width: int) -> tuple[nn.Module, nn.Module]:
 
 @contextmanager
 def initialised_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Modules built inside get weights that `generator` (a CPU one) fixes, and PyTorch's own generator its state back.
+    """Modules built inside draw their weights from `generator`, a CPU one.
 
-    PyTorch's modules draw from the global CPU generator: lend it a seed, then restore it. Without a `generator` the
-    seed is drawn from the global one, as any module's weights are.
+    PyTorch's modules draw from the global CPU generator, so it is seeded on entry and restored on exit. Without a
+    `generator` the seed comes from the global one, as any module's weights do.
     """
     seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     with torch.random.fork_rng(devices=[]):

@@ -3,7 +3,7 @@
 In:  images (N, 3, H, W), float, normalised; H and W divisible by 4 (CIFAR stem) or by 32 (ImageNet stem).
 Out: logits (N, num_classes); a `Genotype` once the architecture parameters have been learnt.
 
-What differs is the cell, of which a subclass names the class (PC-DARTS section 3; the published code).
+Only the cell differs, and each subclass names its own (PC-DARTS section 3; the published code).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from darts_space.cell import EDGES, NODES, PRIMITIVES
 from darts_space.derivation import Diagnostics, EdgesBy, derive, diagnose, normalised_betas
 from darts_space.genotype import Genotype
-from darts_space.primitives import build_stems, initialised_from
+from darts_space.primitives import STEM_MULTIPLIER, build_stems, initialised_from
 
 INPUT_MULTIPLES = {"cifar": 4, "imagenet": 32}
 """What H and W of the images must be divisible by, by stem: stem and reduction cells halve them two or five times."""
-STEM_MULTIPLIER = 3  # the stem is this many times wider than the first cell's nodes
 ARCHITECTURE_NAMES = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
 
 
@@ -111,7 +110,7 @@ class SearchNetwork(nn.Module):
         return self.classifier(state1.mean(dim=(2, 3)))
 
     def _mixing_weights(self, cell: str) -> tuple[Tensor, Tensor]:
-        """Operation weights (14, 8) and edge weights (14,) of one type of cell."""
+        """Operation weights (14, 8) and edge weights (14,) of one type of cell: softmaxes of alpha and beta."""
         alphas, betas = getattr(self, f"alphas_{cell}"), getattr(self, f"betas_{cell}")
         return alphas.softmax(1), normalised_betas(betas) if self.edge_normalisation else torch.ones_like(betas)
 
@@ -121,7 +120,7 @@ class SearchNetwork(nn.Module):
         return [getattr(self, name) for name in names]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """All parameters but alpha and beta."""
+        """All parameters except alpha and beta."""
         return [parameter for name, parameter in self.named_parameters() if name not in ARCHITECTURE_NAMES]
 
     def genotype(self, edges_by: EdgesBy = "alpha-beta") -> Genotype:

@@ -1,16 +1,16 @@
 """The second-order architecture gradient: the validation loss after one SGD step of the weights (DARTS 2.3).
 
 In:  the training and the validation loss as functions of the present weights w and architecture a; SGD's state.
-Out: the validation loss at w' and its gradient by a; weights and statistics have exactly their bits of before.
+Out: the validation loss at w' and its gradient by a; weights and statistics are restored bit for bit.
 
 With w' = w - lr * (momentum * buffer + dL_train/dw + weight_decay * w), equations 7 and 8 are
 
     dL_val/da (w', a) - lr * [dL_train/da (w + R v, a) - dL_train/da (w - R v, a)] / 2R
 
-where v = dL_val/dw' and R = 0.01 / ||v||: a central difference in place of a product with second derivatives. On
-a network of ReLUs and maxima it crosses kinks, and for small batches the result can be far from the derivative
-through the step, which it meets where no kink lies between (tests/test_bilevel.py shows both). R stays as
-published. Deviation from the published code: none of the four passes moves BatchNorm's running statistics.
+where v = dL_val/dw' and R = 0.01 / ||v||: a central difference instead of a product with second derivatives. In a
+network of ReLUs and max pools the difference crosses kinks; for small batches the result can then be far from the
+derivative through the step, with which it agrees where no kink lies between (tests/test_bilevel.py shows both). R is
+the published one. Deviation from the published code: none of the four passes moves BatchNorm's running statistics.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def unrolled_gradient(
 
 @contextmanager
 def _restored_after(tensors: list[Tensor]) -> Iterator[None]:
-    """Copies back the exact values, where subtracting what was added would leave rounding behind."""
+    """Restore exact copies afterwards: subtracting what was added would leave rounding errors."""
     saved = [tensor.clone() for tensor in tensors]
     try:
         yield

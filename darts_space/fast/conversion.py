@@ -1,7 +1,7 @@
 """State dicts of the plain and of the fast supernet, converted into each other.
 
 In:  the state dict of one form's supernet, or of one of its cells; or any dict with these names and shapes.
-Out: the other form's, with the same values: copies of the edges' tensors, and all other tensors as they are.
+Out: the other form's, with the same values. Tensors of edges are copied, all others are passed on.
 
 The plain form has a tensor for each operation of each edge; the fast form stacks those of all edges that leave a state.
 """
@@ -19,8 +19,7 @@ _SEPARABLE = [PRIMITIVES.index(name) for name in ("sep_conv_3x3", "sep_conv_5x5"
 _DILATED = [PRIMITIVES.index(name) for name in ("dil_conv_3x3", "dil_conv_5x5")]
 _SKIP = PRIMITIVES.index("skip_connect")
 _BLOCKS = ((_SEPARABLE, 1), (_SEPARABLE, 5), (_DILATED, 1))
-"""Operations of each depthwise-separable block, and where in them its convolution is; pointwise and norm follow."""
-_STATISTICS = ("running_mean", "running_var")
+"""The operations of each depthwise-separable block, and the place of its depthwise convolution in them."""
 
 
 def from_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,7 +64,7 @@ def _cells(state: dict[str, Tensor]) -> list[str]:
 
 
 def _correspondence(edge: int, states: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Where the tensors of one edge are: name in the fast form and index in that tensor, name in the plain form."""
+    """Where the tensors of one edge are: the name in the fast form, the index in it, the name in the plain form."""
     source = edge * len(states) // len(edge_rows(states))
     for pool, operation in enumerate(_POOLS):
         yield from _norm("running_pools", (pool, source), f"{operation}.1")
@@ -86,7 +85,7 @@ def _norm(kind: str, index: tuple[int, ...], plain_name: str) -> Iterator[tuple[
 
 
 def _stacked(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """One tensor with each part at its index; `parts` are all of one shape."""
+    """One tensor with each part at its index; all `parts` have one shape."""
     some = next(iter(parts.values()))
     sizes = [1 + max(places) for places in zip(*parts, strict=True)]
     result = some.new_empty(*sizes, *some.shape)

@@ -1,4 +1,4 @@
-"""Operations that PyTorch has, but on a CPU not fast, small or accurate enough.
+"""Operations that PyTorch has too, but not fast, lean or accurate enough on a CPU.
 
 Products with narrow matrices, copies and sums of channels, the average pool and BatchNorm; `separable` has the
 separable convolutions. Other devices compute all of them with PyTorch's kernels. Separable convolutions and BatchNorm
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 OURS = {"cpu"}
-"""Devices where PyTorch's own are not good enough; elsewhere everything here is a few calls of PyTorch's."""
+"""Devices on which the implementations here are used; on others each is a few calls to PyTorch."""
 
 EPSILON = 1e-5  # this and the next are nn.BatchNorm2d's
 MOMENTUM = 0.1
@@ -41,7 +41,7 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """The product as a convolution: oneDNN's is up to three times as fast as MKL's product with a narrow matrix.
 
-    PyTorch's convolution keeps its input for the backward pass, even where the weight is a constant; this does not.
+    PyTorch's convolution keeps its input for the backward pass even if the weight is a constant; this one does not.
     """
 
     @staticmethod
@@ -88,10 +88,10 @@ def summed(x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
 
 
 def concatenate(tensors: list[Tensor]) -> Tensor:
-    """torch.cat of tensors (N, C, H, W) along their channels, whose gradients have no gaps and the output's layout.
+    """torch.cat of tensors (N, C, H, W) along their channels, with contiguous gradients in the output's layout.
 
-    PyTorch's are slices of the whole gradient, upon which BatchNorm's backward pass in channels_last is six times as
-    slow, on a CPU. Without gradients it is torch.cat, which torch.export knows.
+    PyTorch's gradients are slices of the whole, on which BatchNorm's backward pass in channels_last is six times as
+    slow on a CPU. Without gradients it is torch.cat itself, which torch.export knows.
     """
     if tensors[0].device.type in OURS and torch.is_grad_enabled():
         return _Concatenation.apply(*tensors)
@@ -121,7 +121,7 @@ class _Concatenation(torch.autograd.Function):
 def average_pool(x: Tensor, stride: int) -> Tensor:
     """3x3 average pooling, padded but without counting the padding: x (N, C, H, W) -> (N, C, H / stride, W / stride).
 
-    PyTorch's is slow in channels_last with few channels, a depthwise convolution is not.
+    PyTorch's is slow in channels_last with few channels; a depthwise convolution is not.
     """
     if x.device.type not in OURS:
         return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
@@ -141,7 +141,7 @@ def batch_norm(
 ) -> Tensor:
     """nn.BatchNorm2d on x (N, C, H, W) in channels_last; while training the running statistics move in place.
 
-    Raises ValueError while training on a single pixel, whose variance is nought.
+    Raises ValueError while training on a single pixel, which has no variance.
     """
     count = x.numel() // x.shape[1]
     if training and count == 1:
@@ -157,7 +157,7 @@ def batch_norm(
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """PyTorch's, computed by `batch_norm`."""
+    """nn.BatchNorm2d, computed by `batch_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -166,11 +166,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """BatchNorm while training, on a CPU, at PyTorch's cost, with sums ten to thirty times as accurate in float32.
+    """BatchNorm's training pass on a CPU: as fast as PyTorch's, its float32 sums ten to thirty times as accurate.
 
-    PyTorch sums a channels_last tensor up pixel by pixel, each channel in a single float32: after 65,536 pixels the
-    fifth digit is wrong. Here the pixels of a row count as channels of their own, so that each sum is shorter by the
-    width of the image; the few sums that come out are added up afterwards.
+    PyTorch sums a channels_last tensor pixel by pixel, each channel in a single float32: after 65,536 pixels the fifth
+    digit is wrong. Here each column of the image counts as a channel of its own, so that each sum is shorter by the
+    width of the image; the sums of the columns are added up afterwards.
     """
 
     @staticmethod
@@ -198,7 +198,7 @@ class _BatchNorm(torch.autograd.Function):
         scale = (var + EPSILON).rsqrt()
         if weight is not None:
             scale = scale * weight
-        # What goes through the mean and the variance: grad loses its mean and its correlation with the normalised x.
+        # The gradient through mean and variance removes the mean of grad and its correlation with the normalised x.
         by_x = F.batch_norm(x, mean, var, *(sums * (scale * (-x.shape[1] / x.numel()))), eps=EPSILON)
         by_x.addcmul_(grad, scale.to(grad.dtype)[:, None, None])
         return by_x, *(part if needed else None for part, needed in zip(sums, ctx.needs_input_grad[1:], strict=True))

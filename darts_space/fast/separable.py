@@ -1,7 +1,7 @@
-"""Separable convolutions whose backward pass is fast and keeps little on a CPU; elsewhere it is PyTorch's.
+"""Separable convolutions whose backward pass is fast and keeps little memory on a CPU; elsewhere it is PyTorch's.
 
 In:  tensors (N, H, W, C), which are channels_last tensors seen from the other side, and the two convolutions' weights.
-Out: tensors of the same form. They are differentiable only once: create_graph=True is refused.
+Out: tensors of the same form, differentiable only once: create_graph=True is refused.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def separable_convolution(
 ) -> Tensor:
     """A depthwise convolution, then a 1x1 convolution in groups: (N, H, W, A) -> (N, H / stride, W / stride, B).
 
-    The weights are (A, 1, 5, 5), padded to keep H and W but for the stride, and (B, A / groups, 1, 1). With `axes`, the
-    sizes of (kernel size, state, node, channel) that make up A, x has the channels of the states only, and the copies
-    for all kernel sizes and nodes are made here; then x is all that is kept for the backward pass.
+    The weights are (A, 1, 5, 5), with padding that keeps H and W apart from the stride, and (B, A / groups, 1, 1). With
+    `axes`, the sizes of (kernel size, state, node, channel) whose product is A, x has the channels of the states only:
+    the copies for all kernel sizes and nodes are made here, and x is all that is kept for the backward pass.
     """
     return _Separable.apply(x, depthwise.to(x.dtype), pointwise.to(x.dtype), axes, stride, dilation)
 
 
 _COPIES = (0, 2)
-"""The kernel size and the node."""
+"""The axes along which channels are copied: kernel size and node."""
 
 
 class _Separable(torch.autograd.Function):
     """The backward pass is PyTorch's, except for the depthwise convolution on a CPU.
 
-    Where channels are copied the depthwise convolution, a few products per channel, is computed once more for the
-    pointwise weights' gradient: about 3 % of a training step, for two of the seven tensors per edge that a cell keeps.
+    Where channels are copied, the pointwise weights' gradient computes the depthwise convolution once more, instead of
+    keeping its result: that costs about 3 % of a training step and saves two of the seven tensors per edge of a cell.
     """
 
     @staticmethod
@@ -87,7 +87,7 @@ def _depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
 
 def _by_depthwise_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride: int, dilation: int) -> Tensor:
     if stride == 1 and grad.device.type in kernels.OURS:
-        # The same with the filters turned round; oneDNN's convolution is faster forward than backward.
+        # A forward convolution with the filters rotated: oneDNN's is faster forward than backward.
         return _depthwise(grad, weight.flip(2, 3), stride, dilation)
     return _by_input(grad, shape, weight, (stride, stride), dilation)
 
@@ -115,7 +115,7 @@ def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, strides: tuple[int, int]
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, strides: tuple[int, int], dilation: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's. The height and the width of the weight, and the strides along them, may differ."""
+    """PyTorch's backward pass. Height and width of the filters may differ, and the strides along them."""
     padding = [size // 2 * dilation for size in weight.shape[2:]]
     return torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, strides, padding, [dilation] * 2,
@@ -124,13 +124,13 @@ def _convolution_backward(
 
 
 def _by_weight_in_columns(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Of filters five wide, three times as fast: oneDNN has a fast kernel for those that are at most three wide.
+    """Weight gradient of 5x5 filters, three times as fast as PyTorch's.
 
-    Two pixels side by side are seen as one with twice the channels, those of the even and those of the odd columns.
-    There a filter three wide reaches every second column of the image: 0, 2 and 4 of the filters that are five wide.
-    The kernel is fast for images at least as high as the filters.
+    oneDNN's fast kernel takes filters at most three wide. So two neighbouring pixels are seen as one pixel with twice
+    the channels, those of the even and of the odd column: a filter three wide then reaches every second column of the
+    image, which are columns 0, 2 and 4 of the 5x5 filter. The kernel is fast for images at least as high as the filter.
     """
-    if x.shape[2] % 2:  # zeros change nothing
+    if x.shape[2] % 2:  # a column of zeros changes nothing
         x = F.pad(x, (0, 0, 0, 1))
         grad = F.pad(grad, (0, 0, 0, x.shape[2] // stride - grad.shape[2]))
     if (lower := weight.shape[2] - x.shape[1]) > 0:

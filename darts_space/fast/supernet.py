@@ -4,16 +4,16 @@ In:  images (N, 3, H, W), float, normalised; H and W divisible by 4 (CIFAR stem)
 Out: logits (N, num_classes); a `Genotype` once the architecture parameters have been learnt.
 
 The mathematics is PC-DARTS's, which `darts_space.plain` spells out edge by edge. Here a cell is computed state by
-state: whatever leaves a state, to all nodes after it, is computed together (`StateEdges`), because all of these edges
-read the same first 1/K of the channels and nothing else of the cell.
+state: all edges that leave a state are computed together (`StateEdges`), because they read the same first 1/K of its
+channels and nothing else.
 
 - One depthwise convolution serves both kernel sizes on all edges: the 3x3 filters sit in a 5x5 frame of zeros. One
   grouped pointwise convolution and one BatchNorm follow.
-- The mixing weights, softmax(alpha) (equation 1) times softmax(beta) (section 3.3), are the scales of the BatchNorms;
-  what is left of the sum over a node's edges is an addition.
-- A pool and its BatchNorm are the same tensor on all edges: a matrix of mixing weights spreads it over the nodes.
+- The mixing weights, softmax(alpha) (equation 1) times softmax(beta) (section 3.3), become the scales of the
+  BatchNorms, so that the weighted sum over a node's edges is a plain addition.
+- A pool with its BatchNorm gives the same tensor on all edges: a matrix of mixing weights distributes it to the nodes.
 - The other channels bypass (equation 2): again a matrix, of beta alone. The channel shuffle is the order in which a
-  node writes its channels down.
+  node's channels are written.
 
 Inside a cell tensors are (N, H, W, C), which outside are channels_last. `from_plain` and `to_plain` convert the state
 dicts of the two forms into each other.
@@ -49,11 +49,10 @@ SKIP = PRIMITIVES.index("skip_connect")
 class StateEdges(nn.Module):
     """All edges that leave one state (or both input states, S = 2) for the T nodes after it: E = S * T edges.
 
-    (N, H, W, S * C) -> what these edges add to each of the T nodes: to their mixed channels
-    (N, H / stride, W / stride, T * C / K); and to all channels, without a convolution or pool on the way,
-    (N, H / stride, W / stride, T * C).
+    (N, H, W, S * C) -> what these edges add to each of the T nodes: the operations to the mixed channels,
+    (N, H / stride, W / stride, T * C / K), and bypass and identity to all channels, (N, H / stride, W / stride, T * C).
 
-    Axes of channels are in the order (kernel size, state, node, channel), as far as there are several of each.
+    Channels are ordered by (kernel size, state, node, channel), where there are several of each.
     """
 
     def __init__(self, states: tuple[int, ...], channels: int, partial: int, stride: int):
@@ -80,7 +79,7 @@ class StateEdges(nn.Module):
             self.register_buffer(name, pattern.contiguous(), persistent=False)
 
     def _patterns(self) -> dict[str, Tensor]:
-        """Zeros and ones: which entries of the matrices in `forward` there are."""
+        """Masks of zeros and ones: where the matrices in `forward` have entries."""
         s, c, k = self.sources, self.mixed, self.partial
         patterns = {
             "own_channel": torch.eye(c).view(1, c, 1, c),
@@ -91,7 +90,7 @@ class StateEdges(nn.Module):
         return patterns
 
     def forward(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """`weights` (6 + K, S, T): of the operations `MIXED`, of the skip connection, and K - 1 times the edge's."""
+        """`weights` (6 + K, S, T): of the operations `MIXED`, of the skip connection, and K - 1 times of the edge."""
         c, k = self.mixed, self.partial
         states = x.unflatten(3, (self.sources, k * c))
         front = states[..., :c].flatten(3).contiguous()
@@ -135,26 +134,26 @@ class StateEdges(nn.Module):
         return mixed, self._spread(behind, bypass_weight, self.own_place[1:])
 
     def _norm(self, row: int, x: Tensor, scale: Tensor | None = None, rectified: bool = False) -> Tensor:
-        """BatchNorm of all edges' channels, whose running statistics begin in `row`, and a ReLU if `rectified`."""
+        """BatchNorm of all edges' channels, whose running statistics start at `row`, and a ReLU if `rectified`."""
         rows = slice(row, row + x.shape[3] // self.running_mean[0].numel())
         mean, var = self.running_mean[rows].view(-1), self.running_var[rows].view(-1)
         y = batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training)
         return (F.relu(y, inplace=True) if rectified else y).permute(0, 2, 3, 1)  # in place on a view would cost a copy
 
     def _sum(self, x: Tensor, kernel_sizes: int = 2) -> Tensor:
-        """What all edges, and all kernel sizes, add to the nodes' channels."""
+        """Sum over the states and kernel sizes: what all edges add to the nodes' channels."""
         return summed(x, (kernel_sizes, *self.axes[1:]), (0, 1))
 
     def _depthwise_filters(self) -> tuple[Tensor, ...]:
-        """Of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""
+        """The filters of each of the three blocks, (2 * E * C / K, 1, 5, 5)."""
         framed = torch.stack([F.pad(self.depthwise_3x3, (1, 1, 1, 1)), self.depthwise_5x5], dim=1)
         return framed.flatten(1, 3).unbind(0)
 
     def _pointwise_filters(self) -> tuple[Tensor, ...]:
-        """Of each of the three blocks, (2 * E * C / K, C / K * edges of a group, 1, 1): groups of one edge or more.
+        """The filters of each of the three blocks, (2 * E * C / K, C / K * edges of a group, 1, 1).
 
-        On a CPU groups of sixteen channels are the fastest, or of more if an edge has more. Elsewhere kernels for
-        groups are slow, so that a single one is better as long as it is not very wide.
+        A group holds one edge or more. On a CPU groups of sixteen channels are the fastest, or of more if an edge has
+        more. Elsewhere grouped kernels are slow, so that a single group is better as long as it is not very wide.
         """
         edges = 2 * self.sources * self.targets
         width = 16 if self.pointwise.device.type in kernels.OURS else 256
@@ -166,15 +165,15 @@ class StateEdges(nn.Module):
         return filters.reshape(3, edges * self.mixed, together * self.mixed, 1, 1).unbind(0)
 
     def _skip_filters(self) -> Tensor:
-        """The two halves of FactorizedReduce, from the even and the odd pixels of each state to its edges' channels."""
+        """FactorizedReduce's two halves: from the even and the odd pixels of each state to its edges' channels."""
         s, t, c = self.sources, self.targets, self.mixed
         weight = self.skip.view(2, s, t, c // 2, c).permute(0, 1, 4, 2, 3)[:, :, :, None, :, None]
         return (weight * self.own_half).reshape(2 * s * c, s * t * c).t()[..., None, None]
 
     def _spread(self, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
-        """What reaches the nodes unchanged but for a weight (B, S, T) per block of channels and edge.
+        """Distribute channels to the nodes, weighted by (B, S, T): one weight for each block of channels and edge.
 
-        x (N, H, W, S * B * C / K) -> (N, H, W, T * D): `places` (B, C / K, 1, D) says which of a node's D channels
+        x (N, H, W, S * B * C / K) -> (N, H, W, T * D); `places` (B, C / K, 1, D) says which of a node's D channels
         each channel of a block becomes.
         """
         matrix = weights.transpose(0, 1)[:, :, None, :, None] * places
@@ -182,7 +181,7 @@ class StateEdges(nn.Module):
 
 
 def _even_and_odd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What FactorizedReduce reads: even pixels, and odd ones with zeros after an odd H or W."""
+    """What FactorizedReduce reads: the even pixels, and the odd ones, zero-padded after an odd H or W."""
     odd = F.pad(x[:, 1::2, 1::2], (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     return x[:, ::2, ::2], odd
 
@@ -204,9 +203,9 @@ class GroupedCell(nn.Module):
         self.load_state_dict(from_plain(plain.state_dict()))
 
     def forward(self, state0: Tensor, state1: Tensor, *weights: Tensor) -> Tensor:
-        """`weights`: what each of the four `StateEdges` takes; beta is in them already."""
+        """`weights`: one tensor for each of the four `StateEdges`, beta included."""
         state = torch.cat([self.preprocess0(state0), self.preprocess1(state1)], dim=1).permute(0, 2, 3, 1)
-        # From here on the inputs' own type goes through; what a BatchNorm needs stays in the weights' type, float32.
+        # From here on tensors keep the inputs' type; what BatchNorm needs stays in the weights' type, float32.
         device = state.device.type
         autocasts = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
@@ -256,7 +255,7 @@ class SuperNet(SearchNetwork):
         return super().forward(images.contiguous(memory_format=torch.channels_last))
 
     def _mixing_weights(self, cell: str) -> tuple[Tensor, ...]:
-        """For each of the `STATES`, the weights of its edges (6 + K, S, T)."""
+        """The weights (6 + K, S, T) of the edges of each of the `STATES`."""
         alphas, betas = super()._mixing_weights(cell)
         operations = (alphas * betas[:, None]).t().index_select(0, self.weighted_operations)
         table = torch.cat([operations, betas.expand(self.partial - 1, EDGES)]).index_select(1, self.edges_by_state)

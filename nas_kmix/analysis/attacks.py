@@ -63,7 +63,7 @@ def pgd(
 def random_starts(indices: np.ndarray, shape: tuple[int, ...], *, seed: tuple[int, ...]) -> Tensor:
     """Uniform in [-1, 1], float32 (len(indices), *shape), each a function of `seed` and its image's index alone.
 
-    So an image is attacked in the same way whichever batch it comes in.
+    So an image is attacked in the same way whichever batch it is in.
     """
     drawn = [np.random.default_rng([*seed, int(index)]).random(shape, dtype=np.float32) for index in indices]
     return torch.from_numpy(np.stack(drawn) * 2.0 - 1.0)
@@ -99,7 +99,7 @@ def _gradient_sign(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """BatchNorm must neither see the batch nor learn from it."""
+    """Evaluation mode inside: BatchNorm must neither normalise by the batch nor learn from it."""
     was_training = model.training
     model.eval()
     try:

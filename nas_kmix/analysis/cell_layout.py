@@ -1,10 +1,10 @@
-"""Where the parts of a drawn cell stand: eight (operation, input) edges in, a `Layout` of points out.
+"""Lay out a cell for drawing: eight (operation, input) edges in, a `Layout` of points out.
 
 A cell (DARTS section 2.1) runs from left to right: its two inputs c_{k-2} and c_{k-1}, the nodes 0..3, each the sum of
 two labelled edges, and c_{k}, the concatenation of the nodes. Nodes stand in layers by their depth. A layer is a
-stack of rows, of which each node takes two, one for the label of each of its edges, and each state that is needed
-further right takes one, for its line to pass. So labels cannot overlap, and lines cross only between layers; of all
-orders of the rows, one with the fewest crossings is taken. The height of a row is the unit of all lengths.
+stack of rows: each node takes two, one for the label of each of its edges, and each state that is needed further right
+takes one for its line to pass. So labels cannot overlap, and lines cross only between layers; the order of the rows is
+one with the fewest crossings. The height of a row is the unit of all lengths.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Point = tuple[float, float]
 
 @dataclass
 class Layout:
-    """Where everything stands: x to the right from 0, y downwards, centred on 0."""
+    """Where everything is: x runs to the right from 0, y downwards, centred on 0."""
 
     states: dict[int, Point] = field(default_factory=dict)
     """Centres of the seven states."""
@@ -36,7 +36,7 @@ class Layout:
     bundles: list[list[tuple[Point, Point]]] = field(default_factory=list)
     """Lines that part from one point or meet in one; each from a point to one on its right, level at both."""
     branches: list[Point] = field(default_factory=list)
-    """Where a line that has passed a layer parts."""
+    """Points at which a line that has passed a layer branches."""
     width: float = 0.0
     height: float = 0.0
 

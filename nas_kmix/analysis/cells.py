@@ -1,4 +1,4 @@
-"""Look at a genotype: its cells and their cost, other forms of it, a picture.
+"""Show a genotype: its cells and their cost, in other formats, or as a picture.
 
     python -m nas_kmix.analysis.cells runs/c100/genotype.json
     python -m nas_kmix.analysis.cells PC_DARTS_cifar --picture cells.svg
@@ -31,16 +31,16 @@ FORMS = {".json": "json", ".txt": "text"}
 
 @dataclass(frozen=True)
 class Config:
-    """What to read and what to make of it."""
+    """Which genotype to show or convert, and how."""
 
     genotype: tyro.conf.Positional[str]
-    """A file, the name of a published genotype, or text."""
+    """A file, the name of a published genotype, or the text itself."""
     to: Literal["json", "text"] | None = None
     """Convert to JSON, or to the legacy text of DARTS-style projects. Default: by the suffix of --out."""
     out: Path | None = None
-    """Write the converted genotype there instead of printing it."""
+    """Write the converted genotype to this file instead of printing it."""
     picture: Path | None = None
-    """Draw both cells there, a PNG or SVG."""
+    """Draw both cells into this file, a PNG or SVG."""
 
 
 def save_picture(genotype: Genotype, path: Path, title: str = "") -> None:
@@ -49,7 +49,7 @@ def save_picture(genotype: Genotype, path: Path, title: str = "") -> None:
 
 
 def run(config: Config) -> str:
-    """Write the files that are asked for and return what is to be printed. Raises ValueError and OSError."""
+    """Write the files that are asked for and return the text to print. Raises ValueError and OSError."""
     if config.picture is not None and config.picture.suffix not in PICTURES:
         raise ValueError(f"--picture {config.picture} must end in {' or '.join(PICTURES)}.")
     form = config.to

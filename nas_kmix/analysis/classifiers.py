@@ -28,7 +28,7 @@ class Classifier:
     path: Path
     model: nn.Module
     network: dict[str, Any]
-    """Its description as plain data."""
+    """The network's description as plain data."""
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -41,7 +41,7 @@ class Classifier:
         return replace(data, mean=self.mean, std=self.std)
 
     def same_architecture(self, other: Classifier) -> bool:
-        """Whether the networks differ in their weights alone; the auxiliary head is part of training only."""
+        """Whether the networks differ in their weights only; the auxiliary head, a part of training, is ignored."""
         first, second = ({**each.network, "auxiliary": None} for each in (self, other))
         return first == second
 

@@ -12,7 +12,7 @@ NETWORKS = (("CIFAR, C=36, L=20", CifarNetwork, 32), ("ImageNet, C=48, L=14", Im
 
 
 def describe(genotype: Genotype) -> str:
-    """Both cells, a node per line, and what the networks of the two presets cost."""
+    """Both cells, a line per node, and what the networks of the two presets cost."""
     lines = []
     for name, edges in (("normal cell", genotype.normal), ("reduction cell", genotype.reduce)):
         lines.append(name)
@@ -33,6 +33,6 @@ def network_costs(genotype: Genotype) -> dict[str, dict[str, int]]:
 
 
 def edge_text(edge: Edge) -> str:
-    """`sep_conv_3x3(c_k-1)`."""
+    """An edge as text, such as `sep_conv_3x3(c_k-1)`."""
     operation, source = edge
     return f"{operation}({('c_k-2', 'c_k-1')[source] if source < 2 else f'node {source - 2}'})"

@@ -59,19 +59,19 @@ class Views:
     radius: float = 0.5
     """The surface spans [-radius, radius] along both eigenvectors."""
     points: int = 21
-    """Values along each of its sides, odd, so that the network itself is one."""
+    """Grid points along each side of the surface, odd, so that the network itself is one of them."""
     slice_radius: float = 1.0
     """The slice spans [-slice_radius, slice_radius] times its direction."""
     slice_points: int = 41
-    """Values of the slice, odd."""
+    """Points of the slice, odd."""
     sigmas: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
     """Standard deviations of the noise."""
     draws: int = 10
-    """Draws of the noise, the same ones at each sigma; at least 2."""
+    """Draws of the noise, at least 2, the same at each sigma."""
     tolerance: float = 1e-3
-    """Relative accuracy of the eigenvalues."""
+    """Relative tolerance of the eigenvalues."""
     seed: int = 0
-    """Of the choice of images, the directions and the noise."""
+    """Seed of the choice of images, of the directions and of the noise."""
 
     def __post_init__(self):
         for name in ("points", "slice_points"):
@@ -97,7 +97,7 @@ class Views:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the losses, in the order in which they are computed."""
+        """Shapes of the losses, in the order in which they are computed."""
         return {
             "surface": (self.points, self.points),
             "slice": (self.slice_points,),
@@ -113,11 +113,11 @@ class Config:
     """Which networks to look at, and how."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders or checkpoints; all are drawn in one figure."""
+    """Run folders or checkpoints, drawn in one figure."""
     out: Path = Path("runs/landscape")
-    """The folder of the results."""
+    """Folder for the results."""
     batch_size: int = 250
-    """Images that pass through the network at once; bounds the memory, which Hessian products need most of."""
+    """Images in a forward pass; it bounds the memory, of which Hessian products need most."""
     fresh: bool = False
     """Remove what an earlier command left in --out and start over."""
     input: Annotated[InputConfig, Flat] = field(default_factory=InputConfig)

@@ -1,4 +1,4 @@
-"""How right classifiers are under attack, on hard images, and how well they tell images of no class they know.
+"""Accuracy of classifiers under attack and on hard images, and how well they detect images of unknown classes.
 
 In:  `PixelClassifier`s and images. Out: shares in [0, 1].
 """
@@ -33,7 +33,7 @@ def attacked_accuracy(
 ) -> dict[str, dict[str, float]]:
     """Share of `indices` that each model still gets right: `clean`, and under each of `attacks`, by their names.
 
-    With a `substitute`, one set of examples is made on it for all models. Bad files count neither way.
+    With a `substitute`, one set of examples is made on it for all models. Unreadable files are not counted.
     """
     correct = {name: dict.fromkeys(("clean", *attacks), 0) for name in models}
     networks = "1 network" if len(models) == 1 else f"{len(models)} networks"
@@ -59,7 +59,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def natural_accuracy(model: PixelClassifier, data: ImageData, *, batch_size: int = 100) -> tuple[float, float]:
-    """Accuracy among all of the network's classes, and among those alone that `data` has images of.
+    """Accuracy among all of the network's classes, and among only those that `data` has images of.
 
     The second is how ImageNet-A's accuracies are given by Hendrycks et al. (2021).
     """

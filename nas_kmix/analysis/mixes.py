@@ -1,10 +1,10 @@
-"""Look at what a network is trained on: a grid of mixed images with their soft labels, one row per mixer.
+"""Draw what a network is trained on: a grid of mixed images with their soft labels, one row per mixer.
 
     python -m nas_kmix.analysis.mixes --data digits --picture mixes.png
     python -m nas_kmix.analysis.mixes --data data/cifar100.npz --k 3 --images 8 --picture mixes.png
 
-As the paper's Fig. 1 and SM Fig. 2. All rows mix the same images. A cross marks the most salient pixel of every image
-in the first row, around which Saliency-DCutMix cuts its patches.
+The grid is that of the paper's Fig. 1 and SM Fig. 2. All rows mix the same images. In the first row a cross marks each
+image's most salient pixel, around which Saliency-DCutMix cuts its patches.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ INCHES = 1.25  # side of an image
 
 @dataclass(frozen=True)
 class Config:
-    """What to mix."""
+    """Which images to mix, and how."""
 
     picture: Path = Path("mixes.png")
-    """The picture, a PNG."""
+    """The PNG file to write."""
     input: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
     images: int = 8
-    """Columns, and how many images are mixed with one another."""
+    """Number of images that are mixed with one another, a column each."""
     k: int = 3
-    """Sources of DMixup, DCutMix and Saliency-DCutMix."""
+    """K, the number of images in a mix of DMixup, DCutMix and Saliency-DCutMix."""
     alpha: float = 1.0
-    """Concentration of the distributions that the shares are drawn from."""
+    """Concentration of the Beta or Dirichlet distribution of the mixing weights."""
     seed: int = 0
-    """Of the choice of images and of every mix."""
+    """Seed of the choice of images and of every mix."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Images to look at, float32 (N, H, W, 3) in [0, 1], and what is written under each."""
+    """A row of the grid: images, float32 (N, H, W, 3) in [0, 1], and a caption for each."""
 
     title: str
     images: np.ndarray
@@ -59,7 +59,7 @@ class Row:
 
 
 def mixers(config: Config, num_classes: int, size: int) -> dict[str, Mixer]:
-    """By the title of their row."""
+    """The mixers, by the title of their row."""
     two = {"alpha": config.alpha, "num_classes": num_classes}
     several = {"k": config.k, **two}
     return {
@@ -73,7 +73,7 @@ def mixers(config: Config, num_classes: int, size: int) -> dict[str, Mixer]:
 
 
 def rows(config: Config, data: ImageData) -> tuple[list[Row], np.ndarray]:
-    """The unmixed images and every mixer's; and the most salient pixels int64 (N, 2) of the unmixed ones."""
+    """The rows of the unmixed images and of every mixer, and the unmixed images' most salient pixels, int64 (N, 2)."""
     rng = np.random.default_rng(config.seed)
     if config.images > len(data.good()):
         raise ValueError(f"--images {config.images} is more than the {len(data.good())} that there are.")
@@ -88,7 +88,7 @@ def rows(config: Config, data: ImageData) -> tuple[list[Row], np.ndarray]:
 
 
 def caption(soft_label: Tensor, names: Sequence[str]) -> str:
-    """Classes and their shares, the largest first, a line each."""
+    """A line for each class with its share, the largest first."""
     shares, classes = soft_label.sort(descending=True, stable=True)
     pairs = zip(shares.tolist(), classes.tolist(), strict=True)
     return "\n".join(f"{names[label]}: {share:.2f}" for share, label in pairs if share >= LEAST_SHARE)
@@ -101,7 +101,7 @@ def _shown(images: Tensor, data: ImageData) -> np.ndarray:
 
 
 def draw(table: Sequence[Row], marks: np.ndarray) -> Figure:
-    """The grid; `marks` (N, 2) are crossed in the images of the first row."""
+    """Draw the grid, with crosses at the pixels `marks` (N, 2) of the first row's images."""
     columns = len(table[0].images)
     lines = [max(text.count("\n") + 1 for text in row.captions) for row in table]
     heights = [INCHES + 0.13 * count for count in lines]

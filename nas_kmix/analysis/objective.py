@@ -1,4 +1,4 @@
-"""A loss as a function of all parameters at once: its value, gradient, Hessian products and directions to move in.
+"""A loss as a function of all parameters at once: its value, its gradient, Hessian products and random directions.
 
 In:  a classifier and labelled images, or any function of named tensors that is a sum over chunks of data.
 Out: numbers and flat vectors (P,), P the number of parameters. Memory grows with a chunk, not with the data, and the
@@ -137,10 +137,10 @@ def top_eigenpairs(
 
 
 def filter_normalised_direction(parameters: Parameters, *, rng: np.random.Generator) -> Tensor:
-    """A Gaussian direction (P,) whose every filter is as long as the network's own (Li et al. 2018, section 4).
+    """A Gaussian direction (P,) in which each filter has the norm of the network's own (Li et al. 2018, section 4).
 
-    Filters are the slices of the first axis, also of linear layers; biases and BatchNorm's scales and shifts stay where
-    they are.
+    Filters are slices along the first axis, also in linear layers; biases and BatchNorm's scales and shifts do not
+    move.
     """
     pieces = []
     for tensor in parameters.values():

@@ -1,16 +1,16 @@
-"""Attack trained networks, and show them images that are natural but hard, or of no class they know.
+"""Measure how robust trained networks are: under attack, on hard natural images, and on images of unknown classes.
 
     python -m nas_kmix.analysis.robustness runs/plain runs/dcutmix --attack fgsm pgd                  # white-box
     python -m nas_kmix.analysis.robustness runs/plain runs/dcutmix --attack pgd --substitute runs/other-seed  # grey-box
     python -m nas_kmix.analysis.robustness runs/net --natural imagenet-a --ood imagenet-o --ood-folders mistaken
 
 A RUN is a folder of train_eval.py (its last.pt) or a checkpoint, also a scorer.pt of search.py. Attacks move pixels in
-[0, 1] within L-infinity balls; without --substitute each network is attacked with its own gradients (white-box), with
-one the examples are made on that and shown to all: grey-box where the architecture is the same, black-box where it is
-another (the paper's Table 4). --natural takes CLASS/* folders of the network's own classes, matched by name, as
-ImageNet-A; --ood takes images of other classes, as ImageNet-O (Table 3 of the supplement).
+[0, 1] within L-infinity balls. Without --substitute each network is attacked through its own gradients (white-box).
+With it the examples are made on the substitute and shown to all networks: grey-box if the architectures are the same,
+black-box if they differ (the paper's Table 4). --natural takes CLASS/* folders of the network's own classes, matched by
+name, such as ImageNet-A; --ood takes images of other classes, such as ImageNet-O (Table 3 of the supplement).
 
-Prints a table with one line for each RUN and, with --out, writes it as CSV.
+Prints a table with one line per RUN and, with --out, writes it as CSV.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ Flat = tyro.conf.arg(name="")
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """The attacks, in units of 1/255 of the range of a pixel. The defaults are eps = 8 of the paper's Table 4."""
+    """The attacks; pixels are in units of 1/255. The default, eps = 8, is that of the paper's Table 4."""
 
     attack: tuple[Literal["fgsm", "pgd"], ...] = ()
-    """Which ones: fgsm, pgd or both."""
+    """Attacks to run: fgsm, pgd or both."""
     eps: float = 8.0
-    """How far a pixel may move."""
+    """Radius of the L-infinity ball: how far a pixel may move."""
     step: float = 2.0
-    """How far it moves in a step of PGD."""
+    """Step size of PGD."""
     steps: int = 10
-    """Steps of PGD, from a random start."""
+    """Number of steps of PGD, from a random start."""
 
     def __post_init__(self):
         if not (0.0 < self.eps <= 255.0 and self.step > 0.0 and self.steps >= 1):
@@ -71,20 +71,21 @@ class Config:
     """Which networks, attacks and images."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders or checkpoints, a line each."""
+    """Run folders or checkpoints, one line of the table each."""
     substitute: Path | None = None
-    """Make the examples on this run or checkpoint instead of on each network itself."""
+    """Make the adversarial examples on this run or checkpoint instead of on each network itself."""
     natural: Path | None = None
     """A folder CLASS/* of hard images of known classes."""
     ood: Path | None = None
     """A folder CLASS/* of images that belong to none of the classes."""
     ood_folders: Literal["shown", "mistaken"] = "shown"
-    """What --ood's folders are named for. shown: what the images show; those of a known class are left out. mistaken:
-    the known class that they are taken for, as in ImageNet-O; they are compared with the images of these classes."""
+    """What the folders of --ood are named after. shown: what the images show; folders of a known class are left out.
+    mistaken: the known class that the images are mistaken for, as in ImageNet-O; they are compared with the images of
+    these classes."""
     out: Path | None = None
-    """Also write the table there, as CSV."""
+    """Also write the table to this file, as CSV."""
     seed: int = 0
-    """Of the choice of images and of PGD's starts."""
+    """Seed of the choice of images and of the starts of PGD."""
     batch_size: int = 100
     input: Annotated[InputConfig, Flat] = field(default_factory=InputConfig)
     attacks: Annotated[AttackConfig, Flat] = field(default_factory=AttackConfig)

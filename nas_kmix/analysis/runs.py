@@ -1,4 +1,4 @@
-"""Which classifiers an analysis looks at, and on which images: the RUNs and the data flags of its command."""
+"""Which classifiers an analysis reads, and on which images: the RUNs and the data flags of its command."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SUBSET = 1  # random stream: which images are taken
 
 @dataclass(frozen=True)
 class InputConfig:
-    """The images that an analysis is made on."""
+    """Images to analyse the networks on."""
 
     data: str | None = None
-    """As in train_eval.py. Default: what the first RUN was trained on, by the config.json beside its checkpoint."""
+    """Data set, as in train_eval.py. Default: the one in the config.json beside the first RUN's checkpoint."""
     data_root: Path = Path("data")
-    """Where CIFAR is looked for and downloaded to."""
+    """Folder in which CIFAR is looked for, and into which it is downloaded."""
     split: Literal["auto", "train", "val", "test"] = "auto"
-    """auto: test where there is one, else val."""
+    """Split to use; auto: test if there is one, else val."""
     images: int = 1000
-    """Take so many images, drawn by the seed; 0 takes all."""
+    """Number of images, drawn by the seed; 0 takes all."""
 
     def __post_init__(self):
         if self.images < 0:
@@ -75,7 +75,7 @@ def open_runs(runs: Sequence[Path]) -> dict[str, Classifier]:
 
 
 def check_same_task(first: Classifier, second: Classifier) -> None:
-    """Raise ValueError unless both take images of one size to the same classes."""
+    """Raise ValueError unless both networks have the same classes and image size."""
     if (first.class_names, first.image_size) != (second.class_names, second.image_size):
         raise ValueError(
             f"{first.path} and {second.path} were trained on other classes or image sizes; compare them one by one."
@@ -83,7 +83,7 @@ def check_same_task(first: Classifier, second: Classifier) -> None:
 
 
 def load_images(config: InputConfig, like: Classifier, *, device: torch.device, workers: int) -> ImageData:
-    """The split to analyse, at the size that `like` takes, in its normalisation. Raises ValueError."""
+    """The split to analyse, at the image size and in the normalisation of `like`. Raises ValueError."""
     data = config.data or _recorded_data(like.path)
     split = config.split
     if split == "auto":
@@ -95,7 +95,7 @@ def load_images(config: InputConfig, like: Classifier, *, device: torch.device, 
 
 
 def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:
-    """Indices of `images` readable images, ascending, without replacement; of all where there are no more, or for 0."""
+    """Ascending indices of `images` readable images, drawn without replacement; all if 0 or if there are no more."""
     good = data.good()
     if not 0 < images < len(good):
         return good

@@ -53,7 +53,7 @@ class Config:
     cifar100: str = "cifar100"
     """CIFAR-100 as --data of train_eval.py takes it."""
     out: Path = Path("runs/generalisation")
-    """Where the run folders lie."""
+    """Folder with the run folders."""
     only: str = ""
     """The cells whose names begin so."""
     minutes: float = 28.0

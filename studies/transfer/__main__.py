@@ -52,7 +52,7 @@ class Config:
     imagenette: str = "data/imagenette"
     """Imagenette as train|val/CLASS/*."""
     out: Path = Path("runs/transfer")
-    """Where the run folders lie."""
+    """Folder with the run folders."""
     only: str | None = None
     """The cells whose names begin so."""
     minutes: float = 28.0

@@ -1,4 +1,4 @@
-"""Section `compare`: several runs beside one another. Runs that differ in their seed alone are one group."""
+"""Section `compare`: several runs side by side. Runs that differ only in their seed form a group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Searched:
-    """What the comparison says of a run of search.py."""
+    """What the comparison shows of a run of search.py."""
 
     record: Record
     proxy: str
@@ -39,7 +39,7 @@ class Searched:
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """What the comparison says of a run of train_eval.py."""
+    """What the comparison shows of a run of train_eval.py."""
 
     record: Record
     origin: str
@@ -47,11 +47,11 @@ class TrainedNetwork:
     seed: int
     genotype: Genotype | None
     accuracy: float | None
-    """Of the last epoch on the test images, else on those held out; in [0, 1]."""
+    """Accuracy after the last epoch on the test images, else on those held out; in [0, 1]."""
     best: float | None
     result: dict
     search_seconds: float | None
-    """Of all stages of the search that found the genotype."""
+    """Seconds of all stages of the search that found the genotype."""
 
 
 def section(records: Sequence[Record]) -> Markup:
@@ -164,7 +164,7 @@ def _groups(runs: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[
 
 
 def _short_names(records: Sequence[Record]) -> dict[Path, str]:
-    """As much of the end of each path as tells them apart."""
+    """The shortest ends of the paths that tell them apart."""
     folders = {record.folder: record.folder.resolve().parts for record in records}
     for depth in range(1, max(map(len, folders.values())) + 1):
         names = {folder: "/".join(parts[-depth:]) for folder, parts in folders.items()}

@@ -35,7 +35,7 @@ class SpeedUp:
 
     @property
     def without_scorer(self) -> float:
-        """Scoring and selection billed, the scorer as given."""
+        """The speed-up if scoring and selection are billed and the scorer is taken as given."""
         return self.full / (self.selecting + self.search)
 
     @property
@@ -59,7 +59,7 @@ def speed_up(record: Record) -> SpeedUp:
 
 
 def all_in_seconds(record: Record) -> float:
-    """Of all stages."""
+    """Seconds of all stages."""
     return sum(cost.wall_s for cost in record.costs.values())
 
 

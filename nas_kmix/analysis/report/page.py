@@ -1,4 +1,4 @@
-"""The page: sections of one or several runs in order, under a heading that says the most important things."""
+"""The page: the sections of one or several runs, under a heading with the most important results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], Markup]]] = {
 
 
 def document(records: Sequence[Record]) -> str:
-    """A whole HTML document, at most 4.8 MB: what does not fit is left out, and said to be."""
+    """A whole HTML document of at most 4.8 MB: what does not fit is left out, and the page says so."""
     blocks = {key: [] for key in SECTIONS}
     size = 0
     for record in records:
@@ -96,7 +96,7 @@ def _origin(record: Record) -> Markup:
 
 
 def _tiles(record: Record) -> list[Markup]:
-    """The handful of figures that a reader looks for first; those that are not known are left out."""
+    """The few numbers that a reader looks for first; unknown ones are left out."""
     tiles = []
     for title, read in (_TRAIN_TILES if record.trains else _SEARCH_TILES).items():
         try:

@@ -61,7 +61,7 @@ class Reliability:
 
 
 def reliability(record: Record) -> Reliability:
-    """Of the measure that the proxy was chosen by."""
+    """Reliability of the ranking that the proxy was chosen by."""
     return Reliability(record.scores.reliability(_measure(record)), record.scores.losses.shape[1])
 
 

@@ -86,7 +86,7 @@ class Record:
 
     @cached_property
     def genotype(self) -> Genotype:
-        """What the search found, or what was trained."""
+        """The genotype that the search found, or that was trained."""
         if not self.trains:
             return Genotype.load(self._found("genotype.json"))
         with self.reading("config.json"):
@@ -99,13 +99,13 @@ class Record:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What the genotype of a search came from: the config and the inputs of the stage."""
+        """What the genotype of a search was made from: the config and the inputs of the stage."""
         with self.reading("genotype.json"):
             return dict(self._object("genotype.json")["provenance"])
 
     @property
     def epochs_of_search(self) -> int:
-        """Those that were run; more than asked for where steps were matched."""
+        """Epochs that were run; more than asked for where steps were matched."""
         with self.reading("genotype.json"):
             return int(self.provenance["config"]["epochs"])
 
@@ -202,7 +202,7 @@ class Record:
             raise ValueError(f"The images of {self.name} cannot be shown: {error}") from error
 
     def shown_data(self) -> ImageData:
-        """`data` to take a few images from, which are read sooner than DataLoader workers start."""
+        """`data` without DataLoader workers: a few images are read sooner than they start."""
         return replace(self.data, workers=0)
 
     def check_data(self, fingerprint: Any) -> ImageData:
@@ -240,7 +240,7 @@ class Record:
         return path
 
     def _flag(self, name: str) -> str | None:
-        """A path among the flags of a search; None where it was not given, or nobody can tell."""
+        """A path among the flags of a search; None if it was not given or is not recorded."""
         try:
             value = self.config.get(name)
         except ValueError:
@@ -248,7 +248,7 @@ class Record:
         return value if isinstance(value, str) else None
 
     def _given(self, name: str) -> Path | None:
-        """The path, if it is not one in the run's own folder, as that was called then or is now."""
+        """The path, unless it lies in the run's own folder, under its name of then or now."""
         value = self._flag(name)
         if value is None or Path(value).parent == Path(self._flag("out") or ""):
             return None
@@ -262,7 +262,7 @@ class Record:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """A file of the right name and another content is a sentence, too."""
+        """Turn whatever a file with unexpected content raises into a ValueError that names it."""
         try:
             yield
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
