@@ -20,7 +20,7 @@ import tyro
 
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.run import stage_key
+from nas_kmix.engine.keys import stage_key
 from nas_kmix.engine.sources import LOSSY_SUFFIXES, BadImageError, source_of
 from nas_kmix.sampling import Method, select
 from nas_kmix.scores import Measure, ScoreTable

@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -27,10 +26,11 @@ from torch.nn import functional as F
 
 from nas_kmix.boxes import boxes_from_uniforms
 from nas_kmix.engine import files
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.distributed import World
+from nas_kmix.engine.keys import stage_key
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.mixing import MixPlan, box_plan, mix_labels, paste
 from nas_kmix.scores import ScoreTable
 
@@ -87,15 +87,16 @@ def score_dataset(
     config: ScoringConfig,
     *,
     indices: np.ndarray | None = None,
-    run: Run | None = None,
+    compute: Compute | None = None,
+    world: World | None = None,
     on_shard: Callable[[ScoreTable], None] = lambda shard: None,
 ) -> ScoreTable:
     """Score the images `indices` of `data` (default: all) with a classifier (N, 3, S, S) to logits (N, classes).
 
     Shards of 512 images are handed to `on_shard` as they are done; `ScoreTable.merge` puts shards together. The model
-    is in eval mode meanwhile and as before afterwards. `run` gives precision and memory layout (default: float32), and
-    its world the processes that the shards are dealt out to; each of them ends with the whole table. Files that cannot
-    be read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
+    is in eval mode meanwhile and as before afterwards. `compute` gives precision and memory layout (default: float32),
+    `world` the processes that the shards are dealt out to; each of them ends with the whole table. Files that cannot be
+    read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
     NonFiniteLossError.
     """
     key = scoring_key(model, data, config)
@@ -103,7 +104,7 @@ def score_dataset(
     if len(sources.pool) < config.k:
         raise ValueError(f"Scoring mixes {config.k} different images, but only {len(sources.pool)} can be read.")
     wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
-    world = World() if run is None else run.world
+    compute, world = compute or Compute(), world or World()
     shards = [wanted[i : i + IMAGES_PER_SHARD] for i in range(0, len(wanted), IMAGES_PER_SHARD)]
     shards += [wanted[:0]] * (-len(shards) % world.size)  # every process has as many, and shares each one it has done
     shards = shards[world.rank :: world.size]
@@ -117,7 +118,7 @@ def score_dataset(
                 sources.take_anchors(batch)
                 draws = _draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
                 parts = draws.batches(config.batch_size)
-                losses = [_anchor_losses(model, data, sources, part, config, run) for part in parts]
+                losses = [_anchor_losses(model, data, sources, part, config, compute) for part in parts]
                 losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
@@ -191,18 +192,15 @@ class _Draws:
             yield _Draws(self.anchor[rows], self.partners[rows], self.boxes[rows])
 
 
-def _anchor_losses(model, data, sources: _Sources, draws: _Draws, config, run) -> Tensor:
+def _anchor_losses(model, data, sources: _Sources, draws: _Draws, config, compute: Compute) -> Tensor:
     """Losses float32 (R,) of the given mixes."""
     anchors = sources.anchor_rows[draws.anchor]
     partners = np.column_stack([anchors, sources.first_partner + draws.partners])
     plan = box_plan(partners, draws.boxes, tuple(sources.images.shape[-2:]), device=data.device)
 
     images = _mixed_images(data, sources, plan)
-    if run is None:
-        logits = model(images)
-    else:
-        with run.autocast():
-            logits = model(run.layout(images))
+    with compute.autocast():
+        logits = model(compute.layout(images))
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     if config.loss == "anchor":
         return F.nll_loss(log_probabilities, sources.labels[plan.partners[:, 0]], reduction="none")
@@ -334,40 +332,3 @@ def scoring_key(model: nn.Module, data: ImageData, config: ScoringConfig) -> dic
     settings["pool"] = "all" if data.resident else config.pool_size
     key = stage_key("scoring", settings, {"data": data.fingerprint, "scorer": scorer_hash(model, data)})
     return key if data.resident else {**key, "pool": _pool_of_streamed(len(data), config).tolist()}
-
-
-def score_stage(model: nn.Module, data: ImageData, config: ScoringConfig, *, run: Run, path: Path) -> ScoreTable:
-    """Score all of `data`, resuming after the shards already done, and write `path`."""
-    key = scoring_key(model, data, config)
-    tables = []
-    done = np.empty(0, dtype=np.int64)
-    with run.resumed("scoring", key) as state:
-        if state is not None:
-            rows = [state[name].numpy() for name in ("index", "label", "losses")]
-            tables = [ScoreTable(*rows, key, bad=dict(state["bad"])).checked()]
-            done = tables[0].index
-            data.bad.update(state["bad"])
-    wanted = np.setdiff1d(data.good(), done)
-    progress = run.progress("scoring", len(done) + len(wanted), done=len(done), unit="image")
-
-    with run.stage("scoring") as cost:
-
-        def on_shard(shard: ScoreTable) -> None:
-            tables.append(shard)
-            cost.images_forward += shard.losses.size
-            progress.update(len(shard.index))
-            if run.checkpoint_due():
-                table = ScoreTable.merge(tables)
-                rows = {name: torch.from_numpy(getattr(table, name)) for name in ("index", "label", "losses")}
-                run.save_checkpoint("scoring", key, {**rows, "bad": dict(data.bad)})
-                run.raise_if_stopping()
-
-        if len(wanted):
-            score_dataset(model, data, config, indices=wanted, run=run, on_shard=on_shard)
-        progress.close()
-        table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
-        run.write_cost()  # before the result, so that one that stands has been paid for
-        if run.world.main:
-            table.save(path)
-        run.remove_checkpoint("scoring")
-    return table

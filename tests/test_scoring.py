@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from nas_kmix import scoring
 from nas_kmix.backbones import build_backbone
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, score_dataset
@@ -197,10 +197,9 @@ def test_a_model_in_training_mode_is_scored_in_eval_mode_and_given_back(data):
     np.testing.assert_array_equal(table.losses, score_dataset(model.eval(), data, CONFIG).losses)
 
 
-def test_autocast_and_channels_last_change_scores_only_by_rounding(model, data, tmp_path):
+def test_autocast_and_channels_last_change_scores_only_by_rounding(model, data):
     plain = score_dataset(model, data, CONFIG)
-    with Run(tmp_path, stages=("scoring",), amp="bf16", channels_last=True) as run:
-        rough = score_dataset(model, data, CONFIG, run=run)
+    rough = score_dataset(model, data, CONFIG, compute=Compute(amp="bf16", channels_last=True))
     assert rough.losses.dtype == np.float32
     np.testing.assert_allclose(rough.losses, plain.losses, rtol=0.05)
     assert not np.array_equal(rough.losses, plain.losses)
