@@ -19,7 +19,7 @@ from nas_kmix.engine.distributed import World
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.sources import splits_of
-from nas_kmix.proxy import split_halves
+from nas_kmix.sampling import split_by_class
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def divide(
     """The training images, and those to evaluate on: `evaluated`, with images held out where it has no val."""
     indices = data.good()
     if "val" not in evaluated and val_share > 0.0:
-        indices, held_out = split_halves(indices, data.labels[indices], val_share, seed=seed)
+        indices, held_out = split_by_class(indices, data.labels[indices], val_share, seed=seed)
         if len(held_out) == 0:
             raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
         own = prepared_for_evaluation(data, held_out)
@@ -58,7 +58,7 @@ def divide(
         if train_images > len(indices):
             raise ValueError(f"--train-images {train_images} is more than the {len(indices)} that there are.")
         if train_images < len(indices):
-            _, indices = split_halves(indices, data.labels[indices], train_images / len(indices), seed=seed)
+            _, indices = split_by_class(indices, data.labels[indices], train_images / len(indices), seed=seed)
     return Part(data, indices), evaluated
 
 

@@ -6,7 +6,7 @@ The selection itself is in `nas_kmix.proxy`, and the file applies to any copy of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, stage_key
 from nas_kmix.engine.run import Run
-from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy
+from nas_kmix.manifest import ProxyManifest
+from nas_kmix.proxy import ProxyConfig, make_proxy
 from nas_kmix.scores import ScoreTable
 
 NAME = "selection"
@@ -39,7 +40,9 @@ def load(
 ) -> ProxyManifest:
     """The proxy in `path`, in the indices of `data`."""
     manifest = ProxyManifest.load(path)
-    check_key(path, manifest.key(), key)
+    settings = {field.name: getattr(manifest, field.name) for field in fields(ProxyConfig)}
+    inputs = {"data": manifest.fingerprint, "scores": manifest.scores}
+    check_key(path, stage_key(NAME, settings, inputs), key)
     return manifest.apply(data)
 
 

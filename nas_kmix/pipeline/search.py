@@ -24,9 +24,10 @@ from nas_kmix.engine.keys import check_key, stage_key
 from nas_kmix.engine.loop import run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
+from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import history
 from nas_kmix.pipeline.stage import obtain
-from nas_kmix.proxy import ProxyManifest, split_halves
+from nas_kmix.sampling import split_by_class
 
 NAME = "search"
 FILE = "genotype.json"
@@ -123,7 +124,7 @@ class Halves:
     @staticmethod
     def of_all_images(data: ImageData, arch_share: float, *, seed: int) -> Halves:
         """All images that can be read, divided by class."""
-        weights, arch = split_halves(data.good(), data.labels[data.good()], arch_share, seed=seed)
+        weights, arch = split_by_class(data.good(), data.labels[data.good()], arch_share, seed=seed)
         return Halves(weights, arch, identity=f"all images, arch_share {arch_share}")
 
 
