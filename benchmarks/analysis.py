@@ -27,7 +27,7 @@ from darts_space import GENOTYPES, CifarNetwork
 from nas_kmix.analysis.attacks import PixelClassifier, pgd
 from nas_kmix.analysis.objective import cross_entropy_objective
 from nas_kmix.backbones import build_backbone
-from nas_kmix.engine.device import DeviceConfig, pick_device, to_layout
+from nas_kmix.engine.compute import Compute, DeviceConfig, pick_device
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Config:
 
 def main(config: Config) -> dict[str, float]:
     device = pick_device(DeviceConfig(device=config.device, threads=config.threads))
-    model = to_layout(_network(config).to(device).eval(), config.channels_last)
+    layout = Compute(device, channels_last=config.channels_last).layout
+    model = layout(_network(config).to(device).eval())
     rng = np.random.default_rng(0)
     data = generated_images(config.batch_size, config.image_size, config.classes, device, rng=rng)
     objective = cross_entropy_objective(model, data, np.arange(len(data)), chunk_size=config.batch_size)
@@ -71,7 +72,7 @@ def main(config: Config) -> dict[str, float]:
 
     pixels, labels = data.images.float() / 255.0, torch.as_tensor(data.labels, device=device)
     classifier = PixelClassifier(model, data.mean, data.std).to(device).eval()
-    inputs = to_layout(data.normalise(data.images), config.channels_last)
+    inputs = layout(data.normalise(data.images))
 
     def bare() -> None:
         for _ in range(config.steps):

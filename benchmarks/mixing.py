@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/mix
 from benchmarks.measure import command_line, report, seconds
 from nas_kmix.backbones import build_backbone
 from nas_kmix.boxes import draw_phi, nested_boxes, stick_lengths
-from nas_kmix.engine.device import DeviceConfig, pick_device
+from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.mixing import DCutMix, DMixup, SaliencyDCutMix
 from nas_kmix.rivals import CutMix, Cutout, Mixup
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks.measure import command_line, report, seconds
 from darts_space import network, read_genotype
 from darts_space.network import NETWORKS, Network
-from nas_kmix.engine.device import DeviceConfig, pick_device
+from nas_kmix.engine.compute import DeviceConfig, pick_device
 
 
 @dataclass(frozen=True)

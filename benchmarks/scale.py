@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/sca
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.engine.run import peak_rss_bytes
+from nas_kmix.engine.ledger import peak_rss_bytes
 from nas_kmix.sampling import select
 from nas_kmix.scoring import ScoringConfig, score_dataset
 

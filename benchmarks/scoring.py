@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/sco
 
 from benchmarks.measure import command_line, generated_images, report, seconds
 from nas_kmix.backbones import build_backbone
-from nas_kmix.engine.device import DeviceConfig, pick_device
+from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.scoring import ScoringConfig, score_dataset
 
 

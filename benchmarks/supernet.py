@@ -35,8 +35,8 @@ from benchmarks.measure import machine, seconds
 from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.search_network import SearchNetwork
-from nas_kmix.engine.device import DeviceConfig, pick_device
-from nas_kmix.engine.run import peak_rss_bytes
+from nas_kmix.engine.compute import DeviceConfig, pick_device
+from nas_kmix.engine.ledger import peak_rss_bytes
 
 PLAIN_MACS = 56_596_992
 PLAIN_OPERATIONS = range(13_000, 15_001)

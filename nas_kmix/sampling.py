@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+DIVISION = 12  # random stream
 Method = Literal["interval", "top", "bottom", "random"]
 
 
@@ -52,6 +53,29 @@ def select(
         step = interval if method == "interval" else 1
         chosen.append(ranked[_interval_ranks(len(ranked), step)[:count]])
     return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def split_by_class(
+    indices: np.ndarray, labels: np.ndarray, share: float, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide `indices` (N,) with `labels` (N,) in two, both sorted: what stays, and the `share` that is taken.
+
+    The halves of a search are divided like this, and the images held out for validation. Each class gives its share.
+    Where that is no whole number, the remainders add up from class to class, so that the totals are off by less than
+    one image; but every class keeps an image on each side, and the only image of a class stays.
+    """
+    rng = np.random.default_rng([seed, DIVISION])
+    kept, taken, owed = [], [], 0.0
+    for label in np.unique(labels):
+        members = rng.permutation(indices[labels == label])
+        count = 0
+        if len(members) > 1:
+            owed += share * len(members)
+            count = min(max(round(owed), 1), len(members) - 1)
+            owed -= count
+        taken.append(members[:count])
+        kept.append(members[count:])
+    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(taken))
 
 
 def _interval_ranks(n: int, step: int) -> np.ndarray:

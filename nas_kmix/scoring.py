@@ -5,79 +5,33 @@ of phi, drawn from the conditional Dirichlet distribution, goes to K - 1 partner
 and partners give M losses against the mixed label (eq. 8); their coefficient of variation std / mean is the score (SM,
 "Data Subsampling"). Images are not augmented and the network is in eval mode, so nothing else varies.
 
-Every draw is a function of (seed, image index, draw) alone, through Philox with the index as its counter. Scores
-therefore do not depend on batch size, order, workers or shards, and more draws extend fewer.
+What is random about the mixes is drawn in `anchors`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from scipy import special
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nas_kmix.boxes import boxes_from_uniforms
+from nas_kmix.anchors import Draws, ScoringConfig, draw, pool_of_streamed
 from nas_kmix.engine import files
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.distributed import World
+from nas_kmix.engine.keys import stage_key
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import Run, stage_key
 from nas_kmix.mixing import MixPlan, box_plan, mix_labels, paste
 from nas_kmix.scores import ScoreTable
 
-PHI, BOXES, PARTNERS, POOL = 1, 2, 3, 4  # one random stream per quantity
-DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
 IMAGES_PER_SHARD = 512
 BYTES_IN_CACHE = 400_000  # of mixed images: 130 at 32 px
-
-
-@dataclass(frozen=True)
-class ScoringConfig:
-    """The anchor-mix. Defaults are the paper's (SM, "Data Subsampling") and, where it is silent, neutral choices."""
-
-    draws: int = 10
-    """M, mixes per image; at least 2, and 4 or more for a reliability."""
-    k: int = 3
-    """Images in a mix, the anchor included: the paper has two partners."""
-    alpha: float = 2 / 9
-    """Concentration of each partner's share of the rest."""
-    phi_anchor: float = 0.5
-    """The anchor's share, in (0, 1); 0.5 was the paper's best."""
-    loss: Literal["mixed", "minus_entropy", "anchor"] = "mixed"
-    """Cross-entropy against the mixed label (eq. 8), the same less the label's entropy, or against the anchor's label.
-    The label's own entropy is noise in the ranking; without it ten draws agree better between seeds."""
-    partners: Literal["fresh", "fixed", "common"] = "fresh"
-    """New partners at every draw, the same for all draws of an image, or, with the same phi and boxes too, the same
-    for all images at one draw."""
-    batch_size: int = 512
-    """Mixed images in a forward pass."""
-    pool_size: int = 4096
-    """Possible partners of a streamed set; a resident set draws from all its images."""
-    seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Of every draw."""
-
-    def __post_init__(self):
-        if self.draws < 2:
-            raise ValueError(f"--scoring.draws is {self.draws}; a variation needs two or more.")
-        if self.k < 2:
-            raise ValueError(f"--scoring.k is {self.k}; a mix needs two images or more.")
-        if not 0.0 < self.phi_anchor < 1.0:
-            raise ValueError(f"--scoring.phi-anchor must lie strictly between 0 and 1, not {self.phi_anchor}.")
-        if not 0.0 < self.alpha < math.inf:
-            raise ValueError(f"--scoring.alpha must be positive and finite, not {self.alpha}.")
-        if self.pool_size < self.k:
-            raise ValueError(f"--scoring.pool-size must be at least --scoring.k, {self.k}, not {self.pool_size}.")
-        if self.batch_size < 1:
-            raise ValueError(f"--scoring.batch-size must be at least 1, not {self.batch_size}.")
 
 
 @torch.inference_mode()
@@ -87,15 +41,16 @@ def score_dataset(
     config: ScoringConfig,
     *,
     indices: np.ndarray | None = None,
-    run: Run | None = None,
+    compute: Compute | None = None,
+    world: World | None = None,
     on_shard: Callable[[ScoreTable], None] = lambda shard: None,
 ) -> ScoreTable:
     """Score the images `indices` of `data` (default: all) with a classifier (N, 3, S, S) to logits (N, classes).
 
     Shards of 512 images are handed to `on_shard` as they are done; `ScoreTable.merge` puts shards together. The model
-    is in eval mode meanwhile and as before afterwards. `run` gives precision and memory layout (default: float32), and
-    its world the processes that the shards are dealt out to; each of them ends with the whole table. Files that cannot
-    be read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
+    is in eval mode meanwhile and as before afterwards. `compute` gives precision and memory layout (default: float32),
+    `world` the processes that the shards are dealt out to; each of them ends with the whole table. Files that cannot be
+    read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
     NonFiniteLossError.
     """
     key = scoring_key(model, data, config)
@@ -103,7 +58,7 @@ def score_dataset(
     if len(sources.pool) < config.k:
         raise ValueError(f"Scoring mixes {config.k} different images, but only {len(sources.pool)} can be read.")
     wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
-    world = World() if run is None else run.world
+    compute, world = compute or Compute(), world or World()
     shards = [wanted[i : i + IMAGES_PER_SHARD] for i in range(0, len(wanted), IMAGES_PER_SHARD)]
     shards += [wanted[:0]] * (-len(shards) % world.size)  # every process has as many, and shares each one it has done
     shards = shards[world.rank :: world.size]
@@ -115,9 +70,9 @@ def score_dataset(
             losses = np.empty((0, config.draws), dtype=np.float32)
             if len(batch.indices):  # else not one file of it can be read
                 sources.take_anchors(batch)
-                draws = _draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
+                draws = draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
                 parts = draws.batches(config.batch_size)
-                losses = [_anchor_losses(model, data, sources, part, config, run) for part in parts]
+                losses = [_anchor_losses(model, data, sources, part, config, compute) for part in parts]
                 losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
@@ -147,7 +102,7 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The scores do not say how they were drawn ({error}).") from error
     pool = np.setdiff1d(pool, list(table.bad))
-    draws = _draw(np.array([index]), pool, (data.image_size,) * 2, config)
+    draws = draw(np.array([index]), pool, (data.image_size,) * 2, config)
     indices = np.concatenate([[index], pool[draws.partners].ravel()])
     batch = data.fetch(indices)
     if len(batch.indices) < len(indices):
@@ -174,35 +129,15 @@ def _shared(own: ScoreTable, world: World) -> ScoreTable:
     return ScoreTable.merge(tables)
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """Everything random about the mixes of some anchors; row i * M + m is draw m of anchor i.
-
-    anchor: (R,) rows into the batch of anchors; partners: (R, K-1) rows into the pool; boxes: (R, K-1, 4).
-    """
-
-    anchor: np.ndarray
-    partners: np.ndarray
-    boxes: np.ndarray
-
-    def batches(self, size: int) -> Iterator[_Draws]:
-        for i in range(0, len(self.anchor), size):
-            rows = slice(i, i + size)
-            yield _Draws(self.anchor[rows], self.partners[rows], self.boxes[rows])
-
-
-def _anchor_losses(model, data, sources: _Sources, draws: _Draws, config, run) -> Tensor:
+def _anchor_losses(model, data, sources: _Sources, draws: Draws, config, compute: Compute) -> Tensor:
     """Losses float32 (R,) of the given mixes."""
     anchors = sources.anchor_rows[draws.anchor]
     partners = np.column_stack([anchors, sources.first_partner + draws.partners])
     plan = box_plan(partners, draws.boxes, tuple(sources.images.shape[-2:]), device=data.device)
 
     images = _mixed_images(data, sources, plan)
-    if run is None:
-        logits = model(images)
-    else:
-        with run.autocast():
-            logits = model(run.layout(images))
+    with compute.autocast():
+        logits = model(compute.layout(images))
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     if config.loss == "anchor":
         return F.nll_loss(log_probabilities, sources.labels[plan.partners[:, 0]], reduction="none")
@@ -221,56 +156,6 @@ def _mixed_images(data: ImageData, sources: _Sources, plan: MixPlan) -> Tensor:
     for part, out in zip(plan.split(at_once), images.split(at_once), strict=True):
         data.normalise(paste(sources.images, part), out)
     return images
-
-
-def _draw(indices: np.ndarray, pool_rows: np.ndarray, size: tuple[int, int], config: ScoringConfig) -> _Draws:
-    """All M draws for the images `indices`; `pool_rows` are the dataset indices of the possible partners."""
-    n, free = len(indices), config.k - 1
-    sticks = np.empty((n, config.draws, free))
-    boxes = np.empty((n, config.draws, free, 2))
-    partners = np.empty((n, config.draws, free), dtype=np.int64)
-    for m in range(config.draws):
-        sticks[:, m, 1:] = _uniforms(PHI, m, indices, free - 1, config)
-        boxes[:, m] = _uniforms(BOXES, m, indices, 2 * free, config).reshape(n, free, 2)
-        draw = 0 if config.partners == "fixed" else m
-        partners[:, m] = _draw_partners(_uniforms(PARTNERS, draw, indices, free + 1, config), indices, pool_rows)
-    # The anchor takes its share off the stick. Of the rest, a Dirichlet over K - 1 partners breaks off pieces of
-    # Beta(a, (K-1-k) a), here by their inverse distribution functions: a number of uniforms known beforehand.
-    sticks[:, :, 0] = config.phi_anchor
-    for k in range(1, free):
-        sticks[:, :, k] = special.betaincinv(config.alpha, (free - k) * config.alpha, sticks[:, :, k])
-    sticks = sticks.reshape(-1, free)
-    return _Draws(
-        np.repeat(np.arange(n), config.draws),
-        partners.reshape(-1, free),
-        boxes_from_uniforms(sticks, size, boxes.reshape(-1, free, 2)),
-    )
-
-
-def _uniforms(stream: int, draw: int, indices: np.ndarray, count: int, config: ScoringConfig) -> np.ndarray:
-    """Uniform numbers (N, count) in [0, 1) that depend on (seed, stream, draw, index) alone; `indices` ascend."""
-    if config.partners == "common":
-        indices = np.zeros_like(indices)
-    counters = -(-count // DOUBLES_PER_COUNTER)
-    first, last = (int(indices[0]), int(indices[-1])) if len(indices) else (0, 0)
-    philox = np.random.Philox(key=[config.seed, stream], counter=[first * counters, draw, 0, 0])
-    block = np.random.Generator(philox).random((last - first + 1, counters * DOUBLES_PER_COUNTER))
-    return block[indices - first, :count]
-
-
-def _draw_partners(uniforms: np.ndarray, indices: np.ndarray, pool_rows: np.ndarray) -> np.ndarray:
-    """K - 1 different rows of the pool per anchor, never the anchor's own: uniforms (N, K) to int64 (N, K-1).
-
-    K different rows are drawn, the last as a spare for where the anchor comes up. So, with common uniforms, all other
-    anchors meet the same partners.
-    """
-    rows = np.empty(uniforms.shape, dtype=np.int64)
-    for k in range(uniforms.shape[1]):
-        free = len(pool_rows) - k
-        rows[:, k] = np.minimum((uniforms[:, k] * free).astype(np.int64), free - 1)
-        for taken in np.sort(rows[:, :k], axis=1).T:  # step over the rows already taken, in ascending order
-            rows[:, k] += rows[:, k] >= taken
-    return np.where(pool_rows[rows[:, :-1]] == indices[:, None], rows[:, -1:], rows[:, :-1])
 
 
 @dataclass
@@ -296,7 +181,7 @@ class _Sources:
             rows = torch.as_tensor(pool, device=data.device)
             images = data.images if len(pool) == len(data) else data.images[rows]
             return _Sources(pool, images, torch.as_tensor(data.labels[pool], device=data.device), 0, none)
-        rows = _pool_of_streamed(len(data), config)
+        rows = pool_of_streamed(len(data), config)
         room, size = min(IMAGES_PER_SHARD, len(data)), data.image_size
         images = torch.zeros(room + len(rows), 3, size, size, dtype=torch.uint8, device=data.device)
         labels = torch.zeros(room + len(rows), dtype=torch.int64, device=data.device)
@@ -317,11 +202,6 @@ class _Sources:
         self.images[:n], self.labels[:n] = batch.images, batch.labels
 
 
-def _pool_of_streamed(n: int, config: ScoringConfig) -> np.ndarray:
-    rng = np.random.default_rng([config.seed, POOL])
-    return np.sort(rng.choice(n, size=min(config.pool_size, n), replace=False))
-
-
 def scorer_hash(model: nn.Module, data: ImageData) -> str:
     """What scores depend on, of the scorer: its weights and statistics, and the normalisation of its images."""
     constants = {"mean": torch.tensor(data.mean), "std": torch.tensor(data.std)}
@@ -333,41 +213,4 @@ def scoring_key(model: nn.Module, data: ImageData, config: ScoringConfig) -> dic
     settings = {name: value for name, value in asdict(config).items() if name not in ("batch_size", "pool_size")}
     settings["pool"] = "all" if data.resident else config.pool_size
     key = stage_key("scoring", settings, {"data": data.fingerprint, "scorer": scorer_hash(model, data)})
-    return key if data.resident else {**key, "pool": _pool_of_streamed(len(data), config).tolist()}
-
-
-def score_stage(model: nn.Module, data: ImageData, config: ScoringConfig, *, run: Run, path: Path) -> ScoreTable:
-    """Score all of `data`, resuming after the shards already done, and write `path`."""
-    key = scoring_key(model, data, config)
-    tables = []
-    done = np.empty(0, dtype=np.int64)
-    with run.resumed("scoring", key) as state:
-        if state is not None:
-            rows = [state[name].numpy() for name in ("index", "label", "losses")]
-            tables = [ScoreTable(*rows, key, bad=dict(state["bad"])).checked()]
-            done = tables[0].index
-            data.bad.update(state["bad"])
-    wanted = np.setdiff1d(data.good(), done)
-    progress = run.progress("scoring", len(done) + len(wanted), done=len(done), unit="image")
-
-    with run.stage("scoring") as cost:
-
-        def on_shard(shard: ScoreTable) -> None:
-            tables.append(shard)
-            cost.images_forward += shard.losses.size
-            progress.update(len(shard.index))
-            if run.checkpoint_due():
-                table = ScoreTable.merge(tables)
-                rows = {name: torch.from_numpy(getattr(table, name)) for name in ("index", "label", "losses")}
-                run.save_checkpoint("scoring", key, {**rows, "bad": dict(data.bad)})
-                run.raise_if_stopping()
-
-        if len(wanted):
-            score_dataset(model, data, config, indices=wanted, run=run, on_shard=on_shard)
-        progress.close()
-        table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
-        run.write_cost()  # before the result, so that one that stands has been paid for
-        if run.world.main:
-            table.save(path)
-        run.remove_checkpoint("scoring")
-    return table
+    return key if data.resident else {**key, "pool": pool_of_streamed(len(data), config).tolist()}

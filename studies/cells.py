@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nas_kmix.engine import files
-from nas_kmix.engine.device import environment
+from nas_kmix.engine.compute import environment
 from nas_kmix.engine.run import StoppedError
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h

@@ -33,10 +33,11 @@ from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.engine.run import Run, stage_key
+from nas_kmix.engine.keys import stage_key
+from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import BadImageError, Source
+from nas_kmix.pipeline.scorer import FORMAT, load_scorer
 from nas_kmix.proxy import ProxyConfig, ProxyManifest, make_proxy
-from nas_kmix.scorer import FORMAT, load_scorer
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, scoring_key
 
@@ -76,12 +77,11 @@ def whole(tmp_path_factory) -> Path:
     proxy = make_proxy(data, table, ProxyConfig(ratio=0.5))
     replace(proxy, paths=tuple(f"train/{i}.png" for i in proxy.indices)).save(place / "proxy.json")
 
-    with Run(place, stages=("scorer",)) as run, run.stage("scorer") as cost:
+    config = {"input": {"data": "digits"}, "out": place, "search": {"lr": None}}
+    with Run(place, stages=("scorer",), records={"config.json": config}) as run, run.stage("scorer") as cost:
         cost.images_forward += 7
-        run.records = {"config.json": {"input": {"data": "digits"}, "out": place, "search": {"lr": None}}}
-        run.write_records()
         for epoch in range(3):
-            run.log("scorer", epoch, loss=1.5 / (epoch + 1), lr=0.1)
+            run.log.add("scorer", epoch, loss=1.5 / (epoch + 1), lr=0.1)
     for suffix in SUFFIXES:
         Image.fromarray(draw_pixels(20, 14, 3)).save(place / f"image.{suffix}")
     return place
@@ -92,7 +92,7 @@ def whole(tmp_path_factory) -> Path:
 
 def read_scorer(path: Path) -> object:
     data = load_data(DataConfig(str(path.parent / "stored.npz")))
-    model, view = load_scorer(path, data, run=Run(path.parent, stages=()))
+    model, view = load_scorer(path, data)
     return files.hash_tensors(model.state_dict()), view.mean, view.std
 
 
@@ -123,9 +123,12 @@ def read_genotype(path: Path) -> object:
 
 def read_checkpoint(path: Path) -> object:
     """What resumes from a checkpoint, as a stage does."""
-    run = Run(path.parent, stages=(), checkpoints=".")
+    run = Run(
+        path.parent,
+        stages=(),
+    )
     model = build_backbone("tiny", num_classes=3)
-    with run.resumed(path.stem, KEY) as state:
+    with run.resumed(path.name, KEY) as state:
         model.load_state_dict(state["model"])
         return files.hash_tensors(model.state_dict()), tuple(map(float, state["mean"])), int(state["image_size"])
 
@@ -133,8 +136,8 @@ def read_checkpoint(path: Path) -> object:
 def read_records(path: Path) -> object:
     """A damaged bill or log refuses nothing: what cannot be read is lost, and what is written next is whole."""
     with Run(path.parent, stages=("scorer",)) as run:
-        run.log("scorer", 2, loss=0.5, lr=0.1)
-        run.write_cost()
+        run.log.add("scorer", 2, loss=0.5, lr=0.1)
+        run.ledger.write()
     json.loads((path.parent / "cost.json").read_text(), parse_constant=pytest.fail)
     widths = {
         len(line.split(",")) for line in (path.parent / "metrics.csv").read_text().splitlines() if '"' not in line

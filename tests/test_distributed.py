@@ -23,7 +23,6 @@ from nas_kmix import scoring
 from nas_kmix.engine import run as run_module
 from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.evaluation import evaluate
-from nas_kmix.engine.run import Run
 
 ROOT = Path(train_eval.__file__).parent
 PATIENCE = 120  # seconds until processes that hang fail their test
@@ -142,7 +141,7 @@ def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "batches", fetched)
     monkeypatch.setattr(World, "total", lambda world, *values: list(values))
     for rank in range(3):
-        evaluate(two_ranks.make_network(), data, run=Run(tmp_path, stages=(), world=World(rank, 3)), batch_size=2)
+        evaluate(two_ranks.make_network(), data, world=World(rank, 3), batch_size=2)
     assert sorted(seen) == list(range(11))
 
 

@@ -23,7 +23,8 @@ from nas_kmix.analysis.objective import (
 )
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.evaluation import evaluate
-from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
+from nas_kmix.engine.keys import StageMismatchError
+from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import Source
 
 VIEWS = shlex.split("--points 3 --slice-points 5 --sigmas .01 .1 --draws 3 --images 12 --batch-size 8 --tolerance .1")
@@ -75,7 +76,7 @@ def in_order(model, vector):
 
 def loss_of(model, data, indices=None):
     """By the engine's evaluation, another path than the objective's."""
-    return evaluate(model, data, run=Run(".", stages=()), indices=indices)["loss"]
+    return evaluate(model, data, indices=indices)["loss"]
 
 
 # -- curvature ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The import directions of the design, and what the packages must not contain, read from their syntax trees."""
+"""The import directions of the design, and what the packages must not contain, read from their syntax trees.
+
+What ruff can hold it holds: pyproject.toml bans eval, pickles, relative imports and numpy's global random state.
+"""
 
 import ast
 import sys
@@ -8,13 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"nas_kmix", "darts_space"}
+LAYERS = ("engine", "method", "pipeline", "analysis", "commands")  # of nas_kmix; imports run to the left
 ON_TOP = {"search", "train_eval", "tests", "benchmarks", "studies"}
 MODULES = sorted(path.relative_to(ROOT).as_posix() for package in OURS for path in (ROOT / package).rglob("*.py"))
-# Seeded generators and their parts; everything else in numpy.random acts on the global state.
-NUMPY_GENERATORS = {"default_rng", "Generator", "SeedSequence", "BitGenerator", "PCG64", "Philox"}
 TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
-EVALUATORS = {"eval", "exec", "compile", "__import__"}
-UNPICKLERS = {f"{module}.{name}" for module in ("pickle", "dill", "joblib") for name in ("load", "loads", "Unpickler")}
+EVALUATORS = {"compile", "__import__"}
 
 
 def tree_of(module):
@@ -41,20 +42,26 @@ def inside(name, package):
     return name == package or name.startswith(package + ".")
 
 
+def layer_of(name):
+    """The place in LAYERS of a module of nas_kmix, given by its dotted name; what is in none is the method."""
+    parts = [part for part in LAYERS if inside(name, f"nas_kmix.{part}")]
+    return LAYERS.index(parts[0] if parts else "method")
+
+
 def forbidden_imports(module, names):
     """Those of the imported names that the design does not allow in `module`."""
+    layer = layer_of(module.removesuffix(".py").replace("/", "."))
     for name in names:
         top = name.split(".")[0]
-        engine = module.startswith("nas_kmix/engine/")
-        analysis = module.startswith("nas_kmix/analysis/")
-        if (
-            name.startswith(".")
-            or top in ON_TOP
-            or (engine and top in OURS and not inside(name, "nas_kmix.engine"))
-            or (module.startswith("nas_kmix/") and not analysis and top == "darts_space")
-            or (not analysis and inside(name, "nas_kmix.analysis"))
-            or (module.startswith("darts_space/") and top not in {"torch", "darts_space", *sys.stdlib_module_names})
-        ):
+        if module.startswith("darts_space/"):
+            allowed = top in {"torch", "darts_space", *sys.stdlib_module_names}
+        elif top == "darts_space":
+            allowed = layer >= LAYERS.index("pipeline")
+        elif top == "nas_kmix":
+            allowed = layer_of(name) <= layer
+        else:
+            allowed = top not in ON_TOP
+        if not allowed:
             yield name
 
 
@@ -63,16 +70,16 @@ def unsafe_calls(tree):
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = name_of(call.func)
         keywords = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
-        if name in EVALUATORS | UNPICKLERS:
+        if name in EVALUATORS:
             yield name
         if keywords.get("allow_pickle", False) is not False:
             yield f"{name}(allow_pickle=…)"
-        if keywords.get("weights_only", True) is not True or (name == "torch.load" and "weights_only" not in keywords):
-            yield f"{name}(weights_only=…)"
+        if name == "torch.load" and keywords.get("weights_only") is not True:  # ruff sees this in its preview alone
+            yield "torch.load(weights_only=…)"
 
 
 def global_draws(tree):
-    """Uses of the random state that all libraries share; inside these two context managers torch's is put back."""
+    """Uses of torch's shared random state; inside these two context managers it is put back."""
     forked = [
         node
         for node in ast.walk(tree)
@@ -83,13 +90,8 @@ def global_draws(tree):
         )
     ]
     allowed = {id(inner) for block in forked for inner in ast.walk(block)}
-    yield from (name for name in imports(tree) if inside(name, "random"))
     for node in ast.walk(tree):
-        name = name_of(node)
-        if ".random." in f".{name}" and name.split(".")[0] in {"np", "numpy"}:
-            if name.split(".")[2] not in NUMPY_GENERATORS:
-                yield name
-        elif isinstance(node, ast.Call) and id(node) not in allowed:
+        if isinstance(node, ast.Call) and id(node) not in allowed:
             called = name_of(node.func)
             seeds = called.endswith("manual_seed") and called.split(".")[0] == "torch"
             draws = called.removeprefix("torch.") in TORCH_DRAWS and called.startswith("torch.")
@@ -113,7 +115,7 @@ def test_no_global_random_state(module):
 
 
 def test_all_modules_are_found():
-    assert {"nas_kmix/engine/data.py", "nas_kmix/scoring.py", "darts_space/fast/supernet.py"} <= set(MODULES)
+    assert {"nas_kmix/engine/data.py", "nas_kmix/pipeline/stage.py", "darts_space/fast/supernet.py"} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +124,13 @@ def test_all_modules_are_found():
         ("nas_kmix/engine/x.py", "from nas_kmix.mixing import paste"),
         ("nas_kmix/engine/x.py", "from nas_kmix import mixing"),
         ("nas_kmix/engine/x.py", "import darts_space"),
-        ("nas_kmix/engine/x.py", "from .data import ImageData"),
         ("nas_kmix/x.py", "def f():\n    from darts_space.genotype import Genotype"),
         ("nas_kmix/x.py", "from nas_kmix.analysis import report"),
+        ("nas_kmix/x.py", "from nas_kmix.pipeline.stage import obtain"),
+        ("nas_kmix/pipeline/x.py", "from nas_kmix.analysis import report"),
+        ("nas_kmix/pipeline/x.py", "from nas_kmix import commands"),
+        ("nas_kmix/analysis/x.py", "from nas_kmix.commands.search import run"),
+        ("nas_kmix/commands/x.py", "import search"),
         ("nas_kmix/x.py", "import search"),
         ("darts_space/x.py", "import numpy as np"),
         ("darts_space/x.py", "from torchvision import ops"),
@@ -138,9 +144,7 @@ def test_forbidden_imports_are_seen(module, code):
 @pytest.mark.parametrize(
     "code",
     [
-        "eval(text)",
-        "exec(text)",
-        "pickle.load(file)",
+        "compile(text, path, 'exec')",
         "np.load(path, allow_pickle=True)",
         "np.load(path, allow_pickle=flag)",
         "torch.load(path, weights_only=False)",
@@ -154,10 +158,6 @@ def test_unsafe_calls_are_seen(code):
 @pytest.mark.parametrize(
     "code",
     [
-        "np.random.seed(0)",
-        "x = np.random.rand(3)",
-        "import random",
-        "from random import shuffle",
         "torch.manual_seed(0)",
         "torch.cuda.manual_seed(0)",
         "torch.default_generator.manual_seed(0)",
@@ -171,10 +171,7 @@ def test_global_draws_are_seen(code):
 def test_what_is_allowed():
     code = """
 from nas_kmix.engine import files
-rng = np.random.default_rng(0)
 x = torch.randn(3, generator=generator)
-model.eval()
-ast.literal_eval(text)
 torch.load(path, weights_only=True)
 with torch.random.fork_rng(devices=[]):
     torch.default_generator.manual_seed(0)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.learner import Learner, Recipe
-from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import TrainConfig
 
 N, CLASSES = 12, 5
@@ -40,8 +40,8 @@ def batch(seed=0):
     return images, labels / labels.sum(dim=1, keepdim=True)
 
 
-def learner(tmp_path, recipe, config=CONFIG):
-    return Learner(Net().double(), config, recipe, Run(tmp_path, stages=()))
+def learner(recipe, config=CONFIG):
+    return Learner(Net().double(), config, recipe)
 
 
 def cross_entropy(logits, labels, smoothing):
@@ -57,10 +57,10 @@ def assert_same(a, b):
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("momentum", [0.8, 0.0])
-def test_steps_are_those_of_plain_sgd(tmp_path, smoothing, clip, nesterov, momentum):
+def test_steps_are_those_of_plain_sgd(smoothing, clip, nesterov, momentum):
     recipe = Recipe(nesterov=nesterov, grad_clip=clip, label_smoothing=smoothing, auxiliary_weight=0.4)
     config = replace(CONFIG, momentum=momentum)
-    ours, theirs = learner(tmp_path, recipe, config), Net().double()
+    ours, theirs = learner(recipe, config), Net().double()
     velocity = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
     for step in range(3):
         images, labels = batch(step)
@@ -83,8 +83,8 @@ def test_steps_are_those_of_plain_sgd(tmp_path, smoothing, clip, nesterov, momen
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_of_co_mixup_is_a_binary_cross_entropy_per_class(tmp_path, smoothing):
-    ours = learner(tmp_path, Recipe(loss="softmax_bce", label_smoothing=smoothing, auxiliary_weight=0.0))
+def test_the_loss_of_co_mixup_is_a_binary_cross_entropy_per_class(smoothing):
+    ours = learner(Recipe(loss="softmax_bce", label_smoothing=smoothing, auxiliary_weight=0.0))
     images, labels = batch()
     probabilities = ours.model(images)[0].softmax(dim=1)
     targets = labels * (1 - smoothing) + smoothing / CLASSES
@@ -96,9 +96,9 @@ def test_the_loss_of_co_mixup_is_a_binary_cross_entropy_per_class(tmp_path, smoo
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5, 100])
-def test_accumulated_parts_are_the_whole_batch_where_batchnorm_does_not_tell(tmp_path, parts):
+def test_accumulated_parts_are_the_whole_batch_where_batchnorm_does_not_tell(parts):
     """Also parts of unequal size, and more parts than images."""
-    whole, divided = learner(tmp_path, Recipe()), learner(tmp_path, Recipe(accumulate=parts))
+    whole, divided = learner(Recipe()), learner(Recipe(accumulate=parts))
     images, labels = batch()
     losses = []
     for one in (whole, divided):
@@ -108,8 +108,8 @@ def test_accumulated_parts_are_the_whole_batch_where_batchnorm_does_not_tell(tmp
     assert_same(whole.model, divided.model)
 
 
-def test_the_average_is_that_of_all_steps_and_what_is_evaluated(tmp_path):
-    plain, averaging = learner(tmp_path, Recipe()), learner(tmp_path, Recipe(ema=0.7))
+def test_the_average_is_that_of_all_steps_and_what_is_evaluated():
+    plain, averaging = learner(Recipe()), learner(Recipe(ema=0.7))
     expected = None
     for step in range(4):
         for one in (plain, averaging):
@@ -129,7 +129,7 @@ def test_the_average_is_that_of_all_steps_and_what_is_evaluated(tmp_path):
 
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_state_continues_as_if_nothing_had_happened(tmp_path, ema):
-    one, other = (learner(tmp_path, Recipe(ema=ema, grad_clip=1.0)) for _ in range(2))
+    one, other = (learner(Recipe(ema=ema, grad_clip=1.0)) for _ in range(2))
     for step in range(2):
         one.step(*batch(step))
     torch.save(one.state_dict(), tmp_path / "state.pt")
@@ -141,9 +141,9 @@ def test_a_state_continues_as_if_nothing_had_happened(tmp_path, ema):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_the_loss_is_taken_in_the_labels_precision(tmp_path):
+def test_the_loss_is_taken_in_the_labels_precision():
     """Logits of bfloat16 are too coarse for a loss."""
-    model = Learner(Net(), CONFIG, Recipe(), Run(tmp_path, stages=(), amp="bf16"))
+    model = Learner(Net(), CONFIG, Recipe(), Compute(amp="bf16"))
     images, labels = batch()
     loss = model.step(images.float(), labels.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):

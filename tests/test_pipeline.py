@@ -25,6 +25,7 @@ from PIL import Image
 
 import search
 from darts_space import ARCHITECTURE_NAMES, Genotype, Search, derive
+from nas_kmix.commands.search import rest_of
 from nas_kmix.engine import data as engine_data
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
@@ -244,7 +245,7 @@ def test_the_rate_of_a_preset_shrinks_with_its_batch():
 
 def test_the_next_command_is_without_what_a_search_replaces():
     argv = ["--data", "x", "--stop_after", "proxy", "--out=a", "--export-list", "l", "--fresh", "--ratio=.2"]
-    assert search._rest_of(argv) == ["--data", "x", "--ratio=.2"]
+    assert rest_of(argv) == ["--data", "x", "--ratio=.2"]
 
 
 # -- the same command again, and another -------------------------------------------------------------------------------

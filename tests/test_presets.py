@@ -12,8 +12,10 @@ from nas_kmix.backbones import BACKBONES
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, augment_batch, load_data
 from nas_kmix.engine.learner import Learner
-from nas_kmix.engine.run import Run, StoppedError
+from nas_kmix.engine.log import Log
+from nas_kmix.engine.run import StoppedError
 from nas_kmix.mixers import make_mix
+from nas_kmix.pipeline.network import build
 from nas_kmix.presets import PAPER
 
 # Steps of the deepest network take seconds: the default suite trains it where it has a setting to itself. The sweeps
@@ -86,18 +88,17 @@ def test_every_preset_builds_its_model_and_takes_two_steps(name, tiny, tmp_path)
     large = config.input.image_size is not None
     data = load_data(DataConfig(data=str(tiny), image_size=65 if large else None))
     assert data.stem == ("imagenet" if large else "cifar")
-    model = train_eval._build(config, data)
+    model = build(config.network, data, seed=config.seed)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     mix = make_mix(config.training, data.num_classes, model)
-    with Run(tmp_path, stages=("train",), device=torch.device("cpu")) as run:
-        learner = Learner(model.train(), config.training, config.recipe, run)
-        for step in range(2):
-            rng = np.random.default_rng(step)
-            batch = data.fetch(np.arange(4 * step, 4 * step + 4))
-            recipe = config.recipe
-            extra = {"color_jitter": recipe.color_jitter, "lighting": recipe.lighting, "cutout": recipe.cutout}
-            images = augment_batch(batch.images, data, config.input, rng=rng, **extra)
-            assert learner.step(*mix(images, batch.labels, rng)).isfinite()
+    learner = Learner(model.train(), config.training, config.recipe)
+    for step in range(2):
+        rng = np.random.default_rng(step)
+        batch = data.fetch(np.arange(4 * step, 4 * step + 4))
+        recipe = config.recipe
+        extra = {"color_jitter": recipe.color_jitter, "lighting": recipe.lighting, "cutout": recipe.cutout}
+        images = augment_batch(batch.images, data, config.input, rng=rng, **extra)
+        assert learner.step(*mix(images, batch.labels, rng)).isfinite()
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert {key for key, _ in model.named_parameters()} <= {*changed, *_without_gradient(model)}
 
@@ -132,15 +133,15 @@ def test_stopped_and_resumed_a_network_that_drops_ends_the_same(tiny, tmp_path, 
         return files.hash_tensors(torch.load(out / "last.pt", weights_only=True)["model"])
 
     alone = trained(tmp_path / "alone")
-    log = Run.log
+    add = Log.add
 
     def stopping(self, stage, at, **values):
-        log(self, stage, at, **values)
+        add(self, stage, at, **values)
         if at == 0:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(Run, "log", stopping)
+        patch.setattr(Log, "add", stopping)
         trained(tmp_path / "stopped")
     torch.rand(3)
     assert trained(tmp_path / "stopped") == alone

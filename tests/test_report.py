@@ -35,9 +35,8 @@ from nas_kmix.analysis.report.page import document
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.analysis.table_picture import FALL, RISE, panel_figure
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.engine.run import Run
+from nas_kmix.pipeline.scorer import load_scorer
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scorer import load_scorer
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, redraw, score_dataset
 
@@ -296,7 +295,7 @@ def test_the_pictures_are_those_of_the_highest_and_lowest_scores(written, search
 def test_the_mixes_shown_are_those_that_were_scored(streamed, searched, npz, image_folder):
     """The scorer's losses on redrawn mixes are the recorded ones."""
     data = load_data(DataConfig(data=str(npz)))
-    model, data = load_scorer(searched / "scorer.pt", data, run=Run(searched, stages=()))
+    model, data = load_scorer(searched / "scorer.pt", data)
     scores = ScoreTable.load(searched / "scores.npz")
     if streamed:
         folder = image_folder(classes=("ant", "bee", "wasp"), per_class=8, sizes=((32, 32),))
@@ -481,22 +480,29 @@ def test_cifar_is_not_downloaded_for_a_report(copy, tmp_path, cheap, monkeypatch
     assert "is not downloaded" in Page(document([Record(copy)])).text["proxy"]
 
 
-def test_what_a_flag_named_is_shown_and_not_what_lies_in_the_folder(copy, searched, tmp_path):
-    """An older command may have left a proxy and scores there."""
+@pytest.mark.parametrize("older", [False, True])
+def test_what_a_flag_named_is_shown_and_not_what_lies_in_the_folder(older, copy, searched, tmp_path):
+    """An earlier command may have left a proxy and scores there; config.json may be of an older version."""
     other = shutil.copytree(searched, tmp_path / "other")
     manifest = ProxyManifest.load(other / "proxy.json")
     replace(manifest, ratio=0.125).save(other / "elsewhere.json")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"proxy": str(other / "elsewhere.json")}))
+    parts = {name: value for name, value in config.items() if name != "given"}
+
+    def give(flag, path):
+        given = {flag: str(path)} if older else {"given": config["given"] | {flag: str(path)}}
+        (copy / "config.json").write_text(json.dumps(parts | given))
+
+    give("proxy", other / "elsewhere.json")
     record = Record(copy)
     assert record.proxy.ratio == 0.125
     with pytest.raises(ValueError, match=r"was given --proxy .*elsewhere\.json, so there are no scores"):
         _ = record.scores
-    (copy / "config.json").write_text(json.dumps(config | {"scores": str(other / "gone.npz")}))
+    give("scores", other / "gone.npz")
     with pytest.raises(ValueError, match=r"There is no .*gone\.npz"):
         _ = Record(copy).scores
     for own in (copy / "proxy.json", Path(config["out"]) / "proxy.json"):  # as the folder is called now, and was then
-        (copy / "config.json").write_text(json.dumps(config | {"proxy": str(own)}))
+        give("proxy", own)
         assert Record(copy).proxy.ratio == 0.4 and len(Record(copy).scores.index) == 72
 
 

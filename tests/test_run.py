@@ -16,14 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nas_kmix.engine import device as devices
+from nas_kmix.engine import compute as compute_module
 from nas_kmix.engine import run as run_module
-from nas_kmix.engine.device import DeviceConfig, autocast, pick_device, to_layout
+from nas_kmix.engine.compute import Compute, DeviceConfig, pick_device
 from nas_kmix.engine.files import TEMPORARY_SUFFIX
-from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, check_key, stage_key
+from nas_kmix.engine.keys import StageMismatchError, check_key, stage_key
+from nas_kmix.engine.ledger import peak_rss_bytes
+from nas_kmix.engine.run import Run, StoppedError, checkpoint_name
 
 STAGES = ("scorer", "scoring", "search")
 KEY = stage_key("scorer", {"epochs": 3, "lr": 0.1}, {"data": "f" * 64})
+CHECKPOINT = checkpoint_name("scorer")
 
 
 def open_run(folder, **options):
@@ -99,7 +102,7 @@ def test_another_process_finds_the_folder_locked(tmp_path):
 
 def test_a_refused_run_changes_nothing(tmp_path):
     with open_run(tmp_path) as run:
-        run.write_cost()
+        run.ledger.write()
         half = tmp_path / f"cost.json{TEMPORARY_SUFFIX}"
         half.write_text("being written")
         with pytest.raises(ValueError, match="in use"), open_run(tmp_path):
@@ -164,11 +167,11 @@ def test_costs_add_up_over_invocations(tmp_path, clock):
 
 def test_the_peak_is_this_process_s_own():
     """Not what the process that started it holds, with which Linux's ru_maxrss begins."""
-    command = "from nas_kmix.engine.run import peak_rss_bytes as peak; a = peak(); b = b'1' * 2**28; print(a, peak())"
+    command = "from nas_kmix.engine.ledger import peak_rss_bytes as f; a = f(); b = b'1' * 2**28; print(a, f())"
     ballast = torch.ones(2**28)  # 1 GiB
     done = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
     before, after = map(int, done.stdout.split())
-    assert 1e7 < before < run_module.peak_rss_bytes() - ballast.nbytes // 2
+    assert 1e7 < before < peak_rss_bytes() - ballast.nbytes // 2
     assert after - before > 0.9 * 2**28
 
 
@@ -176,7 +179,7 @@ def test_a_stage_that_is_skipped_keeps_its_cost_and_says_so(tmp_path, clock):
     with open_run(tmp_path) as run, run.stage("scorer"):
         clock[0] += 3
     with open_run(tmp_path) as run:
-        run.write_cost()
+        run.ledger.write()
     assert bill(tmp_path)["stages"]["scorer"]["skipped"] is True
     assert bill(tmp_path)["stages"]["scorer"]["wall_s"] == 3.0
 
@@ -185,7 +188,7 @@ def test_a_stage_is_billed_up_to_its_failure_and_its_last_checkpoint(tmp_path, c
     with open_run(tmp_path) as run, pytest.raises(KeyError), run.stage("scorer") as cost:
         cost.images_forward += 4
         clock[0] += 5
-        run.save_checkpoint("scorer", KEY, {})
+        run.save_checkpoint(CHECKPOINT, KEY, {})
         assert bill(tmp_path)["stages"]["scorer"]["wall_s"] == 5.0  # what a SIGKILL now would leave
         clock[0] += 1
         raise KeyError
@@ -196,7 +199,7 @@ def test_a_stage_is_billed_up_to_its_failure_and_its_last_checkpoint(tmp_path, c
 def test_a_damaged_bill_starts_anew(tmp_path, text):
     (tmp_path / "cost.json").write_text(text)
     with open_run(tmp_path) as run:
-        run.write_cost()
+        run.ledger.write()
     assert bill(tmp_path)["total"]["wall_s"] == 0
 
 
@@ -204,9 +207,9 @@ def test_reused_results_bring_their_costs_along(tmp_path, clock):
     with open_run(tmp_path / "a") as run, run.stage("scorer"):
         clock[0] += 3
     with open_run(tmp_path / "b") as run:
-        assert run.adopt_costs(tmp_path / "a" / "cost.json", ("scorer",))
-        assert not run.adopt_costs(tmp_path / "c" / "cost.json", ("scoring",))
-        run.write_cost()
+        assert run.ledger.adopt(tmp_path / "a" / "cost.json", ("scorer",))
+        assert not run.ledger.adopt(tmp_path / "c" / "cost.json", ("scoring",))
+        run.ledger.write()
     assert bill(tmp_path / "b")["stages"]["scorer"]["wall_s"] == 3.0
     assert bill(tmp_path / "b")["stages"]["scorer"]["skipped"] is True
 
@@ -217,10 +220,10 @@ def test_reused_results_bring_their_costs_along(tmp_path, clock):
 def test_a_repeated_epoch_replaces_its_row_also_in_a_later_invocation(tmp_path):
     with open_run(tmp_path) as run:
         for epoch, loss in ((0, 3.0), (1, 2.0), (1, 1.5)):
-            run.log("scorer", epoch, loss=loss)
+            run.log.add("scorer", epoch, loss=loss)
     with open_run(tmp_path) as run:
-        run.log("scorer", 1, loss=1.25)
-        run.log("search", 0, loss=4.0, entropy=1 / 3)
+        run.log.add("scorer", 1, loss=1.25)
+        run.log.add("search", 0, loss=4.0, entropy=1 / 3)
     assert [(r["stage"], r["epoch"], r["loss"], r["entropy"]) for r in rows(tmp_path)] == [
         ("scorer", "0", "3", ""),
         ("scorer", "1", "1.25", ""),
@@ -232,7 +235,7 @@ def test_a_repeated_epoch_replaces_its_row_also_in_a_later_invocation(tmp_path):
 def test_damaged_rows_are_dropped(tmp_path):
     (tmp_path / "metrics.csv").write_text("stage,epoch,loss\nscorer,0,3\nscorer,half\n")
     with open_run(tmp_path) as run:
-        run.log("scorer", 1, loss=2.0)
+        run.log.add("scorer", 1, loss=2.0)
     assert [row["epoch"] for row in rows(tmp_path)] == ["0", "1"]
 
 
@@ -265,33 +268,34 @@ def test_a_file_of_another_stage_is_refused(found):
 
 def test_checkpoints_come_back_to_their_own_command_only(tmp_path):
     with open_run(tmp_path) as run:
-        assert run.load_checkpoint("scorer", KEY) is None
-        run.save_checkpoint("scorer", KEY, {"w": torch.arange(3), "epoch": 2})
+        with run.resumed(CHECKPOINT, KEY) as state:
+            assert state is None
+        run.save_checkpoint(CHECKPOINT, KEY, {"w": torch.arange(3), "epoch": 2})
     with open_run(tmp_path) as run:
-        state = run.load_checkpoint("scorer", KEY)
-        assert state["epoch"] == 2 and torch.equal(state["w"], torch.arange(3))
+        with run.resumed(CHECKPOINT, KEY) as state:
+            assert state["epoch"] == 2 and torch.equal(state["w"], torch.arange(3))
         other = stage_key("scorer", {"epochs": 30, "lr": 0.1}, {"data": "f" * 64})
-        with pytest.raises(StageMismatchError, match="epochs was 3, now 30"):
-            run.load_checkpoint("scorer", other)
+        with pytest.raises(StageMismatchError, match="epochs was 3, now 30"), run.resumed(CHECKPOINT, other):
+            pass
 
 
 def test_a_checkpoint_cut_short_is_named(tmp_path):
     with open_run(tmp_path) as run:
-        run.save_checkpoint("scorer", KEY, {"w": torch.zeros(1000)})
+        run.save_checkpoint(CHECKPOINT, KEY, {"w": torch.zeros(1000)})
         path = tmp_path / "checkpoints" / "scorer.pt"
         path.write_bytes(path.read_bytes()[:2000])
-        with pytest.raises(ValueError, match=f"{path} is cut short .*--fresh"):
-            run.load_checkpoint("scorer", KEY)
+        with pytest.raises(ValueError, match=f"{path} is cut short .*--fresh"), run.resumed(CHECKPOINT, KEY):
+            pass
 
 
 def test_checkpoints_are_removed_one_by_one(tmp_path):
     with open_run(tmp_path) as run:
         for stage in ("scorer", "search"):
-            run.save_checkpoint(stage, KEY, {})
-        run.remove_checkpoint("scorer")
+            run.save_checkpoint(checkpoint_name(stage), KEY, {})
+        run.remove_checkpoint(CHECKPOINT)
         assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["search.pt"]
-        run.remove_checkpoint("search")
-        run.remove_checkpoint("search")
+        run.remove_checkpoint(checkpoint_name("search"))
+        run.remove_checkpoint(checkpoint_name("search"))
         assert not (tmp_path / "checkpoints").exists()
 
 
@@ -300,8 +304,8 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
     with open_run(tmp_path) as run:
         with run.stage("scorer") as cost:
             cost.images_forward += 4
-        run.save_checkpoint("scorer", KEY, {})
-        run.log("scorer", 0, loss=1.0)
+        run.save_checkpoint(CHECKPOINT, KEY, {})
+        run.log.add("scorer", 0, loss=1.0)
         (tmp_path / "seed-0").mkdir()
         for path in (tmp_path / "proxy.json", tmp_path / "seed-0" / "alphas.npz", *foreign):
             path.write_text("")
@@ -309,8 +313,8 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
         run.clear(("proxy.json", "seed-*/alphas.npz", "genotype.json"))
         left = {path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
         assert left == set(foreign)
-        run.log("scorer", 1, loss=2.0)
-        run.write_cost()
+        run.log.add("scorer", 1, loss=2.0)
+        run.ledger.write()
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"] and bill(tmp_path)["total"]["images_forward"] == 0
 
 
@@ -320,7 +324,7 @@ def test_a_checkpoint_is_due_after_a_minute_and_after_a_signal(tmp_path, clock):
         assert not run.checkpoint_due()
         clock[0] += 2
         assert run.checkpoint_due()
-        run.save_checkpoint("scorer", KEY, {})
+        run.save_checkpoint(CHECKPOINT, KEY, {})
         assert not run.checkpoint_due()
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.checkpoint_due()
@@ -335,7 +339,7 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, signum):
     with open_run(tmp_path) as run:
         run.raise_if_stopping()
         os.kill(os.getpid(), signum)
-        assert run.stopping
+        assert run.checkpoint_due()
         with pytest.raises(StoppedError, match=signum.name) as caught:
             run.raise_if_stopping()
     assert caught.value.signum == signum
@@ -349,7 +353,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with open_run(tmp_path) as run:
-        assert not run.stopping
+        assert not run.checkpoint_due()
 
 
 def test_a_thread_leaves_the_signals_alone(tmp_path):
@@ -385,7 +389,7 @@ def test_large_tensors_reuse_memory():
     """In a process of its own: after the first pass hardly ever a page has to be fetched."""
     code = """
 import resource, torch
-from nas_kmix.engine.device import DeviceConfig, pick_device
+from nas_kmix.engine.compute import DeviceConfig, pick_device
 pick_device(DeviceConfig(device="cpu", threads=1))
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -408,20 +412,20 @@ print(*[new_pages() for _ in range(6)])
 def test_autocast_and_layout_are_what_was_asked_for():
     cpu, x = torch.device("cpu"), torch.ones(2, 3, 4, 5)
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        with autocast(cpu, amp):
+        with Compute(cpu, amp).autocast():
             assert (x[0, 0] @ x[0, 0].T).dtype == dtype
-    convolution = torch.nn.Conv2d(3, 4, 3)
-    assert to_layout(x, False) is x and to_layout(convolution, False) is convolution
-    assert to_layout(x, True).is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
-    assert to_layout(convolution, True).weight.is_contiguous(memory_format=torch.channels_last)
+    convolution, last = torch.nn.Conv2d(3, 4, 3), Compute(channels_last=True)
+    assert Compute().layout(x) is x and Compute().layout(convolution) is convolution
+    assert last.layout(x).is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
+    assert last.layout(convolution).weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_environment_is_json():
-    record = json.loads(json.dumps(devices.environment(torch.device("cpu"))))
+    record = json.loads(json.dumps(compute_module.environment(torch.device("cpu"))))
     assert torch.__version__.startswith(record["packages"]["torch"])
     assert record["device"] == "cpu" and record["gpu"] is None and record["threads"] == 1
 
 
 def test_environment_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert devices.environment(torch.device("cpu"))["commit"] is None
+    assert compute_module.environment(torch.device("cpu"))["commit"] is None

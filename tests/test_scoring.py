@@ -9,11 +9,11 @@ from PIL import Image
 from scipy import stats
 from torch.nn import functional as F
 
-from nas_kmix import scoring
+from nas_kmix import anchors, scoring
 from nas_kmix.backbones import build_backbone
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
 from nas_kmix.scores import ScoreTable, verdict
 from nas_kmix.scoring import ScoringConfig, score_dataset
@@ -47,7 +47,7 @@ def model():
 
 def oracle_losses(model, data, config, index):
     """Losses of one anchor, mixed with Python loops over pixels from the draws that `_draw` gives for it alone."""
-    draws = scoring._draw(np.array([index]), data.good(), (SIZE, SIZE), config)
+    draws = anchors.draw(np.array([index]), data.good(), (SIZE, SIZE), config)
     losses = []
     for partners, boxes in zip(draws.partners, draws.boxes, strict=True):
         owners = [index, *data.good()[partners]]
@@ -124,7 +124,7 @@ def test_another_seed_gives_other_draws(model, data):
 
 def test_streams_and_draws_do_not_repeat_each_other():
     indices = np.arange(50)
-    blocks = [scoring._uniforms(s, m, indices, 3, CONFIG) for s in (1, 2, 3) for m in range(4)]
+    blocks = [anchors.uniforms(s, m, indices, 3, CONFIG) for s in (1, 2, 3) for m in range(4)]
     values = np.concatenate([block.ravel() for block in blocks])
     assert len(np.unique(values)) == len(values)
     assert stats.kstest(values, "uniform").pvalue > 1e-3
@@ -132,8 +132,8 @@ def test_streams_and_draws_do_not_repeat_each_other():
 
 def test_uniforms_of_one_index_do_not_depend_on_its_neighbours():
     sparse = np.array([3, 17, 1000])
-    together = scoring._uniforms(2, 5, sparse, 6, CONFIG)
-    alone = np.concatenate([scoring._uniforms(2, 5, sparse[i : i + 1], 6, CONFIG) for i in range(3)])
+    together = anchors.uniforms(2, 5, sparse, 6, CONFIG)
+    alone = np.concatenate([anchors.uniforms(2, 5, sparse[i : i + 1], 6, CONFIG) for i in range(3)])
     np.testing.assert_array_equal(together, alone)
 
 
@@ -141,8 +141,8 @@ def test_uniforms_of_one_index_do_not_depend_on_its_neighbours():
 def test_the_rest_of_phi_is_dirichlet(k, alpha, monkeypatch):
     """Recover phi from the sticks that are handed on; every partner's share of the rest is Beta(a, (K-2) a)."""
     sticks = []
-    monkeypatch.setattr(scoring, "boxes_from_uniforms", lambda v, size, u: sticks.append(v) or np.zeros((*v.shape, 4)))
-    scoring._draw(np.arange(3000), np.arange(3000), (32, 32), ScoringConfig(draws=2, k=k, alpha=alpha))
+    monkeypatch.setattr(anchors, "boxes_from_uniforms", lambda v, size, u: sticks.append(v) or np.zeros((*v.shape, 4)))
+    anchors.draw(np.arange(3000), np.arange(3000), (32, 32), ScoringConfig(draws=2, k=k, alpha=alpha))
     v = sticks[0]
     assert (v[:, 0] == 0.5).all()
     left, rest = np.ones(len(v)), []
@@ -157,7 +157,7 @@ def test_the_rest_of_phi_is_dirichlet(k, alpha, monkeypatch):
 def test_partners_are_distinct_uniform_and_never_the_anchor(pool):
     n, k = 6000, 3
     indices = np.random.default_rng(0).integers(0, 6, size=n)
-    rows = scoring._draw_partners(np.random.default_rng(1).random((n, k)), indices, pool)
+    rows = anchors.draw_partners(np.random.default_rng(1).random((n, k)), indices, pool)
     partners = pool[rows]
     assert (partners != indices[:, None]).all()
     assert (partners[:, 0] != partners[:, 1]).all()
@@ -170,7 +170,7 @@ def test_partners_are_distinct_uniform_and_never_the_anchor(pool):
 
 def test_common_partners_are_the_same_for_all_other_anchors():
     config = ScoringConfig(draws=8, partners="common")
-    draws = scoring._draw(np.arange(100), np.arange(100), (SIZE, SIZE), config)
+    draws = anchors.draw(np.arange(100), np.arange(100), (SIZE, SIZE), config)
     partners, boxes = draws.partners.reshape(100, 8, 2), draws.boxes.reshape(100, 8, 2, 4)
     for m in range(8):
         usual = stats.mode(partners[:, m], axis=0).mode
@@ -181,7 +181,7 @@ def test_common_partners_are_the_same_for_all_other_anchors():
 
 
 def test_fixed_partners_keep_phi_and_boxes_fresh():
-    draws = scoring._draw(np.arange(30), np.arange(30), (SIZE, SIZE), ScoringConfig(draws=8, partners="fixed"))
+    draws = anchors.draw(np.arange(30), np.arange(30), (SIZE, SIZE), ScoringConfig(draws=8, partners="fixed"))
     partners, boxes = draws.partners.reshape(30, 8, 2), draws.boxes.reshape(30, 8, 2, 4)
     assert (partners == partners[:, :1]).all()
     assert len(np.unique(partners[:, 0], axis=0)) > 20
@@ -197,10 +197,9 @@ def test_a_model_in_training_mode_is_scored_in_eval_mode_and_given_back(data):
     np.testing.assert_array_equal(table.losses, score_dataset(model.eval(), data, CONFIG).losses)
 
 
-def test_autocast_and_channels_last_change_scores_only_by_rounding(model, data, tmp_path):
+def test_autocast_and_channels_last_change_scores_only_by_rounding(model, data):
     plain = score_dataset(model, data, CONFIG)
-    with Run(tmp_path, stages=("scoring",), amp="bf16", channels_last=True) as run:
-        rough = score_dataset(model, data, CONFIG, run=run)
+    rough = score_dataset(model, data, CONFIG, compute=Compute(amp="bf16", channels_last=True))
     assert rough.losses.dtype == np.float32
     np.testing.assert_allclose(rough.losses, plain.losses, rtol=0.05)
     assert not np.array_equal(rough.losses, plain.losses)

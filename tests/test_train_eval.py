@@ -18,8 +18,10 @@ from darts_space import CifarNetwork, cost, load_network, read_genotype
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.keys import StageMismatchError
+from nas_kmix.engine.log import Log
 from nas_kmix.engine.photographs import PhotoTransform
-from nas_kmix.engine.run import Run, StageMismatchError, StoppedError
+from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import BadImageError, Source
 from nas_kmix.engine.training import TrainConfig, learning_rate
 
@@ -63,14 +65,14 @@ def rows(folder):
 
 def stop_after(monkeypatch, epoch):
     """A signal comes in while the metrics of this epoch are written."""
-    log = Run.log
+    add = Log.add
 
     def stopping(self, stage, at, **values):
-        log(self, stage, at, **values)
+        add(self, stage, at, **values)
         if at == epoch:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Run, "log", stopping)
+    monkeypatch.setattr(Log, "add", stopping)
 
 
 def weights(path):

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData, augment_batch, epoch_batches, load_data
 from nas_kmix.engine.feed import AUGMENT, ORDER
+from nas_kmix.engine.keys import StageMismatchError, stage_key
 from nas_kmix.engine.meter import Meter, NonFiniteLossError
 from nas_kmix.engine.progress import Progress, duration
-from nas_kmix.engine.run import Run, StageMismatchError, StoppedError, stage_key
+from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import Source
 from nas_kmix.engine.training import TrainConfig, learning_rate, train
 
@@ -61,8 +63,8 @@ def mix(images, labels, rng):
 def run_training(folder, *, data=None, mix=mix, config=CONFIG, key=KEY, **options):
     """One invocation with a fresh model and fresh data, as the command line makes them."""
     model, data = Net(), data or make_data()
-    with Run(folder, stages=("scorer",), **options) as run:
-        train(run.layout(model), data, config, DataConfig(), mix=mix, run=run, stage="scorer", key=key)
+    with Run(folder, stages=("scorer",), compute=Compute(**options)) as run:
+        train(run.compute.layout(model), data, config, DataConfig(), mix=mix, run=run, stage="scorer", key=key)
     return model
 
 
@@ -178,7 +180,7 @@ def test_stopped_at_every_step_it_ends_with_the_same_bytes(tmp_path, uninterrupt
 def test_killed_between_checkpoints_it_ends_with_the_same_model(tmp_path, uninterrupted, monkeypatch, step):
     """No signal: the process is gone in the middle of a step, with checkpoints after some of the earlier ones."""
     calls = itertools.count()
-    monkeypatch.setattr(Run, "checkpoint_due", lambda run: run.costs["scorer"].images_forward % 2 == 0)
+    monkeypatch.setattr(Run, "checkpoint_due", lambda run: run.ledger.costs["scorer"].images_forward % 2 == 0)
 
     def killed(images, labels, rng):
         if next(calls) == step:

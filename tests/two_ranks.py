@@ -14,8 +14,10 @@ from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.keys import stage_key
 from nas_kmix.engine.learner import Recipe
-from nas_kmix.engine.run import Run, stage_key
+from nas_kmix.engine.log import Log
+from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
 from nas_kmix.engine.training import TrainConfig, train
 
@@ -23,12 +25,12 @@ CLASSES, SIZES = 3, (1, 2, 7, 20)
 CPU = torch.device("cpu")
 
 
-class RecordedRun(Run):
+class RecordedLog(Log):
     """Keeps what it logs with all digits."""
 
-    def log(self, stage, epoch, **values):
+    def add(self, stage, epoch, **values):
         self.curve = [*getattr(self, "curve", []), values]
-        super().log(stage, epoch, **values)
+        super().add(stage, epoch, **values)
 
 
 def make_data(n):
@@ -60,8 +62,9 @@ def mix(images, labels, rng):
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    with joined(CPU) as world, RecordedRun(out, stages=("train",), world=world) as run:
-        evaluations = [evaluate(make_network(), make_data(n), run=run, batch_size=3) for n in SIZES]
+    with joined(CPU) as world, Run(out, stages=("train",), world=world) as run:
+        run.log = RecordedLog(out, writes=world.main)
+        evaluations = [evaluate(make_network(), make_data(n), world=world, batch_size=3) for n in SIZES]
         network = frozen_double(make_network())
         recipe = Recipe(grad_clip=1.0, label_smoothing=0.1, drop_path=0.3, cutout=8, ema=0.8, accumulate=2)
         config = TrainConfig(epochs=3, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
@@ -70,7 +73,7 @@ def main(out: Path) -> None:
             network, make_data(17), config, DataConfig(), mix=mix, run=run, stage="train", key=key, recipe=recipe
         )
         state = {"model": network.state_dict(), "average": trained.model.state_dict()}
-        files.save_tensors(out / f"rank{world.rank}.pt", {**state, "curve": run.curve, "evaluations": evaluations})
+        files.save_tensors(out / f"rank{world.rank}.pt", {**state, "curve": run.log.curve, "evaluations": evaluations})
 
 
 if __name__ == "__main__":

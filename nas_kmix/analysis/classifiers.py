@@ -17,8 +17,8 @@ from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
-from nas_kmix.scorer import FORMAT as BACKBONE_FORMAT
-from nas_kmix.scorer import constants_of
+from nas_kmix.pipeline.scorer import FORMAT as BACKBONE_FORMAT
+from nas_kmix.pipeline.scorer import constants_of
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,11 @@ from nas_kmix.analysis.objective import (
 )
 from nas_kmix.analysis.runs import InputConfig, load_images, open_runs, subset
 from nas_kmix.engine import cli, files
+from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.device import DeviceConfig, environment, pick_device
-from nas_kmix.engine.run import Run, check_key, stage_key
+from nas_kmix.engine.keys import check_key, stage_key
+from nas_kmix.engine.run import Run, checkpoint_name, open_run
+from nas_kmix.pipeline.stage import obtain
 
 FORMAT = "nas_kmix/landscape"
 STAGE = "landscape"
@@ -148,7 +150,8 @@ def compute(objective: Objective, views: Views, *, images: int, name: str, key: 
     StageMismatchError, and ValueError where the eigenvalues do not converge.
     """
     with run.stage(STAGE) as cost:
-        state = run.load_checkpoint(name, key)
+        with run.resumed(checkpoint_name(name), key) as state:
+            losses = [] if state is None else state["losses"]
         if state is None:
             progress = run.progress(f"{name}, eigenvectors, at least", LANCZOS_VECTORS, unit="product")
 
@@ -161,9 +164,8 @@ def compute(objective: Objective, views: Views, *, images: int, name: str, key: 
             rng = np.random.default_rng([views.seed, LANCZOS])
             values, vectors = top_eigenpairs(objective, rng=rng, tolerance=views.tolerance, on_product=count)
             progress.close()
-            state = {"values": torch.from_numpy(values), "vectors": torch.from_numpy(vectors), "losses": []}
-            run.save_checkpoint(name, key, state)
-        losses = state["losses"]
+            state = {"values": torch.from_numpy(values), "vectors": torch.from_numpy(vectors), "losses": losses}
+            run.save_checkpoint(checkpoint_name(name), key, state)
         vectors = state["vectors"].to(objective.centre.dtype).to(objective.centre.device)
         total = sum(math.prod(shape) for shape in views.shapes.values())
         progress = run.progress(f"{name}, losses", total, done=len(losses), unit="point")
@@ -172,7 +174,7 @@ def compute(objective: Objective, views: Views, *, images: int, name: str, key: 
             cost.images_forward += images
             progress.update()
             if run.checkpoint_due() and len(losses) < total:
-                run.save_checkpoint(name, key, state)
+                run.save_checkpoint(checkpoint_name(name), key, state)
                 run.raise_if_stopping()
         progress.close()
     found = {"eigenvalues": state["values"].numpy()}
@@ -209,44 +211,57 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         raise ValueError(f"--batch-size must be at least 1, not {config.batch_size}.")
     if config.device.amp != "off":
         raise ValueError("Curvature needs the parameters' own precision; leave --amp out.")
-    device = pick_device(config.device)
     classifiers = open_runs(config.runs)
-    data = load_images(config.input, next(iter(classifiers.values())), device=device, workers=config.device.workers)
-    indices = subset(data, config.input.images, seed=config.views.seed)
-    folder = Run(config.out, stages=(STAGE,), device=device, channels_last=config.device.channels_last)
     found = {}
-    with folder:
+    with open_run(config.out, asdict(config), config.device, stages=(STAGE,)) as run:
+        first, device = next(iter(classifiers.values())), run.compute.device
+        data = load_images(config.input, first, device=device, workers=config.device.workers)
+        indices = subset(data, config.input.images, seed=config.views.seed)
         if config.fresh:
-            folder.clear(tuple(f"{name}.npz" for name in classifiers))
-        folder.records = {"config.json": asdict(config), "env.json": environment(device)}
-        folder.say(f"{data.source.name}: {len(indices)} of {len(data)} {data.source.split} images on {device}")
+            run.clear(tuple(f"{name}.npz" for name in classifiers))
+        run.say(f"{data.source.name}: {len(indices)} of {len(data)} {data.source.split} images on {device}")
         for name, classifier in classifiers.items():
-            found[name] = _landscape(name, classifier, classifier.prepare(data), indices, config, folder)
+            stage = _Landscape(name, config.batch_size)
+            found[name] = obtain(stage, config.views, classifier, classifier.prepare(data), indices, run=run)
         figure = draw_landscapes(found)
         for suffix in (".png", ".svg"):
             save_figure(figure, config.out / f"landscape{suffix}")
     return found
 
 
-def _landscape(
-    name: str, classifier: Classifier, data: ImageData, indices: np.ndarray, config: Config, folder: Run
-) -> dict[str, Any]:
-    """Read NAME.npz if this very command has made it, else compute and write it."""
-    inputs = {"weights": files.hash_tensors(classifier.model.state_dict()), "data": data.fingerprint}
-    inputs["images"] = files.hash_arrays(indices)
-    key = stage_key(STAGE, asdict(config.views), inputs)
-    path = folder.path(f"{name}.npz")
-    if path.exists():
-        check_key(path, read_landscape(path)["meta"].get("key"), key)
+class _Landscape:
+    """The landscape of one network, as a stage. `chunk_size` images at once bound its memory."""
+
+    def __init__(self, name: str, chunk_size: int):
+        self.NAME, self.FILE, self.chunk_size = name, f"{name}.npz", chunk_size
+
+    def key(self, views: Views, classifier: Classifier, data: ImageData, indices: np.ndarray) -> dict[str, Any]:
+        inputs = {"weights": files.hash_tensors(classifier.model.state_dict()), "data": data.fingerprint}
+        return stage_key(STAGE, asdict(views), {**inputs, "images": files.hash_arrays(indices)})
+
+    def load(self, path: Path, views: Views, *inputs: Any, run: Run, key: Mapping[str, Any] | None) -> dict[str, Any]:
+        found = read_landscape(path)
+        check_key(path, found["meta"].get("key"), key)
+        return found
+
+    def make(
+        self,
+        path: Path,
+        views: Views,
+        classifier: Classifier,
+        data: ImageData,
+        indices: np.ndarray,
+        *,
+        run: Run,
+        key: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        model = run.compute.layout(classifier.model.to(run.compute.device))
+        objective = cross_entropy_objective(model, data, indices, chunk_size=self.chunk_size)
+        found = compute(objective, views, images=len(indices), name=self.NAME, key=key, run=run)
+        meta = {"format": FORMAT, "key": key, "network": classifier.network, "images": len(indices)}
+        axes = {"axis": views.axis, "slice_axis": views.slice_axis, "sigmas": np.array(views.sigmas)}
+        files.write_npz(path, {**found, **axes, "meta": np.array(json.dumps(meta))})
         return read_landscape(path)
-    model = folder.layout(classifier.model.to(folder.device))
-    objective = cross_entropy_objective(model, data, indices, chunk_size=config.batch_size)
-    found = compute(objective, config.views, images=len(indices), name=name, key=key, run=folder)
-    meta = {"format": FORMAT, "key": key, "network": classifier.network, "images": len(indices)}
-    axes = {"axis": config.views.axis, "slice_axis": config.views.slice_axis, "sigmas": np.array(config.views.sigmas)}
-    files.write_npz(path, {**found, **axes, "meta": np.array(json.dumps(meta))})
-    folder.remove_checkpoint(name)
-    return read_landscape(path)
 
 
 def table(landscapes: Mapping[str, Mapping[str, Any]]) -> str:

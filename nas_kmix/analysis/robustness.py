@@ -40,8 +40,8 @@ from nas_kmix.analysis.measures import (
 )
 from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
 from nas_kmix.engine import files
+from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
-from nas_kmix.engine.device import DeviceConfig, pick_device
 from nas_kmix.engine.sources import Source, open_class_folders
 
 START = 2  # random stream, beside runs.SUBSET

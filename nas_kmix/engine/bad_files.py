@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.distributed import World
 
@@ -28,6 +30,13 @@ class BadFiles:
             self._sentences.update(json.loads(given))
         self._sentences = dict(sorted(self._sentences.items()))
         return self._sentences
+
+    def write_list(self, path: Path) -> int:
+        """Write a line for each file, if there are any, and return how many; every process must call it."""
+        sentences = self.gather().values()
+        if sentences and self._world.main:
+            files.write_text(path, "".join(" ".join(sentence.splitlines()) + "\n" for sentence in sentences))
+        return len(sentences)
 
     def state_dict(self) -> dict[str, Any]:
         return {"bad_files": self.gather()}

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import tyro
 
+from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import StageMismatchError, StoppedError
+from nas_kmix.engine.run import StoppedError
 
 Config = TypeVar("Config")
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.distributed import World
 from nas_kmix.engine.progress import Progress
-from nas_kmix.engine.run import Run
 
 TOP = 5  # the second accuracy that is customary, where there are more classes than that
 
@@ -21,7 +22,8 @@ def evaluate(
     model: nn.Module,
     data: ImageData,
     *,
-    run: Run,
+    compute: Compute | None = None,
+    world: World | None = None,
     batch_size: int = 256,
     indices: np.ndarray | None = None,
     progress: Progress | None = None,
@@ -29,21 +31,22 @@ def evaluate(
     """Evaluate in evaluation mode on `indices` of `data`, by default on all good images; the mode is put back.
 
     Returns `loss` (cross-entropy in nats, hard labels), `accuracy` and, with more than five classes, `accuracy_top5`,
-    as means over the images, in [0, 1]. Bad files count neither way. Each process of the run's world
+    as means over the images, in [0, 1]. Bad files count neither way. Each process of the `world`
     takes its share of the images, and all get the same result. `progress` counts this process's images.
     """
+    compute, world = compute or Compute(), world or World()
     indices = data.good() if indices is None else indices
-    indices = indices[run.world.share(len(indices))]
+    indices = indices[world.share(len(indices))]
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
+    sums = torch.zeros(3, dtype=torch.float32 if data.device.type == "mps" else torch.float64, device=data.device)
     count = 0
     plan = np.array_split(indices, max(1, math.ceil(len(indices) / batch_size)))
     for batch in data.batches(plan, persistent=True):
         if len(batch.indices) == 0:  # every file of it was bad
             continue
-        with run.autocast():
-            logits = model(run.layout(data.normalise(batch.images)))
+        with compute.autocast():
+            logits = model(compute.layout(data.normalise(batch.images)))
         logits = logits.float()
         top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == batch.labels[:, None]  # (N, 5)
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
@@ -52,7 +55,7 @@ def evaluate(
         if progress is not None:
             progress.update(len(batch.indices))
     model.train(was_training)
-    *sums, count = run.world.total(*sums.tolist(), count)
+    *sums, count = world.total(*sums.tolist(), count)
     if count == 0:
         raise ValueError(f"{data.source.name}: not one image of the split {data.source.split} can be read.")
     loss, first, fifth = (value / count for value in sums)

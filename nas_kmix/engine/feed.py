@@ -63,8 +63,8 @@ class Feed:
     photographs: bool = False
     """Crop the whole photographs of a streamed set above 64 px, not the centre squares that it is reduced to."""
 
-    def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[tuple[int, Share | None]]:
-        """Numbered shares from `first_step` on; None in the place of a batch of which no file could be read."""
+    def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[Share | None]:
+        """The shares from `first_step` on; None in the place of a batch of which no file could be read."""
         plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.config.seed, ORDER, epoch))[first_step:]
         if not self.data.resident:
             plan = [batch[self.world.share(len(batch))] for batch in plan]
@@ -74,7 +74,7 @@ class Feed:
             transform = PhotoTransform(self.data.image_size, self.data_config.flip, jitter, self.config.seed)
         batches = self.data.batches(plan, transform=transform, epoch=epoch, persistent=self.photographs)
         for step, batch in enumerate(batches, start=first_step):
-            yield step, self._share(batch, epoch, step)
+            yield self._share(batch, epoch, step)
 
     def _share(self, batch: Batch, epoch: int, step: int) -> Share | None:
         divided = not self.data.resident and self.world.size > 1  # this is a part already

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nas_kmix.engine.run import Run
+from nas_kmix.engine.compute import Compute
+from nas_kmix.engine.distributed import World
 
 
 class Optimisation(Protocol):
@@ -85,8 +86,15 @@ def _flag(name: str) -> str:
 class Learner:
     """A model in training with SGD. `model` is the caller's own, trained in place."""
 
-    def __init__(self, model: nn.Module, config: Optimisation, recipe: Recipe, run: Run):
-        self.model, self.recipe, self._run = model, recipe, run
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Optimisation,
+        recipe: Recipe,
+        compute: Compute | None = None,
+        world: World | None = None,
+    ):
+        self.model, self.recipe, self._compute = model, recipe, compute or Compute()
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             config.lr,
@@ -94,13 +102,13 @@ class Learner:
             weight_decay=config.weight_decay,
             nesterov=recipe.nesterov and config.momentum > 0.0,  # the same without a momentum, but torch refuses it
         )
-        self._scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
+        self._scaler = torch.amp.GradScaler(self._compute.device.type, enabled=self._compute.amp == "fp16")
         self._average: AveragedModel | None = None
         if recipe.ema is not None:
             # Buffers too: running statistics of the unaveraged weights would not fit the averaged ones.
             averaging = get_ema_multi_avg_fn(recipe.ema)
             self._average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
-        self._forward = run.world.wrap(model, run.device)
+        self._forward = (world or World()).wrap(model, self._compute.device)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -140,8 +148,8 @@ class Learner:
 
     def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss of the logits, and the objective, which is that plus the auxiliary head's share."""
-        with self._run.autocast():
-            images = self._run.layout(images)
+        with self._compute.autocast():
+            images = self._compute.layout(images)
             outputs = self._forward(images) if drop_path is None else self._forward(images, drop_path)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         loss = self._loss_of(logits, soft_labels)

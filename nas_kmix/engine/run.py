@@ -1,41 +1,33 @@
-"""One run: its folder, its lock, its ledger of cost, and the wish to stop.
+"""One run: its open folder, its lock, and the wish to stop.
 
-A run goes through stages. Each ends in one self-describing file whose *key* (the stage's own config fields and the
-hashes of its inputs) tells whether it can be used again; see `check_key`.
+A run goes through stages (`pipeline.stage`). What they cost is in its `ledger`, what they measure in its `log`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 import os
 import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import numpy as np
-import torch
-
 from nas_kmix.engine import files
-from nas_kmix.engine.device import autocast, to_layout
-from nas_kmix.engine.distributed import World
-from nas_kmix.engine.events import EventFile
+from nas_kmix.engine.compute import Compute, DeviceConfig, environment, pick_compute
+from nas_kmix.engine.distributed import World, joined
+from nas_kmix.engine.keys import check_key
+from nas_kmix.engine.ledger import Ledger, StageCost
+from nas_kmix.engine.log import Log
 from nas_kmix.engine.progress import Progress
 
 try:
     import fcntl
-    import resource
-except ImportError:  # Windows: a second run in one folder is not refused there, and peak memory not known
-    fcntl = resource = None
+except ImportError:  # Windows: a second run in one folder is not refused there
+    fcntl = None
 
 LOCK = ".lock"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -62,85 +54,63 @@ class StoppedError(Exception):
         self.signum = signum
 
 
-class StageMismatchError(ValueError):
-    """A file of an earlier run stands where stage `stage` would write, made with other settings."""
-
-    def __init__(self, message: str, stage: str):
-        super().__init__(message)
-        self.stage = stage
-
-
-@dataclass
-class StageCost:
-    """What one stage has cost over all invocations.
-
-    skipped: this invocation did not run it, as its result was there or not needed; peak_rss_bytes: the most memory the
-    process had held by the end of the stage, earlier stages and the data included.
-    """
-
-    wall_s: float = 0.0
-    images_forward: int = 0
-    images_backward: int = 0
-    peak_rss_bytes: int = 0
-    skipped: bool = True
+def checkpoint_name(stage: str) -> str:
+    """The file in the run folder that a stage resumes from, unless that is a result itself."""
+    return f"checkpoints/{stage.replace('/', '-')}.pt"
 
 
 class Run:
-    """An open run folder. Use as a context manager: it holds the lock and the signal handlers."""
+    """An open run folder. Use as a context manager: it holds the lock and the signal handlers.
+
+    Of the processes of `world` only rank 0 writes, and all read, so that they need the folder in common.
+    """
+
+    on_epoch: Callable[..., None]
+    """What a command wants to be told of after each epoch of a stage that says so (see `pipeline.search`)."""
 
     def __init__(
         self,
         folder: Path,
         *,
         stages: tuple[str, ...],
-        device: torch.device | str = "cpu",
-        amp: str = "off",
-        channels_last: bool = False,
-        checkpoints: str = "checkpoints",
-        compared_by: tuple[str, ...] = (),
+        compute: Compute | None = None,
         world: World | None = None,
+        compared_by: tuple[str, ...] = (),
+        records: Mapping[str, Any] | None = None,
     ):
-        """`checkpoints` is the subfolder of what stages resume from; "." where those files are results themselves.
+        """`records` are the JSON files that describe the run, by name.
 
-        `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss".
-        Of the processes of a `world` only rank 0 writes, and all read, so that they need the folder in common.
+        They are written when the first stage starts, so that a refused command leaves those of the results in place.
         """
-        self.world = world or World()
         self.folder = Path(folder)
-        self._checkpoints, self._compared_by = checkpoints, compared_by
-        self.device, self.amp, self.channels_last = torch.device(device), amp, channels_last
-        self.costs = {stage: StageCost() for stage in stages}
-        self.records: dict[str, Any] = {}
-        """JSON files that describe the run; written when its first stage starts, so that a refused command leaves those
-        of the results in place."""
+        self.world = world or World()
+        self.compute = compute or Compute()
+        self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
+        self.log = Log(self.folder, compared_by=compared_by, writes=self.world.main)
+        self.on_epoch = lambda *_: None
+        self._records = dict(records or {})
         self._signum: int | None = None
         self._lock: IO[str] | None = None
         self._new = False
-        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
-        self._events: EventFile | None = None
         self._checkpoint_time = time.monotonic()
 
+    # -- the folder ----------------------------------------------------------------------------------------------
+
     def __enter__(self) -> Run:
-        self._refuse_folder_of_another_command()
+        if foreign := self.ledger.foreign_stages():
+            raise ValueError(
+                f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)}); choose another."
+            )
         if self.world.main:
             self._take_folder()
         self.world.barrier()
-        self._read_back()
+        self.ledger.read_back()
+        self.log.read_back()
         self._old_handlers = {}
         with suppress(ValueError):  # not the main thread: a notebook's or a test's own; signals are not ours then
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[signum] = signal.signal(signum, self._on_signal)
         return self
-
-    def _refuse_folder_of_another_command(self) -> None:
-        try:
-            foreign = [stage for stage in files.read_json(self.path("cost.json"))["stages"] if stage not in self.costs]
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # a new folder, or a damaged record of it
-        if foreign:
-            raise ValueError(
-                f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)}); choose another."
-            )
 
     def _take_folder(self) -> None:
         try:
@@ -178,12 +148,62 @@ class Run:
                 (self.folder / LOCK).unlink()
                 self.folder.rmdir()
 
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def clear(self, names: tuple[str, ...]) -> None:
+        """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
+        records = ("config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
+        for pattern in (*names, "checkpoints/*.pt", *records):
+            for path in self.folder.glob(pattern) if self.world.main else ():
+                path.unlink()
+        self.world.barrier()
+        self.ledger.clear()
+        self.log.clear()
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageCost]:
+        """Bill the block to stage `name`; image passes are added to what it yields."""
+        self._write_records()
+        with self.ledger.billing(name) as cost:
+            yield cost
+
+    def finish(self) -> None:
+        """Complete the records once all stages are done.
+
+        A command that ran no stage leaves those of the results as they are, but for where the images lie now,
+        config.json's `input`.
+        """
+        if self._records:
+            given = self._records["config.json"]
+            with suppress(ValueError, TypeError):  # there is none, or it is damaged: written anew
+                self._records["config.json"] = files.read_json(self.path("config.json")) | {"input": given["input"]}
+            if self.path("env.json").exists():
+                del self._records["env.json"]
+            self._write_records()
+        self.ledger.write()
+
+    def _write_records(self) -> None:
+        for name, record in self._records.items() if self.world.main else ():
+            files.write_json(self.path(name), record)
+        self._records = {}
+
     def go_on_alone(self) -> bool:
         """End the common work of the processes: True in the one that does the rest by itself."""
         main, self.world = self.world.main, World() if self.world.main else self.world
         return main
 
-    # -- stopping ------------------------------------------------------------------------------------------------
+    def say(self, line: str) -> None:
+        """Print a line without breaking a progress bar."""
+        if self.world.main:
+            Progress.say(line)
+
+    def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
+        return Progress(label, total, done=done, unit=unit, silent=not self.world.main)
+
+    # -- stopping and going on -----------------------------------------------------------------------------------
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:
@@ -194,254 +214,61 @@ class Run:
         with suppress(OSError, RuntimeError):  # the terminal may be gone, or be in the middle of a write
             os.write(sys.stderr.fileno(), b"\nfinishing the step and saving; Ctrl-C again to stop at once\n")
 
-    @property
-    def stopping(self) -> bool:
-        return self._signum is not None
-
     def raise_if_stopping(self) -> None:
         """Raise StoppedError if a signal came in, to any process of the world; call it once the state is saved."""
         (signum,) = self.world.highest(self._signum or 0)
         if signum:
             raise StoppedError(int(signum))
 
-    # -- results and checkpoints ---------------------------------------------------------------------------------
-
-    def path(self, name: str) -> Path:
-        return self.folder / name
-
     def checkpoint_due(self) -> bool:
         """Whether to save in the middle of an epoch: a signal came in, or a minute has passed, in any process."""
-        due = self.stopping or time.monotonic() - self._checkpoint_time > SECONDS_BETWEEN_CHECKPOINTS
+        waited = time.monotonic() - self._checkpoint_time
+        due = self._signum is not None or waited > SECONDS_BETWEEN_CHECKPOINTS
         return bool(self.world.highest(due)[0])
 
     def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        self.write_cost()  # first: killed between the two, a run has paid for work that it repeats, never the reverse
+        """Write the file `name`, below the folder."""
+        self.ledger.write()  # first: killed between the two, a run has paid for work that it repeats, never the reverse
         if self.world.main:
-            files.save_tensors(self.path(f"{self._checkpoints}/{name}.pt"), {"key": dict(key), **state})
+            files.save_tensors(self.path(name), {"key": dict(key), **state})
         self._checkpoint_time = time.monotonic()
-
-    def load_checkpoint(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The state to go on from, None where there is none. Raises StageMismatchError for one of another command."""
-        path = self.path(f"{self._checkpoints}/{name}.pt")
-        if not path.exists():
-            return None
-        state = files.load_tensors(path)  # on the CPU: whoever takes a tensor up moves it to its device
-        check_key(path, state.get("key"), key)
-        return state
 
     @contextmanager
     def resumed(self, name: str, key: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """`load_checkpoint` for a block that takes the state up. Raises ValueError, too, where that cannot be done."""
-        state = self.load_checkpoint(name, key)
-        with files.damage_named(self.path(f"{self._checkpoints}/{name}.pt"), "remove it, or use --fresh"):
+        """The state that `save_checkpoint` wrote, for a block that takes it up; None where there is none.
+
+        Raises StageMismatchError for a state of another command, ValueError for one that cannot be taken up.
+        """
+        path, state = self.path(name), None
+        if path.exists():
+            state = files.load_tensors(path)  # on the CPU: whoever takes a tensor up moves it to its device
+            check_key(path, state.get("key"), key)
+        with files.damage_named(path, "remove it, or use --fresh"):
             yield state
 
     def remove_checkpoint(self, name: str) -> None:
         if self.world.main:
-            self.path(f"{self._checkpoints}/{name}.pt").unlink(missing_ok=True)
+            self.path(name).unlink(missing_ok=True)
             with suppress(OSError):
-                self.path(self._checkpoints).rmdir()
-
-    def clear(self, names: tuple[str, ...]) -> None:
-        """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
-        records = ("config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
-        for pattern in (*names, "checkpoints/*.pt", *records):
-            for path in self.folder.glob(pattern) if self.world.main else ():
-                path.unlink()
-        self.world.barrier()
-        self.costs = {stage: StageCost() for stage in self.costs}
-        self._rows.clear()
-
-    # -- records -------------------------------------------------------------------------------------------------
-
-    def _read_back(self) -> None:
-        """Take up the records of earlier invocations, so that a resumed run ends with complete ones."""
-        if self.path("cost.json").exists():
-            self.adopt_costs(self.path("cost.json"), tuple(self.costs))
-        with suppress(OSError, csv.Error, KeyError, TypeError, ValueError):  # up to the first damage, if any
-            for row in csv.DictReader(io.StringIO(self.path("metrics.csv").read_text(encoding="utf-8"))):
-                if None in row:
-                    break  # it has more values than there are columns
-                self._rows[row["stage"], int(row["epoch"])] = {k: v for k, v in row.items() if v}
-
-    def log(self, stage: str, epoch: int, **values: float) -> None:
-        """Add a row to `metrics.csv` and to TensorBoard. A repeated epoch replaces its row."""
-        if not self.world.main:
-            return
-        self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
-        columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._rows.values())
-        files.write_text(self.path("metrics.csv"), table.getvalue())
-        from torch.utils.tensorboard.summary import scalar  # takes seconds to import
-
-        self._show(epoch, *(scalar(f"{stage}/{name}", value) for name, value in values.items()))
-
-    def log_picture(self, stage: str, epoch: int, name: str, pixels: np.ndarray) -> None:
-        """Show uint8 (H, W, 3) in TensorBoard."""
-        if self.world.main:
-            from torch.utils.tensorboard.summary import image
-
-            self._show(epoch, image(f"{stage}/{name}", pixels, dataformats="HWC"))
-
-    def _show(self, epoch: int, *summaries: Any) -> None:
-        """Add to TensorBoard's events, the flags before the first. A run goes on without them: they are copies."""
-        from torch.utils.tensorboard.summary import hparams
-
-        try:
-            if self._events is None:
-                config = self.path("config.json")
-                flags = flat(files.read_json(config)) if config.exists() else {}
-                events = EventFile(self.folder)
-                events.add(0, *hparams(flags, dict.fromkeys(self._compared_by, 0.0)))
-                self._events = events
-            self._events.add(epoch, *summaries)
-        except (OSError, ValueError) as error:
-            self.say(f"warning: TensorBoard misses {self.folder}, epoch {epoch} ({error})")
-
-    @property
-    def started(self) -> bool:
-        """Whether a stage has been run, so that the folder is no longer as it was found."""
-        return any(not cost.skipped for cost in self.costs.values())
-
-    def write_records(self) -> None:
-        for name, record in self.records.items() if self.world.main else ():
-            files.write_json(self.path(name), record)
-        self.records = {}
-
-    def keep_records(self) -> None:
-        """At the end: a command that entered no stage leaves those of the results as they are, but for where the images
-        lie now, config.json's `input`."""
-        if not self.records:
-            return  # a stage has written them
-        given = self.records["config.json"]
-        with suppress(ValueError, TypeError):  # there is none, or it is damaged: written anew
-            self.records["config.json"] = files.read_json(self.path("config.json")) | {"input": given["input"]}
-        if self.path("env.json").exists():
-            del self.records["env.json"]
-        self.write_records()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[StageCost]:
-        """Bill the time of the block to stage `name`; image passes are added to what it yields.
-
-        A stage inside another one interrupts the other's bill.
-        """
-        self.write_records()
-        outer = self._billing
-        if outer is not None:
-            self.write_cost()
-        cost = self.costs[name]
-        cost.skipped = False
-        self._billing = (cost, time.monotonic())
-        try:
-            yield cost
-        finally:
-            self.write_cost()
-            self._billing = None if outer is None else (outer[0], time.monotonic())
-
-    _billing: tuple[StageCost, float] | None = None
-
-    def write_cost(self) -> None:
-        """Bring `cost.json` up to date, in the middle of a stage too, so that a killed run is still billed."""
-        if self._billing is not None:
-            cost, since = self._billing
-            now = time.monotonic()
-            cost.wall_s += max(0.0, now - since)  # a clock that is set back costs nothing
-            cost.peak_rss_bytes = max(cost.peak_rss_bytes, peak_rss_bytes())
-            self._billing = (cost, now)
-        rows = {name: asdict(cost) for name, cost in self.costs.items()}
-        total = {
-            "wall_s": sum(cost.wall_s for cost in self.costs.values()),
-            "images_forward": sum(cost.images_forward for cost in self.costs.values()),
-            "images_backward": sum(cost.images_backward for cost in self.costs.values()),
-            "peak_rss_bytes": max(cost.peak_rss_bytes for cost in self.costs.values()),
-        }
-        if self.world.main:
-            files.write_json(self.path("cost.json"), {"stages": rows, "total": total})
-
-    def adopt_costs(self, cost_json: Path, stages: tuple[str, ...]) -> bool:
-        """Bill what `stages` cost in the run that their result was taken from; False where that is not recorded."""
-        try:
-            recorded = files.read_json(cost_json)["stages"]
-            adopted = {
-                stage: StageCost(
-                    wall_s=float(recorded[stage]["wall_s"]),
-                    images_forward=int(recorded[stage]["images_forward"]),
-                    images_backward=int(recorded[stage]["images_backward"]),
-                    peak_rss_bytes=int(recorded[stage]["peak_rss_bytes"]),
-                )
-                for stage in stages
-            }
-        except (ValueError, KeyError, TypeError, OverflowError):
-            return False
-        if not all(0 <= value < math.inf for cost in adopted.values() for value in asdict(cost).values()):
-            return False
-        self.costs.update(adopted)
-        return True
-
-    # -- networks ------------------------------------------------------------------------------------------------
-
-    def autocast(self):
-        return autocast(self.device, self.amp)
-
-    def layout(self, tensor_or_model):
-        return to_layout(tensor_or_model, self.channels_last)
-
-    def say(self, line: str) -> None:
-        """Print a line without breaking a progress bar."""
-        if self.world.main:
-            Progress.say(line)
-
-    def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
-        return Progress(label, total, done=done, unit=unit, silent=not self.world.main)
+                self.path(name).parent.rmdir()
 
 
-def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage's result depends on, in JSON's own types, as it is stored in the result."""
-    return json.loads(json.dumps({"stage": stage, "config": dict(config), "inputs": dict(inputs)}, default=str))
+@contextmanager
+def open_run(
+    folder: Path,
+    config: Mapping[str, Any],
+    device: DeviceConfig,
+    *,
+    stages: tuple[str, ...],
+    compared_by: tuple[str, ...] = (),
+) -> Iterator[Run]:
+    """The run of a command in `folder`, on the device and among the processes that it is started on.
 
-
-def check_key(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
-    """Raise StageMismatchError naming every differing field if `path` was made by another command."""
-    if not isinstance(found, Mapping) or found.get("stage") != wanted["stage"]:
-        raise StageMismatchError(f"{path} was not made by the stage {wanted['stage']!r}.", wanted["stage"])
-    differing = []
-    for part in ("config", "inputs"):
-        old, new = found.get(part), wanted[part]
-        old = old if isinstance(old, Mapping) else {}
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                differing.append(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}")
-    if differing:
-        raise StageMismatchError(f"{path} was made with other settings: {'; '.join(differing)}.", wanted["stage"])
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as one level of `part.name`, other values than numbers and truth values as text."""
-    found: dict[str, bool | int | float | str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
-    return found
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far; 0 where the system does not tell."""
-    if sys.platform == "linux":  # where ru_maxrss begins with what the parent process held
-        with suppress(OSError, StopIteration):
-            status = Path("/proc/self/status").read_text().splitlines()
-            return 1024 * int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "…"
+    `config` is what config.json shall say of it. Raises ValueError for a folder that is in use or another command's,
+    and for a device that is not there; OSError for a folder that cannot be written to.
+    """
+    compute = pick_compute(device)
+    records = {"config.json": config, "env.json": environment(compute.device)}
+    options = {"stages": stages, "compared_by": compared_by, "records": records}
+    with joined(compute.device) as world, Run(folder, compute=compute, world=world, **options) as run:
+        yield run

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from nas_kmix.engine import files
@@ -157,54 +156,6 @@ def splits_of(data: str) -> tuple[str, ...]:
     return tuple(split for split in splits if f"{split}_images" in names)
 
 
-def source_of(dataset: Any) -> Source:
-    """Somebody else's data set of (image, label) pairs as a Source, its transforms left aside.
-
-    Knows torchvision's CIFAR classes and ImageFolder, and Subsets of them; of others, the items are read: PIL images
-    or uint8 (H, W, 3) or (H, W) arrays with integer labels.
-    """
-    if type(dataset) is torch.utils.data.Subset and _is_known(dataset.dataset):
-        return source_of(dataset.dataset).part(np.asarray(dataset.indices, dtype=np.int64))
-    if hasattr(dataset, "samples"):
-        paths, labels = zip(*dataset.samples, strict=True)
-        pixels: dict[str, Any] = {"folder": Path(), "paths": tuple(map(str, paths))}
-    else:
-        if hasattr(dataset, "data") and hasattr(dataset, "targets"):
-            images, labels = dataset.data, dataset.targets
-        else:
-            images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-        pixels = {"arrays": _stacked(images, type(dataset).__name__)}
-    labels = np.asarray(labels, dtype=np.int64)
-    names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
-    return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
-
-
-def _is_known(dataset: Any) -> bool:
-    """Whether its images can be had without reading its items, below any Subsets."""
-    if type(dataset) is torch.utils.data.Subset:
-        return _is_known(dataset.dataset)
-    return hasattr(dataset, "samples") or (hasattr(dataset, "data") and hasattr(dataset, "targets"))
-
-
-def _stacked(images: Iterable[Any], name: str) -> np.ndarray:
-    """PIL images or uint8 arrays as RGB (N, H, W, 3); of several sizes, (N,) objects (H, W, 3)."""
-    rgb = []
-    for image in images:
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-            raise ValueError(
-                f"The images of {name} come as {pixels.dtype} {pixels.shape}; give the data set without its transform, "
-                f"as PIL images or uint8 (H, W, 3)."
-            )
-        rgb.append(_to_rgb(pixels[None])[0])
-    if len({pixels.shape for pixels in rgb}) == 1:
-        return np.stack(rgb)
-    several = np.empty(len(rgb), dtype=object)
-    for index, pixels in enumerate(rgb):
-        several[index] = pixels
-    return several
-
-
 def _digits(split: str) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8 to 32x32; every fifth of each class, as it comes, is for testing."""
     from sklearn.datasets import load_digits
@@ -218,7 +169,7 @@ def _digits(split: str) -> Source:
     grey = np.rint(digits.images[rows] * (255.0 / 16.0)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in grey]
     labels = digits.target[rows].astype(np.int64)
-    return Source("digits", split, labels, tuple("0123456789"), arrays=_to_rgb(np.stack(large)))
+    return Source("digits", split, labels, tuple("0123456789"), arrays=to_rgb(np.stack(large)))
 
 
 def _cifar(name: str, root: Path, split: str, download: bool) -> Source:
@@ -271,7 +222,7 @@ def _npz(path: Path, split: str) -> Source:
             f"{'different labels' if names is None else 'class_names'}; they run from {labels.min()} to {labels.max()}."
         )
     names = tuple(map(str, range(classes))) if names is None else names
-    return Source(path.name, split, labels, names, arrays=_to_rgb(images))
+    return Source(path.name, split, labels, names, arrays=to_rgb(images))
 
 
 def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
@@ -335,7 +286,7 @@ def _files_of(folder: Path, classes: Iterable[str]) -> tuple[tuple[str, ...], np
     return tuple(paths), np.array(labels, dtype=np.int64)
 
 
-def _to_rgb(images: np.ndarray) -> np.ndarray:
+def to_rgb(images: np.ndarray) -> np.ndarray:
     """Greyscale (N, H, W) or (N, H, W, 1) is repeated to three channels."""
     if images.ndim == 3:
         images = images[..., None]

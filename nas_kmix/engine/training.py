@@ -1,4 +1,4 @@
-"""The one supervised training loop: a model and resident or streamed images in, a trained model out.
+"""Supervised training: a model and resident or streamed images in, a trained model out.
 
 It knows no method: how a batch is mixed and how the model is evaluated are functions handed to it. Batch order,
 augmentation, drop-path and layers that draw are functions of (seed, epoch, step), so resuming needs no random state.
@@ -7,7 +7,7 @@ augmentation, drop-path and layers that draw are functions of (seed, epoch, step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,11 +19,13 @@ from torch import nn
 
 from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.data import DataConfig, ImageData
-from nas_kmix.engine.feed import LAYERS, Feed, Mix
+from nas_kmix.engine.feed import LAYERS, Feed, Mix, Share
 from nas_kmix.engine.learner import Learner, Recipe
+from nas_kmix.engine.loop import run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 
+BEST = "best.pt"
 LINEAR_TAIL = 5  # last epochs of the linear schedule, at a fifth of its slope
 
 
@@ -113,77 +115,87 @@ def train(
 ) -> Trained:
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
-    The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`, by
-    which the checkpoint goes too unless `checkpoint` names it; `content` and the state of `bad` are stored in it
-    besides. With a `validation` that selects, `best` is a checkpoint of the same kind. For `photographs` see `Feed`.
+    The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`. The
+    file `checkpoint` (default: the stage's own) is resumed from; `content` and the state of `bad` are stored in it
+    besides. With a `validation` that selects, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`.
     Raises NonFiniteLossError, StoppedError (its state saved) and StageMismatchError.
     """
     recipe = recipe or Recipe()
-    learner = Learner(model, config, recipe, run)
-    feed = Feed(model, data, config, data_config, recipe, mix, run.world, photographs)
     indices = data.good() if indices is None else indices
     steps = math.ceil(len(indices) / config.batch_size)
     steps = min(steps, recipe.limit_steps or steps)
-    meter = Meter(run.device)
-    last = best = None
-    first_epoch = first_step = 0
-    with run.resumed(checkpoint or stage, key) as state:
-        if state is not None:
-            learner.load_state_dict(state)
-            if run.world.main:  # whose checkpoint holds the sums of all
-                meter.load_state_dict(state["meter"])
-            first_epoch, first_step = int(state["epoch"]), int(state["step"])
-            last, best = state.get("last"), state.get("best")
-            if bad is not None:
-                bad.load_state_dict(state)
+    task = _Training(
+        config,
+        Learner(model, config, recipe, run.compute, run.world),
+        Feed(model, data, config, data_config, recipe, mix, run.world, photographs),
+        indices,
+        steps,
+        stage,
+        run,
+        validation,
+        content or {},
+        bad,
+    )
+    run_loop(task, [steps] * config.epochs, name=stage, key=key, run=run, checkpoint=checkpoint)
+    return Trained(task.learner.evaluated, task.last, task.best)
 
-    def save(name: str, epoch: int, step: int) -> None:
-        meter.gather(run.world)
-        meter.check(stage, epoch)
-        results = {} if validation is None else {"last": last, "best": best}
-        position = {"meter": meter.state_dict(), "epoch": epoch, "step": step}
-        besides = {**(content or {}), **({} if bad is None else bad.state_dict())}
-        run.save_checkpoint(name, key, {**besides, **learner.state_dict(), **results, **position})
 
-    progress = run.progress(stage, steps * config.epochs, done=first_epoch * steps + first_step)
-    if first_epoch == config.epochs:  # nothing is done, and nothing billed: a finished run tells the same again
-        progress.close()
-        return Trained(learner.evaluated, last, best)
-    with run.stage(stage) as cost:
-        model.train()
-        for epoch in range(first_epoch, config.epochs):
-            lr = learning_rate(config, epoch, recipe.warmup_epochs)
-            learner.set_lr(lr)
-            for step, share in feed.epoch(indices, steps, epoch, first_step):
-                if share is None:
-                    continue
-                with _seeded(run.device, (config.seed, LAYERS, epoch, step)):
-                    loss = learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
-                meter.add(step, share.n, loss=loss * share.n)
-                cost.images_forward += share.total
-                cost.images_backward += share.total
-                progress.update(note=f"epoch {epoch + 1}/{config.epochs}{meter.note(stage, epoch, step)}")
-                if run.checkpoint_due() and step + 1 < steps:
-                    save(checkpoint or stage, epoch, step + 1)
-                    run.raise_if_stopping()
-            meter.gather(run.world)
-            meter.check(stage, epoch)
-            metrics, improved = {}, False
-            if validation is not None and ((epoch + 1) % validation.every == 0 or epoch + 1 == config.epochs):
-                run.world.align_buffers(learner.evaluated)
-                metrics = validation.evaluate(learner.evaluated)
-                last = {"epoch": epoch, **metrics}
-                improved = validation.select is not None and (
-                    best is None or metrics[validation.select] > best[validation.select]
-                )
-                best = last if improved else best
-            run.log(stage, epoch, lr=lr, loss=meter.means()["loss"], **metrics)
-            meter, first_step = Meter(run.device), 0
-            for name in ("best",) * improved + (checkpoint or stage,):
-                save(name, epoch + 1, 0)
-            run.raise_if_stopping()
-    progress.close()
-    return Trained(learner.evaluated, last, best)
+@dataclass
+class _Training:
+    """The task of a supervised training (see `engine.loop`); `last` and `best` are as in `Trained`."""
+
+    config: TrainConfig
+    learner: Learner
+    feed: Feed
+    indices: np.ndarray
+    steps: int
+    stage: str
+    run: Run
+    validation: Validation | None
+    content: Mapping[str, Any]
+    bad: BadFiles | None
+    last: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+    lr: float = 0.0
+
+    def start(self, epoch: int) -> None:
+        self.lr = learning_rate(self.config, epoch, self.learner.recipe.warmup_epochs)
+        self.learner.set_lr(self.lr)
+        self.learner.model.train()
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Share | None]:
+        return self.feed.epoch(self.indices, self.steps, epoch, first_step)
+
+    def step(self, share: Share, epoch: int, step: int, meter: Meter) -> int:
+        with _seeded(self.run.compute.device, (self.config.seed, LAYERS, epoch, step)):
+            loss = self.learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
+        meter.add(step, share.n, loss=loss * share.n)
+        return share.total
+
+    def end(self, epoch: int, means: Mapping[str, float]) -> Sequence[str]:
+        metrics, improved = {}, False
+        validation = self.validation
+        if validation is not None and ((epoch + 1) % validation.every == 0 or epoch + 1 == self.config.epochs):
+            self.run.world.align_buffers(self.learner.evaluated)
+            metrics = validation.evaluate(self.learner.evaluated)
+            self.last = {"epoch": epoch, **metrics}
+            improved = validation.select is not None and (
+                self.best is None or metrics[validation.select] > self.best[validation.select]
+            )
+            self.best = self.last if improved else self.best
+        self.run.log.add(self.stage, epoch, lr=self.lr, loss=means["loss"], **metrics)
+        return (BEST,) if improved else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        bad = {} if self.bad is None else self.bad.state_dict()
+        results = {} if self.validation is None else {"last": self.last, "best": self.best}
+        return {**self.content, **bad, **self.learner.state_dict(), **results}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+        self.last, self.best = state.get("last"), state.get("best")
+        if self.bad is not None:
+            self.bad.load_state_dict(state)
 
 
 @contextmanager

@@ -21,9 +21,8 @@ from scipy import stats
 
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.engine.run import Run
+from nas_kmix.pipeline.scorer import load_scorer
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scorer import load_scorer
 from nas_kmix.scores import ScoreTable
 
 COPIED = ("config.json", "env.json", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "cost.json")
@@ -64,7 +63,7 @@ def test_accuracy(config: Config) -> float:
     """Top-1 accuracy of the run's scorer on the test images, in percent."""
     settings = json.loads((config.run / "config.json").read_text())["input"]
     test = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]), split="test")
-    model, test = load_scorer(config.run / "scorer.pt", test, run=Run(config.run, stages=("scorer",)))
+    model, test = load_scorer(config.run / "scorer.pt", test)
     model.eval()
     correct = 0
     for batch in test.batches(np.array_split(np.arange(len(test)), -(-len(test) // config.batch_size))):

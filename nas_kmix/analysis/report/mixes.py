@@ -9,7 +9,7 @@ from nas_kmix.analysis.report.markup import Markup, join, percent, picture, sent
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.mixers import K_IMAGES, make_mix
-from nas_kmix.scorer import ScorerConfig
+from nas_kmix.pipeline.scorer import ScorerConfig
 
 SAMPLES, BATCH = 8, 16
 SIDE = 128  # pixels at most
@@ -23,7 +23,8 @@ def section(record: Record) -> Markup:
 
 
 def _mixes(record: Record) -> Markup:
-    settings = record.settings("training", ScorerConfig)
+    part = "training" if "training" in record.config else "scorer"  # of train_eval.py or an older search
+    settings = record.settings(part, ScorerConfig)
     who = "network" if record.trains else "scorer"
     if settings.mix == "none":
         raise ValueError(f"{record.name} trained its {who} on images as they are (mix none).")

@@ -23,7 +23,7 @@ from darts_space import Genotype, read_genotype
 from darts_space.cell import EDGES, PRIMITIVES
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, open_data
-from nas_kmix.engine.run import StageCost
+from nas_kmix.engine.ledger import StageCost
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
@@ -242,9 +242,10 @@ class Record:
     def _flag(self, name: str) -> str | None:
         """A path among the flags of a search; None if it was not given or is not recorded."""
         try:
-            value = self.config.get(name)
+            given = self.config.get("given")
         except ValueError:
             return None
+        value = (given if isinstance(given, dict) and name in given else self.config).get(name)  # or an older run's
         return value if isinstance(value, str) else None
 
     def _given(self, name: str) -> Path | None:

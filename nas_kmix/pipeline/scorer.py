@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,20 @@ from torch import nn
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
+from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.keys import check_key, stage_key
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import Run, check_key
+from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import TrainConfig, train
 from nas_kmix.mixers import make_mix
 
+NAME = "scorer"
+FILE = "scorer.pt"
 FORMAT = "nas_kmix/classifier"
+
+Scorer = tuple[nn.Module, ImageData]
+"""The network, and the images normalised as it was trained with."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,34 @@ class ScorerConfig(TrainConfig):
     """Probability that a batch is mixed at all."""
 
 
-def train_scorer(
-    data: ImageData, config: ScorerConfig, data_config: DataConfig, *, run: Run, key: Mapping[str, Any], path: Path
-) -> nn.Module:
-    """Train on all of `data` and write `path`; resumes from the run's checkpoint."""
+def key(config: ScorerConfig, data: ImageData, data_config: DataConfig) -> dict[str, Any]:
+    """What a scorer depends on: its settings, the augmentation and the images."""
+    augmentation = {"flip": data_config.flip, "crop_padding": data_config.crop_padding}
+    return stage_key(NAME, {**asdict(config), **augmentation}, {"data": data.fingerprint})
+
+
+def load(
+    path: Path,
+    config: ScorerConfig,
+    data: ImageData,
+    data_config: DataConfig,
+    *,
+    run: Run,
+    key: Mapping[str, Any] | None,
+) -> Scorer:
+    """The scorer in `path`, and `data` with its normalisation."""
+    return load_scorer(path, data, compute=run.compute, key=key)
+
+
+def make(
+    path: Path, config: ScorerConfig, data: ImageData, data_config: DataConfig, *, run: Run, key: Mapping[str, Any]
+) -> Scorer:
+    """Train on all of `data` and write `path`."""
     shape = {"num_classes": data.num_classes, "stem": data.stem}
-    model = run.layout(build_backbone(config.backbone, **shape, seed=config.seed).to(run.device))
+    model = build_backbone(config.backbone, **shape, seed=config.seed).to(run.compute.device)
+    model = run.compute.layout(model)
     mix = make_mix(config, data.num_classes, model)
-    train(model, data, config, data_config, mix=mix, run=run, stage="scorer", key=key)
+    train(model, data, config, data_config, mix=mix, run=run, stage=NAME, key=key)
     run.world.align_buffers(model)  # so that all processes score with one network
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(
@@ -64,23 +91,22 @@ def train_scorer(
     }
     if run.world.main:
         files.save_tensors(path, {"key": dict(key), **state})
-    run.remove_checkpoint("scorer")
-    return model
+    return model, data
 
 
 def load_scorer(
-    path: Path, data: ImageData, *, run: Run, key: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, ImageData]:
+    path: Path, data: ImageData, *, compute: Compute | None = None, key: Mapping[str, Any] | None = None
+) -> Scorer:
     """Load `scorer.pt` for `data`: the model, and the data with the scorer's normalisation.
 
     Raises ValueError if the file is damaged or its network does not fit the data, and StageMismatchError if it was not
     made with `key`.
     """
-    state = files.load_tensors(path, run.device)
+    compute = compute or Compute()
+    state = files.load_tensors(path, compute.device)
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
-    if key is not None:
-        check_key(path, state.get("key"), key)
+    check_key(path, state.get("key"), key)
     with files.damage_named(path, "train the scorer anew"):
         network, classes, constants = state["network"], tuple(state["class_names"]), constants_of(state)
         shape = {"num_classes": int(network["num_classes"]), "stem": network["stem"]}
@@ -93,9 +119,9 @@ def load_scorer(
     if classes != data.class_names:
         raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
     with files.damage_named(path, "train the scorer anew"):
-        model = build_backbone(network["backbone"], **shape, seed=0).to(run.device)
+        model = build_backbone(network["backbone"], **shape, seed=0).to(compute.device)
         model.load_state_dict(state["model"])
-    return run.layout(model), replace(data, **constants)
+    return compute.layout(model), replace(data, **constants)
 
 
 def constants_of(state: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""The device as data: where tensors live, in which precision and layout networks run."""
+"""How to compute, as data: where tensors live, and in which precision and memory layout networks run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +44,32 @@ class DeviceConfig:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}.")
 
 
+@dataclass(frozen=True)
+class Compute:
+    """A device, and the precision and layout in which networks run on it."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    amp: Amp = "off"
+    channels_last: bool = False
+
+    def autocast(self) -> AbstractContextManager:
+        """The autocast region of `--amp`, a null context when it is off."""
+        return nullcontext() if self.amp == "off" else torch.autocast(self.device.type, dtype=AMP_DTYPES[self.amp])
+
+    def layout(self, tensor_or_model: Any) -> Any:
+        """A tensor or module, in channels_last format if asked for."""
+        if not self.channels_last:
+            return tensor_or_model
+        if isinstance(tensor_or_model, Tensor):
+            return tensor_or_model.contiguous(memory_format=torch.channels_last)
+        return tensor_or_model.to(memory_format=torch.channels_last)
+
+
+def pick_compute(config: DeviceConfig) -> Compute:
+    """Resolve the flags and set this process up for them. Raises ValueError for a device that is not there."""
+    return Compute(pick_device(config), config.amp, config.channels_last)
+
+
 def pick_device(config: DeviceConfig) -> torch.device:
     """Resolve `--device` and set this process up for it. Raises ValueError for a device that is not there."""
     if config.threads > 0:
@@ -74,20 +100,6 @@ def _keep_freed_memory() -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)  # never
-
-
-def autocast(device: torch.device, amp: Amp) -> AbstractContextManager:
-    """The autocast region of `--amp`, a null context when it is off."""
-    return nullcontext() if amp == "off" else torch.autocast(device.type, dtype=AMP_DTYPES[amp])
-
-
-def to_layout(tensor_or_model: Any, channels_last: bool) -> Any:
-    """A tensor or module in channels_last if asked for."""
-    if not channels_last:
-        return tensor_or_model
-    if isinstance(tensor_or_model, Tensor):
-        return tensor_or_model.contiguous(memory_format=torch.channels_last)
-    return tensor_or_model.to(memory_format=torch.channels_last)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,272 @@
+"""The command train_eval.py: train a network or evaluate a checkpoint, and what is said and written around it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torch import nn
+
+from darts_space import CifarNetwork, ImageNetNetwork, cost
+from nas_kmix.analysis.classifiers import load_classifier
+from nas_kmix.analysis.report import write_report_of_run
+from nas_kmix.engine import cli, files
+from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.compute import DeviceConfig, pick_compute
+from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.distributed import World, is_main, joined
+from nas_kmix.engine.export import export_model
+from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.progress import Progress
+from nas_kmix.engine.run import Run, open_run
+from nas_kmix.pipeline import network
+from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining, TrainingConfig
+from nas_kmix.pipeline.stage import obtain
+from nas_kmix.presets import PAPER
+from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits, refuse_bad
+
+STAGES = (network.NAME, network.EVALUATION)
+RESULTS = (*network.FILES, "result.json", "bad_images.txt", "report.html")
+SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # px that they take
+COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # runs, in TensorBoard
+
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class Config(NetworkTraining):
+    """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
+
+    preset: str = "quick"
+    """quick: digits in a minute | cpu: small and short | cifar, imagenet: PC-DARTS's, for GPUs | a cell of the paper's
+    tables, e.g. pyramidnet110-cifar100-dcutmix; an unknown name lists them all."""
+    out: Path = Path("runs/train")
+    """The run folder."""
+    fresh: bool = False
+    """Remove what an earlier run left in --out and start over."""
+    skip_bad: bool = False
+    """Leave out image files that cannot be read, count and list them; otherwise the first one ends the command."""
+    report: bool = True
+    """Write the run as a page, report.html, at its end."""
+    eval_only: Path | None = None
+    """Evaluate this last.pt, best.pt or scorer.pt on the splits val and test of --data, and train nothing."""
+    export: Path | None = None
+    """Also write the network there as a torch.export program for batches of any size."""
+    sync_batchnorm: bool = False
+    """Under torchrun, take BatchNorm's statistics over the batches of all processes."""
+    device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
+
+
+PRESETS: dict[str, Config] = {
+    # The embedded digits, which must not be mirrored.
+    "quick": Config(
+        network=NetworkConfig(channels=4, layers=5),
+        input=DataConfig(data="digits", flip=False, crop_padding=2),
+        training=TrainingConfig(epochs=5, batch_size=32, lr=0.1, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(grad_clip=5.0),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # To compare genotypes on a laptop: too short for drop-path and cutout to help.
+    "cpu": Config(
+        preset="cpu",
+        network=NetworkConfig(channels=8, layers=8),
+        input=DataConfig(data="cifar100"),
+        training=TrainingConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(grad_clip=5.0),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # PC-DARTS section 4.2. Expect 2.57 +- 0.07 % test error on CIFAR-10 with PC_DARTS_cifar (its Table 1), which trains
+    # on all images: --val-share 0.
+    "cifar": Config(
+        preset="cifar",
+        input=DataConfig(data="cifar10"),
+        training=TrainingConfig(epochs=600, batch_size=96, lr=0.025, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(nesterov=False, grad_clip=5.0, cutout=16, drop_path=0.3),
+    ),
+    # PC-DARTS section 4.3. Expect 24.2 % top-1 error with PC_DARTS_image, 25.1 % with PC_DARTS_cifar (its Table 2).
+    "imagenet": Config(
+        preset="imagenet",
+        network=NetworkConfig(channels=48, layers=14),
+        input=DataConfig(data="imagenet", image_size=224, max_resident_gb=0.0),  # crops of whole photographs
+        training=TrainingConfig(epochs=250, batch_size=1024, lr=0.5, schedule="linear", weight_decay=3e-5),
+        recipe=Recipe(
+            nesterov=False, warmup_epochs=5, grad_clip=5.0, label_smoothing=0.1, color_jitter=(0.4, 0.4, 0.4, 0.2)
+        ),
+    ),
+}
+PRESETS |= {  # the paper's Tables 1-3; as there, all training images are trained on and no epoch is chosen
+    name: Config(
+        preset=name,
+        val_share=0.0,
+        network=NetworkConfig(**cell.network),
+        input=DataConfig(**cell.input),
+        training=TrainingConfig(**cell.training),
+        recipe=Recipe(**cell.recipe),
+    )
+    for name, cell in PAPER.items()
+}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train or evaluate, and return what the last line of the output says.
+
+    Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
+    """
+    _check_flags(config)
+    if config.eval_only is not None:
+        return _evaluate_checkpoint(config)
+    with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
+        _check_processes(config, run)
+        options = {"device": run.compute.device, "workers": config.device.workers}
+        data = load_data(config.input, **options)
+        refuse_bad(data, config.skip_bad)
+        _check_size(config, data)
+        training, evaluated = divide(
+            data,
+            other_splits(config.input, data, **options, skip_bad=config.skip_bad),
+            **{name: getattr(config, name) for name in ("val_share", "train_images", "seed", "skip_bad")},
+        )
+        model = network.build(config.network, data, seed=config.seed)
+        description = network.describe(model, config.network, data)
+        result = {"network": description, "seed": config.seed, **cost(model, data.image_size)}
+        if config.fresh:
+            run.clear(RESULTS)
+        if config.preset in PAPER:
+            run.say(f"the paper's {PAPER[config.preset].doc}")
+        run.say(
+            f"{data.source.name}: {len(training.indices)} training images of {data.num_classes} classes, "
+            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}; "
+            f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
+        )
+        if config.sync_batchnorm and run.world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        bad = BadFiles((training.data, *(part.data for part in evaluated.values())), run.world)
+        trained = obtain(network, config, model, training, evaluated, bad, run=run)
+        run.finish()
+        result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
+        result |= {"last": trained.last, "best": trained.best, **_speed(run), "folder": str(config.out)}
+        result |= {"bad_images": (count := bad.write_list(run.path("bad_images.txt")))}
+        if count:
+            run.say(f"warning: {count} files cannot be read and were left out; bad_images.txt lists them")
+        if run.world.main:
+            files.write_json(run.path("result.json"), result)
+            if config.export is not None:
+                export_model(trained.model, training.examples(), config.export)
+            if config.report:
+                run.say(write_report_of_run(run.folder, data))
+        return result
+
+
+def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
+    """Nothing is written but what --export asks for."""
+    compute = pick_compute(config.device)
+    with joined(compute.device) as world:
+        trained = load_classifier(config.eval_only)
+        options = {"device": compute.device, "workers": config.device.workers, "skip_bad": config.skip_bad}
+        sets = other_splits(config.input, trained, **options, same_classes=False)
+        if not sets:
+            raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
+        names = trained.class_names
+        evaluated = {split: of_known_classes(part, names, str(trained.path)) for split, part in sets.items()}
+        for split, part in evaluated.items():
+            here = sets[split].data.class_names
+            _say(
+                f"{split}: {len(part.indices)} images; {len(set(here) & set(names))} of its {len(here)} classes are "
+                f"among the {len(names)} of the network",
+                world,
+            )
+        model = compute.layout(trained.model.to(compute.device))
+        own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())
+        progress = Progress(network.EVALUATION, own, unit="image", silent=not world.main)
+        metrics = evaluate_all(model, evaluated, compute, world, progress)
+        progress.close()
+        bad = BadFiles((part.data for part in evaluated.values()), world).gather()
+        if bad:
+            first = next(iter(bad.values()))
+            _say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}", world)
+        if config.export is not None and world.main:
+            export_model(model, next(iter(evaluated.values())).examples(), config.export)
+        images = {split: part.readable(bad) for split, part in evaluated.items()}
+        return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
+
+
+def _say(line: str, world: World) -> None:
+    if world.main:
+        Progress.say(line)
+
+
+def _speed(run: Run) -> dict[str, float]:
+    """Seconds of training, without evaluation, over all invocations, and training images per second."""
+    spent = run.ledger.costs[network.NAME]
+    per_second = spent.images_backward / max(spent.wall_s, 1e-9)
+    return {"train_s": round(spent.wall_s, 1), "images_per_second": round(per_second, 1)}
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def _check_flags(config: Config) -> None:
+    """Refuse flags that contradict each other."""
+    if config.preset not in PRESETS:
+        raise ValueError(f"there is no --preset {config.preset}; there are {', '.join(PRESETS)}.")
+    settings = config.network
+    if config.eval_only is None and (settings.genotype is None) == (settings.backbone is None):
+        raise ValueError("Give one of --genotype FILE|NAME|TEXT and --backbone NAME: that is what is trained.")
+    if config.eval_only is not None and (settings.genotype, settings.backbone, settings.max_macs) != (None, None, None):
+        raise ValueError("--eval-only reads the network from its file; leave --genotype, --backbone, --max-macs out.")
+    if config.eval_only is not None and config.eval_only.is_dir():
+        raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
+    if settings.max_macs is not None and settings.genotype is None:
+        raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
+    if settings.backbone is None and (settings.stochastic_depth or settings.drop_block):
+        raise ValueError(
+            "--stochastic-depth and --drop-block are for a --backbone; a genotype's network has --drop-path."
+        )
+    if config.training.mix == "manifold_mixup" and (settings.backbone is None or config.recipe.accumulate > 1):
+        raise ValueError(
+            "--mix manifold_mixup mixes within a --backbone, a whole batch at once: leave --accumulate at 1."
+        )
+    if not 0.0 <= config.val_share < 1.0:
+        raise ValueError(f"--val-share must be at least 0 and below 1, not {config.val_share}.")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
+    if config.eval_every < 1 or (config.train_images is not None and config.train_images < 1):
+        raise ValueError("--eval-every and --train-images must be at least 1.")
+
+
+def _check_processes(config: Config, run: Run) -> None:
+    device = run.compute.device
+    if config.sync_batchnorm and device.type != "cuda":
+        raise ValueError(f"--sync-batchnorm needs CUDA devices, this is {device.type}; leave it out.")
+    if config.training.mix == "manifold_mixup" and run.world.size > 1:
+        raise ValueError("--mix manifold_mixup mixes a batch within one forward pass; train it with a single process.")
+
+
+def _check_size(config: Config, data: ImageData) -> None:
+    smallest = 0 if config.network.genotype is None else SMALLEST[data.stem]
+    if data.image_size < smallest:
+        raise ValueError(
+            f"The images are of {data.image_size} px, but a genotype's {data.stem} network takes {smallest} or "
+            f"more; use --image-size {smallest}."
+        )
+
+
+def parse(argv: Sequence[str], description: str | None = __doc__) -> Config:
+    return cli.parse(PRESETS, argv, description)
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
+    """Run and turn every expected failure into one sentence. Exit codes: 0, 1, 2 (bad usage), 130 and 143 (signals)."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def work() -> None:
+        result = run(parse(argv, description))
+        if is_main():
+            print(json.dumps(result))
+
+    return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")

@@ -1,0 +1,50 @@
+"""Keys: what the result of a stage depends on, as plain JSON that is stored in the result itself.
+
+A file of an earlier run is used again where its key is the one that this command would give it; otherwise the command
+is refused, with the settings that differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class StageMismatchError(ValueError):
+    """A file of an earlier run stands where stage `stage` would write, made with other settings."""
+
+    def __init__(self, message: str, stage: str):
+        super().__init__(message)
+        self.stage = stage
+
+
+def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage's name, its settings and the hashes of its inputs, in JSON's own types."""
+    return json.loads(json.dumps({"stage": stage, "config": dict(config), "inputs": dict(inputs)}, default=str))
+
+
+def check_key(path: Path, found: Any, wanted: Mapping[str, Any] | None) -> None:
+    """Raise StageMismatchError naming every setting that differs if `path` was not made with the key `wanted`.
+
+    None wants no particular key: the file was given by its path.
+    """
+    if wanted is None:
+        return
+    if not isinstance(found, Mapping) or found.get("stage") != wanted["stage"]:
+        raise StageMismatchError(f"{path} was not made by the stage {wanted['stage']!r}.", wanted["stage"])
+    differing = []
+    for part in ("config", "inputs"):
+        old, new = found.get(part), wanted[part]
+        old = old if isinstance(old, Mapping) else {}
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                differing.append(f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}")
+    if differing:
+        raise StageMismatchError(f"{path} was made with other settings: {'; '.join(differing)}.", wanted["stage"])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

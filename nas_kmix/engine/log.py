@@ -1,0 +1,88 @@
+"""The log of a run: metrics.csv, one row per stage and epoch, and the same numbers, with pictures, for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas_kmix.engine import files
+from nas_kmix.engine.events import EventFile
+from nas_kmix.engine.progress import Progress
+
+
+class Log:
+    """The log in `folder`; one that does not `write` ignores what it is given.
+
+    `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss".
+    """
+
+    def __init__(self, folder: Path, *, compared_by: tuple[str, ...] = (), writes: bool = True):
+        self._folder, self._compared_by, self._writes = folder, compared_by, writes
+        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._events: EventFile | None = None
+
+    def read_back(self) -> None:
+        """Take up the rows of earlier invocations, up to the first damaged one."""
+        with suppress(OSError, csv.Error, KeyError, TypeError, ValueError):
+            text = (self._folder / "metrics.csv").read_text(encoding="utf-8")
+            for row in csv.DictReader(io.StringIO(text)):
+                if None in row:
+                    break  # it has more values than there are columns
+                self._rows[row["stage"], int(row["epoch"])] = {k: v for k, v in row.items() if v}
+
+    def clear(self) -> None:
+        self._rows.clear()
+
+    def add(self, stage: str, epoch: int, **values: float) -> None:
+        """Add a row. A repeated epoch replaces its row."""
+        if not self._writes:
+            return
+        self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
+        columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows.values())
+        files.write_text(self._folder / "metrics.csv", table.getvalue())
+        from torch.utils.tensorboard.summary import scalar  # takes seconds to import
+
+        self._show(epoch, *(scalar(f"{stage}/{name}", value) for name, value in values.items()))
+
+    def add_picture(self, stage: str, epoch: int, name: str, pixels: np.ndarray) -> None:
+        """Show uint8 (H, W, 3) in TensorBoard."""
+        if self._writes:
+            from torch.utils.tensorboard.summary import image
+
+            self._show(epoch, image(f"{stage}/{name}", pixels, dataformats="HWC"))
+
+    def _show(self, epoch: int, *summaries: Any) -> None:
+        """Add to TensorBoard's events, the flags before the first. A run goes on without them: they are copies."""
+        from torch.utils.tensorboard.summary import hparams
+
+        try:
+            if self._events is None:
+                config = self._folder / "config.json"
+                flags = flat(files.read_json(config)) if config.exists() else {}
+                events = EventFile(self._folder)
+                events.add(0, *hparams(flags, dict.fromkeys(self._compared_by, 0.0)))
+                self._events = events
+            self._events.add(epoch, *summaries)
+        except (OSError, ValueError) as error:
+            Progress.say(f"warning: TensorBoard misses {self._folder}, epoch {epoch} ({error})")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as one level of `part.name`, other values than numbers and truth values as text."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return found

@@ -1,0 +1,245 @@
+"""The proxy dataset as a small manifest, `proxy.json`, that any trainer can use.
+
+It says which images there are, and which of them train weights and which the architecture. It recognises its images by
+content, so that it applies to any copy of the data set, in whatever order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from nas_kmix.engine import files
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.foreign import source_of
+from nas_kmix.engine.sources import LOSSY_SUFFIXES, BadImageError
+
+FORMAT, VERSION = "nas_kmix/proxy", 1
+
+
+@dataclass(frozen=True, eq=False)
+class ProxyManifest:
+    """A proxy dataset. Indices count the images of `split` in the data set's own order.
+
+    indices: int64 (P,), sorted; weights, arch: the two halves, disjoint, together `indices`; content: a short hash of
+    each selected image; paths: of folders, relative; fingerprint: of the whole set; scores: hash of the scores used.
+    """
+
+    data: str
+    split: str
+    n: int
+    fingerprint: str
+    class_names: tuple[str, ...]
+    ratio: float
+    method: str
+    measure: str
+    interval: int
+    balanced: bool
+    arch_share: float
+    seed: int
+    scores: str | None
+    indices: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    arch: np.ndarray
+    content: tuple[str, ...]
+    paths: tuple[str, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ProxyManifest) and self.to_json() == other.to_json()
+
+    __hash__ = None
+
+    @property
+    def halves(self) -> dict[str, np.ndarray]:
+        """The indices that train the weights and those that train the architecture."""
+        return {"weights": self.weights, "arch": self.arch}
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "data": self.data,
+            "split": self.split,
+            "n": self.n,
+            "fingerprint": self.fingerprint,
+            "class_names": list(self.class_names),
+            "ratio": self.ratio,
+            "method": self.method,
+            "measure": self.measure,
+            "interval": self.interval,
+            "balanced": self.balanced,
+            "arch_share": self.arch_share,
+            "seed": self.seed,
+            "scores": self.scores,
+            "class_counts": counts.tolist(),
+            "indices": self.indices.tolist(),
+            "labels": self.labels.tolist(),
+            "halves": {name: half.tolist() for name, half in self.halves.items()},
+            "content": list(self.content),
+            "paths": None if self.paths is None else list(self.paths),
+        }
+        return {**document, "checksum": _checksum(document)}
+
+    def hash(self) -> str:
+        """SHA-256 of which images are in which half."""
+        halves = [self.indices.tolist(), self.weights.tolist(), self.arch.tolist()]
+        return hashlib.sha256(json.dumps([self.fingerprint, *halves]).encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write `proxy.json`, atomically; one key per line, so that two manifests compare well."""
+        lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
+        files.write_text(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> ProxyManifest:
+        """Read and check `proxy.json`. Raises ValueError naming the file and what is wrong with it."""
+        raw = files.read_json(Path(path))
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a proxy manifest; make one with search.py --stop-after proxy.")
+        if raw.get("version") != VERSION:
+            raise ValueError(f"{path} has version {raw.get('version')}; this program reads version {VERSION}.")
+        try:
+            return _from_json(raw)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            cause = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is damaged: {cause}; make the proxy anew.") from error
+
+    def apply(self, data: ImageData) -> ProxyManifest:
+        """The same proxy in the indices of `data`, another copy of its set, maybe in another order.
+
+        Images are matched by content and class, repeated ones in order of occurrence; classes by name where the names
+        are the same, otherwise by number. Raises ValueError naming the first image that is missing.
+        """
+        if data.fingerprint == self.fingerprint:
+            return self
+        if len(data.class_names) != len(self.class_names):
+            raise ValueError(
+                f"The proxy of {self.data} has {len(self.class_names)} classes, but {data.source.name} has "
+                f"{data.num_classes}; give the data set it was made from."
+            )
+        same_names = set(data.class_names) == set(self.class_names)
+        relabel = [data.class_names.index(n) if same_names else i for i, n in enumerate(self.class_names)]
+        rows = defaultdict(list)
+        for index in data.good()[::-1].tolist():  # reversed, so that pop() gives the first occurrence
+            try:
+                rows[data.content(index), int(data.labels[index])].append(index)
+            except BadImageError as error:
+                data.bad[index] = str(error)
+        new = {}
+        for position, (old, label, content) in enumerate(zip(self.indices, self.labels, self.content, strict=True)):
+            matches = rows[content, relabel[label]]
+            if not matches:
+                name = self.paths[position] if self.paths else f"image {old}"
+                if data.source.paths is None and Path(name).suffix.lower() in LOSSY_SUFFIXES:
+                    raise ValueError(
+                        f"The proxy of {self.data} knows files such as {name} by their bytes, but {data.source.name} "
+                        f"gives pixels; give an ImageFolder of the files, or read them from an --export-list."
+                    )
+                raise ValueError(
+                    f"The proxy of {self.data} does not belong to {data.source.name}: {name} (class "
+                    f"{self.class_names[label]}, content {content}) is not in it."
+                )
+            new[int(old)] = matches.pop()
+        indices = np.array(sorted(new.values()), dtype=np.int64)
+        contents = {new[int(old)]: content for old, content in zip(self.indices, self.content, strict=True)}
+        return replace(
+            self,
+            n=len(data),
+            fingerprint=data.fingerprint,
+            class_names=data.class_names,
+            indices=indices,
+            labels=data.labels[indices],
+            weights=np.array(sorted(new[i] for i in self.weights.tolist()), dtype=np.int64),
+            arch=np.array(sorted(new[i] for i in self.arch.tolist()), dtype=np.int64),
+            content=tuple(contents[i] for i in indices.tolist()),
+            paths=paths_of(data, indices),
+        )
+
+    def subset(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.Subset:
+        """The proxy as a view on somebody's own data set of (image, label) pairs, for their own trainer.
+
+        Works on torchvision's CIFAR and ImageFolder data sets and Subsets of them, whatever their transforms, and on
+        any that gives PIL images or uint8 (H, W, 3) arrays; but a proxy of JPEG or WebP files, which are recognised by
+        their bytes, needs an ImageFolder. Raises ValueError if an image of the proxy is not in it.
+        """
+        source = source_of(dataset)
+        data = ImageData(source, 0, (), (), torch.device("cpu"), None)
+        return torch.utils.data.Subset(dataset, self.apply(data).indices.tolist())
+
+    def export_list(self, path: Path | str) -> None:
+        """Write one line `path-or-index<TAB>label<TAB>class name` per image, for other trainers."""
+        names = self.paths or self.indices.tolist()
+        rows = [f"{n}\t{c}\t{self.class_names[c]}\n" for n, c in zip(names, self.labels.tolist(), strict=True)]
+        files.write_text(Path(path), "".join(rows))
+
+
+def paths_of(data: ImageData, indices: np.ndarray) -> tuple[str, ...] | None:
+    return None if data.source.paths is None else tuple(data.source.paths[i] for i in indices)
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    """SHA-256 of all but the checksum itself, whatever the order of the keys."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _from_json(raw: dict[str, Any]) -> ProxyManifest:
+    names = _texts(raw, "class_names")
+    indices, labels = _int_array(raw, "indices"), _int_array(raw, "labels")
+    weights, arch = (_int_array(raw["halves"], half) for half in ("weights", "arch"))
+    n = int(raw["n"])
+    if len(indices) == 0 or (np.diff(indices) <= 0).any() or indices[0] < 0 or indices[-1] >= n:
+        raise ValueError(f"indices must ascend within [0, {n})")
+    if not np.array_equal(np.sort(np.concatenate([weights, arch])), indices):
+        raise ValueError("the two halves together are not the indices")
+    if labels.shape != indices.shape or labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(f"labels must be one class number in [0, {len(names)}) per index")
+    content = _texts(raw, "content")
+    paths = None if raw["paths"] is None else _texts(raw, "paths")
+    if len(content) != len(indices) or (paths is not None and len(paths) != len(indices)):
+        raise ValueError("content and paths must have one entry per index")
+    for path in paths or ():
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or not path.isprintable():
+            raise ValueError(f"the path {path!a} leaves the folder of the data")
+    if raw.get("checksum", _checksum(raw)) != _checksum(raw):
+        raise ValueError("its content is not that of its checksum, which edited files should leave out")
+    plain = ("data", "split", "fingerprint", "ratio", "method", "measure", "interval", "balanced", "arch_share")
+    return ProxyManifest(
+        n=n,
+        class_names=names,
+        indices=indices,
+        labels=labels,
+        weights=weights,
+        arch=arch,
+        content=content,
+        paths=paths,
+        seed=raw["seed"],
+        scores=raw["scores"],
+        **{name: raw[name] for name in plain},
+    )
+
+
+def _texts(raw: dict[str, Any], name: str) -> tuple[str, ...]:
+    values = raw[name]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be a list of texts")
+    "".join(values).encode()  # a lone half of a surrogate pair could not be written again
+    return tuple(values)
+
+
+def _int_array(raw: dict[str, Any], name: str) -> np.ndarray:
+    values = raw[name]
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{name} must be a list of whole numbers")
+    return np.array(values, dtype=np.int64)

@@ -1,0 +1,164 @@
+"""Everything that a search can be told: its flags, their presets, and which of them contradict each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nas_kmix.engine.compute import DeviceConfig
+from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.pipeline.scorer import ScorerConfig
+from nas_kmix.pipeline.search import SearchConfig
+from nas_kmix.proxy import ProxyConfig
+from nas_kmix.scoring import ScoringConfig
+
+ALL_IMAGES = Path("none")  # what --proxy means by it
+Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
+
+
+@dataclass(frozen=True)
+class Given:
+    """Results of another run, from which this one goes on; at most one of them."""
+
+    scorer: Path | None = None
+    """Use this scorer.pt of another run."""
+    scores: Path | None = None
+    """Use this scores.npz of another run on the same data."""
+    proxy: Path | None = None
+    """Use this proxy.json, made from any copy of the data; `none` searches on all images."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
+
+    preset: Literal["quick", "cpu", "paper", "imagenet"] = "quick"
+    """quick: digits in half a minute | cpu: a small scorer and supernet | paper: the paper's | imagenet: 224 px."""
+    out: Path = Path("runs/search")
+    """The run folder."""
+    seed: int = 0
+    """Seed of every stage."""
+    stop_after: Literal["scorer", "scores", "proxy"] | None = None
+    """End with that file."""
+    given: Annotated[Given, Flat] = field(default_factory=Given)
+    export_list: Path | None = None
+    """Also write the proxy as lines `path-or-index, label, class name`, for other trainers."""
+    fresh: bool = False
+    """Remove what an earlier run left in --out and start over."""
+    report: bool = True
+    """Draw the architecture for TensorBoard during the search, and write the run as a page, report.html, at its end."""
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    selection: Annotated[ProxyConfig, Flat] = field(default_factory=ProxyConfig)
+    search: Annotated[SearchConfig, Flat] = field(default_factory=SearchConfig)
+    device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether this command needs scores, given or not."""
+        if self.given.proxy is not None:
+            return False
+        return self.selection.method != "random" or self.stop_after in ("scorer", "scores")
+
+    def spread(self) -> Config:
+        """The same with the parts of each stage complete: all have the seed of the whole."""
+        parts = {name: replace(getattr(self, name), seed=self.seed) for name in _SEEDED}
+        return replace(self, **parts)
+
+
+_SEEDED = ("scorer", "scoring", "selection", "search")
+
+PRESETS: dict[str, Config] = {
+    # To see all of it work: a minute on two cores. The ranking is mostly noise, and the genotype is of no use.
+    "quick": Config(
+        input=DataConfig(data="digits", flip=False, crop_padding=2),  # digits must not be mirrored
+        scorer=ScorerConfig(backbone="tiny", epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
+        selection=ProxyConfig(ratio=0.2),
+        search=SearchConfig(epochs=10, batch_size=32, channels=8, layers=5),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # CIFAR-100 without a GPU: 25 minutes on one thread at --ratio 0.05, with a scorer of 46 % accuracy
+    # (studies/first_run). To compare proxies with each other, not with published genotypes.
+    "cpu": Config(
+        preset="cpu",
+        input=DataConfig(data="cifar100"),
+        scorer=ScorerConfig(backbone="small", epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4),
+        search=SearchConfig(epochs=20, batch_size=64, channels=8, layers=5),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # PyramidNet-110 for 300 epochs (the paper's Table 1: 16.95 % top-1 error) and PC-DARTS for 50 (Table 5). For a GPU.
+    "paper": Config(preset="paper", input=DataConfig(data="cifar100")),
+    # PC-DARTS's ImageNet search (section 4.3): 10 % of each class for the weights, 2.5 % for the architecture. The
+    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs, which share the scorer alone.
+    "imagenet": Config(
+        preset="imagenet",
+        input=DataConfig(data="imagenet", image_size=224),
+        scorer=ScorerConfig(
+            backbone="resnet50", epochs=300, batch_size=256, lr=0.1, weight_decay=1e-4, milestones=(0.25, 0.5, 0.75),
+            mix_k=3, mix_alpha=1 / 3,
+        ),
+        selection=ProxyConfig(ratio=0.125, arch_share=0.2),
+        search=SearchConfig(
+            batch_size=1024, full_lr=0.5, full_batch=1024, partial=2, frozen_epochs=35, warmup_epochs=5, arch_lr=6e-3,
+            arch_grad_clip=5.0,
+        ),
+    ),
+}  # fmt: skip
+
+
+def check_flags(config: Config) -> None:
+    """Refuse flags that contradict each other."""
+    paths = {flag: path for flag, path in vars(config.given).items() if path is not None}
+    order, given = ("scorer", "scores", "proxy"), list(paths)
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} both start the chain; give the later one only.")
+    if config.given.proxy == ALL_IMAGES and (config.stop_after is not None or config.export_list is not None):
+        flag = "--stop-after" if config.stop_after is not None else "--export-list"
+        raise ValueError(f"--proxy none makes no proxy, so {flag} means nothing with it; leave one of them out.")
+    if given and config.stop_after is not None and order.index(config.stop_after) < order.index(given[0]):
+        raise ValueError(f"--{given[0]} starts after --stop-after {config.stop_after}; leave one of them out.")
+    if config.selection.method == "random" and given in (["scorer"], ["scores"]):
+        raise ValueError(
+            f"--method random uses no scores, so --{given[0]} means nothing with it; leave one of them out."
+        )
+    if config.export_list is not None and config.stop_after in ("scorer", "scores"):
+        raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
+    for flag, path in paths.items():
+        if path != ALL_IMAGES and not path.is_file():
+            raise ValueError(f"--{flag} {path}: there is no such file.")
+        if config.fresh and path.parent.resolve() == config.out.resolve():
+            raise ValueError(
+                f"--fresh would remove the file of --{flag}; leave one of them out, or take another --out."
+            )
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
+
+
+def without_effect(config: Config) -> list[str]:
+    """The selection's flags that were changed although the proxy is given; all images are still divided into halves."""
+    preset = PRESETS[config.preset].selection
+    used = {"seed", "arch_share"} if config.given.proxy == ALL_IMAGES else {"seed"}
+    names = [f.name for f in fields(preset) if f.name not in used]
+    changed = [name for name in names if getattr(config.selection, name) != getattr(preset, name)]
+    return [f"--{name.replace('_', '-')}" for name in changed]
+
+
+def check_later_stages(config: Config, data: ImageData) -> None:
+    """Refuse what a later stage would refuse before the first one has spent hours."""
+    scores_anew = config.uses_scores and config.given.scores is None and config.stop_after != "scorer"
+    if scores_anew and config.scoring.k > len(data):
+        raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
+    if config.stop_after is not None:
+        return
+    multiple = config.search.supernet(data).input_multiple
+    if data.image_size % multiple:
+        nearest = max(multiple, round(data.image_size / multiple) * multiple)
+        raise ValueError(
+            f"The supernet halves its images several times, so {data.image_size} px must be a multiple of {multiple}; "
+            f"use --image-size {nearest}."
+        )
+    config.search.bilevel(config.device.amp)  # checks its values

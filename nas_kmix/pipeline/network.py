@@ -1,0 +1,223 @@
+"""The last stage: train a genotype's network, or a backbone. Images in, `last.pt` and `best.pt` out.
+
+`last.pt` is both the result and the state to resume from: it counts as found once its last epoch is in it. `best.pt` is
+the epoch with the highest accuracy on val.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from darts_space import build_network, parse_macs, read_genotype, widest
+from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
+from nas_kmix.backbones import Drop, build_backbone
+from nas_kmix.engine import files
+from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.keys import check_key, stage_key
+from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.run import Run
+from nas_kmix.engine.training import BEST, TrainConfig, Trained, Validation, train
+from nas_kmix.mixers import MixName, make_mix
+from nas_kmix.pipeline.scorer import FORMAT as BACKBONE_FORMAT
+from nas_kmix.splits import Evaluated, Part, evaluate_all
+
+NAME = "train"
+FILE = "last.pt"
+EVALUATION = "evaluation"  # is billed apart
+FILES = (FILE, BEST)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What is trained. The defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2)."""
+
+    genotype: str | None = None
+    """A file (JSON or legacy text), the name of a published genotype, or the text itself."""
+    backbone: str | None = None
+    """Instead of a genotype: a network of `nas_kmix.backbones`, e.g. pyramidnet110."""
+    stochastic_depth: float = 0.0
+    """Of a backbone: probability that a batch skips the last residual path, linear over the depth (Huang et al.)."""
+    drop_block: float = 0.0
+    """Of a backbone: probability that a value of the last stage is dropped, in squares (Ghiasi et al.)."""
+    block_size: int = 3
+    """Side of those squares in pixels, odd."""
+    channels: int = 36
+    """Width of the first cell's nodes."""
+    layers: int = 20
+    """Cells."""
+    auxiliary: bool = True
+    """Train with a second classifier on the cell at two thirds of the depth."""
+    max_macs: str | None = None
+    """Take the most channels, an even number, that cost at most so many multiply-adds, e.g. 600M."""
+    macs_convention: Literal["strict", "published"] = "strict"
+    """How --max-macs counts: convolutions and linear layers, or BatchNorms and ReLUs too as in the papers' tables."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(TrainConfig):
+    """SGD, its schedule and the mixing of images."""
+
+    mix: MixName = "none"
+    """dmixup, dcutmix and saliency_dcutmix mix K images; mixup, cutmix and manifold_mixup are their rivals of two."""
+    mix_k: int = 5
+    """Images in a mix, at least 2; the rivals have two."""
+    mix_alpha: float = 0.2
+    """Concentration of the Dirichlet distribution that the shares are drawn from, of the rivals' Beta distribution."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+
+
+Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --training.epochs
+
+
+@dataclass(frozen=True)
+class NetworkTraining:
+    """Everything that a trained network depends on."""
+
+    seed: int = 0
+    """Seed of the weights, the order of the images, their augmentation, and which ones are held out."""
+    val_share: float = 0.1
+    """Share of each class's training images to hold out where the data has no split `val`; 0 chooses no best epoch."""
+    train_images: int | None = None
+    """Train on so many images only, drawn by class from those that are not held out."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    network: Annotated[NetworkConfig, Flat] = field(default_factory=NetworkConfig)
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    training: Annotated[TrainingConfig, Flat] = field(default_factory=TrainingConfig)
+    recipe: Annotated[Recipe, Flat] = field(default_factory=Recipe)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def build(config: NetworkConfig, data: ImageData, *, seed: int) -> nn.Module:
+    """The network with the weights that the seed gives it."""
+    if config.genotype is None:
+        shape = {"num_classes": data.num_classes, "stem": data.stem}
+        drop = Drop(config.stochastic_depth, config.drop_block, config.block_size)
+        return build_backbone(config.backbone, **shape, drop=drop, seed=seed)
+    genotype, channels = read_genotype(config.genotype), config.channels
+    shape = {"kind": data.stem, "layers": config.layers, "num_classes": data.num_classes}
+    if config.max_macs is not None:
+        budget, convention = parse_macs(config.max_macs), config.macs_convention
+        channels = widest(genotype, budget, input_size=data.image_size, convention=convention, **shape)
+    description = {**shape, "genotype": genotype.to_json(), "channels": channels, "auxiliary": config.auxiliary}
+    return build_network(description, generator=torch.Generator().manual_seed(seed))
+
+
+def describe(model: nn.Module, config: NetworkConfig, data: ImageData) -> dict[str, Any]:
+    """The network as plain data, from which its file builds it again."""
+    if config.genotype is not None:
+        return model.description()
+    return {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
+
+
+# -- the stage ---------------------------------------------------------------------------------------------------------
+
+
+def key(
+    config: NetworkTraining, model: nn.Module, training: Part, evaluated: Evaluated, bad: BadFiles
+) -> dict[str, Any]:
+    """What the trained network depends on: all settings by their effect, the network, and the images of every split."""
+    settings = {
+        **asdict(config.training),
+        **asdict(_recipe(config)),
+        "network": describe(model, config.network, training.data),
+        "seed": config.seed,
+        **{name: getattr(config, name) for name in ("val_share", "train_images", "eval_every")},
+        **{name: getattr(config.input, name) for name in ("flip", "crop_padding")},
+        **{name: getattr(config.network, name) for name in ("stochastic_depth", "drop_block", "block_size")},
+    }
+    if _photographs(training):
+        settings["crops"] = "photographs"
+    fingerprints = {name: part.data.fingerprint for name, part in evaluated.items()}
+    return stage_key(NAME, settings, {"data": training.data.fingerprint, **fingerprints})
+
+
+def load(
+    path: Path,
+    config: NetworkTraining,
+    model: nn.Module,
+    training: Part,
+    evaluated: Evaluated,
+    bad: BadFiles,
+    *,
+    run: Run,
+    key: Mapping[str, Any] | None,
+) -> Trained | None:
+    """The network of a training that is finished, with the weights that were evaluated; None for an unfinished one."""
+    state = files.load_tensors(path)
+    check_key(path, state.get("key"), key)
+    with files.damage_named(path, "remove it, or use --fresh"):
+        if int(state["epoch"]) < config.training.epochs:
+            return None
+        model.load_state_dict(state["model"])
+        bad.load_state_dict(state)
+        return Trained(run.compute.layout(model.to(run.compute.device)), state.get("last"), state.get("best"))
+
+
+def make(
+    path: Path,
+    config: NetworkTraining,
+    model: nn.Module,
+    training: Part,
+    evaluated: Evaluated,
+    bad: BadFiles,
+    *,
+    run: Run,
+    key: Mapping[str, Any],
+) -> Trained:
+    """Train, from the start or from `path`, and evaluate after every `eval_every` epochs."""
+    data = training.data
+    content = {
+        "format": BACKBONE_FORMAT if config.network.genotype is None else NETWORK_FORMAT,
+        "network": describe(model, config.network, data),
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+    }
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        with run.stage(EVALUATION) as cost:
+            cost.images_forward += sum(len(part.indices) for part in evaluated.values())
+            metrics = evaluate_all(model, evaluated, run.compute, run.world)
+            bad.write_list(run.path("bad_images.txt"))
+            return metrics
+
+    return train(
+        run.compute.layout(model.to(run.compute.device)),
+        data,
+        replace(config.training, seed=config.seed),
+        config.input,
+        mix=make_mix(config.training, data.num_classes, model),
+        run=run,
+        stage=NAME,
+        key=key,
+        recipe=_recipe(config),
+        indices=training.indices,
+        validation=Validation(measure, "val_accuracy" if "val" in evaluated else None, config.eval_every),
+        checkpoint=path.name,
+        content=content,
+        bad=bad,
+        photographs=_photographs(training),
+    )
+
+
+def _recipe(config: NetworkTraining) -> Recipe:
+    """A backbone has no paths to drop."""
+    return config.recipe if config.network.backbone is None else replace(config.recipe, drop_path=0.0)
+
+
+def _photographs(training: Part) -> bool:
+    """Whether whole photographs are cropped, not the centre squares that they are reduced to."""
+    return not training.data.resident and training.data.stem == "imagenet"

@@ -1,0 +1,65 @@
+"""Stage three: select the proxy dataset. Scores in, `proxy.json` out.
+
+The selection itself is in `nas_kmix.proxy`, and the file applies to any copy of its data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.keys import check_key, stage_key
+from nas_kmix.engine.run import Run
+from nas_kmix.manifest import ProxyManifest
+from nas_kmix.proxy import ProxyConfig, make_proxy
+from nas_kmix.scores import ScoreTable
+
+NAME = "selection"
+FILE = "proxy.json"
+
+
+def key(config: ProxyConfig, table: ScoreTable | None, data: ImageData) -> dict[str, Any]:
+    """What a proxy depends on; a random one may have no scores."""
+    inputs = {"data": data.fingerprint, "scores": None if table is None else table.hash()}
+    return stage_key(NAME, asdict(config), inputs)
+
+
+def load(
+    path: Path,
+    config: ProxyConfig,
+    table: ScoreTable | None,
+    data: ImageData,
+    *,
+    run: Run,
+    key: Mapping[str, Any] | None,
+) -> ProxyManifest:
+    """The proxy in `path`, in the indices of `data`."""
+    manifest = ProxyManifest.load(path)
+    settings = {field.name: getattr(manifest, field.name) for field in fields(ProxyConfig)}
+    inputs = {"data": manifest.fingerprint, "scores": manifest.scores}
+    check_key(path, stage_key(NAME, settings, inputs), key)
+    return manifest.apply(data)
+
+
+def make(
+    path: Path, config: ProxyConfig, table: ScoreTable | None, data: ImageData, *, run: Run, key: Mapping[str, Any]
+) -> ProxyManifest:
+    """Select the images and write `path`."""
+    with run.stage(NAME):
+        manifest = make_proxy(data, table, config)
+    manifest.save(path)
+    weights, arch = len(manifest.weights), len(manifest.arch)
+    run.say(f"selection: {len(manifest.indices)} images, {weights} for weights, {arch} for alpha")
+    many = np.bincount(data.labels, minlength=data.num_classes) > 1
+    single = np.flatnonzero(many & (np.bincount(manifest.labels, minlength=data.num_classes) == 1))
+    if len(single):
+        run.say(
+            f"warning: {len(single)} classes have a single image in the proxy, which goes to the weights "
+            f"(first: {data.class_names[single[0]]}); a larger --ratio gives the architecture some too"
+        )
+    return manifest

@@ -1,0 +1,86 @@
+"""Stage two: score all images by how much their losses vary under mixing. A scorer in, `scores.npz` out.
+
+The scoring itself is in `nas_kmix.scoring`; here it is billed, saved after some shards and resumed after the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.keys import check_key
+from nas_kmix.engine.run import Run, checkpoint_name
+from nas_kmix.pipeline.scorer import Scorer
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scoring import ScoringConfig, score_dataset, scoring_key
+
+NAME = "scoring"
+FILE = "scores.npz"
+
+
+def key(config: ScoringConfig, scorer: Scorer, data: ImageData) -> dict[str, Any]:
+    return scoring_key(*scorer, config)
+
+
+def load(
+    path: Path,
+    config: ScoringConfig,
+    scorer: Scorer | None,
+    data: ImageData,
+    *,
+    run: Run,
+    key: Mapping[str, Any] | None,
+) -> ScoreTable:
+    """The table in `path`; no scorer is needed where it was given."""
+    table = ScoreTable.load(path)
+    check_key(path, table.key, key)
+    if not table.belongs_to(data):
+        if key is None:
+            raise ValueError(f"--scores {path} was made from other data than --data; score these images anew.")
+        raise ValueError(f"{path} is damaged: it has other images than --data; remove it.")
+    data.bad.update(table.bad)
+    return table
+
+
+def make(
+    path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, run: Run, key: Mapping[str, Any]
+) -> ScoreTable:
+    """Score all of `data`, going on after the shards that are done, and write `path`."""
+    model, view = scorer
+    tables: list[ScoreTable] = []
+    done = np.empty(0, dtype=np.int64)
+    with run.resumed(checkpoint_name(NAME), key) as state:
+        if state is not None:
+            rows = [state[name].numpy() for name in ("index", "label", "losses")]
+            tables = [ScoreTable(*rows, key, bad=dict(state["bad"])).checked()]
+            done = tables[0].index
+            data.bad.update(state["bad"])
+    wanted = np.setdiff1d(data.good(), done)
+    progress = run.progress(NAME, len(done) + len(wanted), done=len(done), unit="image")
+
+    with run.stage(NAME) as cost:
+
+        def on_shard(shard: ScoreTable) -> None:
+            tables.append(shard)
+            cost.images_forward += shard.losses.size
+            progress.update(len(shard.index))
+            if run.checkpoint_due():
+                table = ScoreTable.merge(tables)
+                rows = {name: torch.from_numpy(getattr(table, name)) for name in ("index", "label", "losses")}
+                run.save_checkpoint(checkpoint_name(NAME), key, {**rows, "bad": dict(data.bad)})
+                run.raise_if_stopping()
+
+        if len(wanted):
+            options = {"compute": run.compute, "world": run.world, "on_shard": on_shard}
+            score_dataset(model, view, config, indices=wanted, **options)
+        progress.close()
+    table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
+    if run.world.main:
+        table.save(path)
+    return table

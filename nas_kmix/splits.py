@@ -1,0 +1,116 @@
+"""Which images a network is trained on and which it is evaluated on. Data flags in, parts of splits out.
+
+The split val chooses the best epoch; where there is none, a share of the training images is held out. Test images are
+only reported on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from nas_kmix.engine.compute import Compute
+from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data, prepared_for_evaluation
+from nas_kmix.engine.distributed import World
+from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.progress import Progress
+from nas_kmix.engine.sources import splits_of
+from nas_kmix.sampling import split_by_class
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a split."""
+
+    data: ImageData
+    indices: np.ndarray
+
+    def examples(self) -> torch.Tensor:
+        """Seven normalised images, fewer where there are fewer."""
+        return self.data.normalise(self.data.fetch(self.indices[:7]).images)
+
+    def readable(self, bad: Mapping[str, str]) -> int:
+        """How many of the images are not among these files."""
+        paths = self.data.source.paths
+        return len(self.indices) - (0 if paths is None else sum(paths[i] in bad for i in self.indices.tolist()))
+
+
+Evaluated = dict[str, Part]  # by the name of the split, val before test
+
+
+def divide(
+    data: ImageData, evaluated: Evaluated, *, val_share: float, train_images: int | None, seed: int, skip_bad: bool
+) -> tuple[Part, Evaluated]:
+    """The training images, and those to evaluate on: `evaluated`, with images held out where it has no val."""
+    indices = data.good()
+    if "val" not in evaluated and val_share > 0.0:
+        indices, held_out = split_by_class(indices, data.labels[indices], val_share, seed=seed)
+        if len(held_out) == 0:
+            raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
+        own = prepared_for_evaluation(data, held_out)
+        refuse_bad(own, skip_bad)
+        evaluated = {"val": Part(data, held_out) if own is data else Part(own, own.good()), **evaluated}
+    if train_images is not None:
+        if train_images > len(indices):
+            raise ValueError(f"--train-images {train_images} is more than the {len(indices)} that there are.")
+        if train_images < len(indices):
+            _, indices = split_by_class(indices, data.labels[indices], train_images / len(indices), seed=seed)
+    return Part(data, indices), evaluated
+
+
+def other_splits(
+    config: DataConfig,
+    like: Preparation,
+    *,
+    device: torch.device,
+    workers: int,
+    skip_bad: bool,
+    same_classes: bool = True,
+) -> Evaluated:
+    """The splits val and test, as far as --data has them, prepared `like` the training images."""
+    evaluated = {}
+    for split in ("val", "test"):
+        if split in splits_of(config.data):
+            options = {"device": device, "workers": workers, "same_classes": same_classes}
+            part = load_data(config, split=split, like=like, **options)
+            refuse_bad(part, skip_bad)
+            evaluated[split] = Part(part, part.good())
+    return evaluated
+
+
+def refuse_bad(data: ImageData, skip_bad: bool) -> None:
+    """A file that cannot be read ends the command, now or when it is met, unless --skip-bad leaves it out."""
+    data.strict = not skip_bad
+    if data.bad and not skip_bad:
+        raise ValueError(f"{data.bad[min(data.bad)]}; repair or remove it, or go on without it with --skip-bad.")
+
+
+def of_known_classes(part: Part, class_names: tuple[str, ...], checkpoint: str) -> Part:
+    """The images of those classes that the network of `checkpoint` knows, labelled by its numbers."""
+    source = part.data.source
+    number = {name: i for i, name in enumerate(class_names)}
+    numbers = np.array([number.get(name, -1) for name in source.class_names])
+    if (numbers < 0).all():
+        raise ValueError(
+            f"{checkpoint} knows none of the classes of --data {source.name}, e.g. {source.class_names[0]!r}; "
+            f"its own are {', '.join(class_names[:3])}, …"
+        )
+    labels = numbers[source.labels]
+    data = replace(part.data, source=replace(source, labels=labels, class_names=class_names))
+    return Part(data, part.indices[labels[part.indices] >= 0])
+
+
+def evaluate_all(
+    model: nn.Module, evaluated: Evaluated, compute: Compute, world: World, progress: Progress | None = None
+) -> dict[str, float]:
+    """val_loss, val_accuracy, …, test_accuracy."""
+    metrics = {}
+    for split, part in evaluated.items():
+        options = {"compute": compute, "world": world, "progress": progress}
+        found = evaluate(model, part.data, indices=part.indices, **options)
+        metrics |= {f"{split}_{name}": value for name, value in found.items()}
+    return metrics
