@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import tyro
 
+from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.engine.device import DeviceConfig, pick_device
 from studies.cells import read_results
 from studies.search_quality.arms import Cell, cells
 from studies.search_quality.training import Halves, random_halves, side_by_side
