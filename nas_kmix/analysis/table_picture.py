@@ -1,7 +1,7 @@
-"""An architecture table over the epochs as a heat map: how the weights of edges or operations moved from equal ones.
+"""An architecture table over a search as a heat map: how the weights of edges or operations moved from equal ones.
 
-In:  values (14, epochs), the edges' weights less what equal weights would be.
-Out: a panel with a row for each edge, by the node that it leads to, and a column for each epoch.
+In:  values (14, records), the edges' weights less what equal weights would be.
+Out: a panel with a row for each edge, by the node that it leads to, and a column for each record.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ POINTS = 72.0  # in an inch
 
 def draw_panel(axes: Axes, values: np.ndarray, largest: float, chosen: Sequence[int] = ()) -> None:
     """Blue above 0, orange below, in full colour at +-`largest`; a dot at the rows that are `chosen`."""
-    epochs = values.shape[1]
+    records = values.shape[1]
     axes.imshow(
-        values, HEAT, aspect="auto", interpolation="none", vmin=-largest, vmax=largest, extent=(0, epochs, EDGES, 0)
+        values, HEAT, aspect="auto", interpolation="none", vmin=-largest, vmax=largest, extent=(0, records, EDGES, 0)
     )
-    axes.hlines([node_rows(node).start for node in range(1, NODES)], 0, epochs, "#dddddd", linewidth=0.8)
+    axes.hlines([node_rows(node).start for node in range(1, NODES)], 0, records, "#dddddd", linewidth=0.8)
     middles = [(node_rows(node).start + node_rows(node).stop) / 2 for node in range(NODES)]
     axes.set_yticks(middles, [str(node) for node in range(NODES)])
-    axes.set_xticks([0, epochs], ["0", f"epoch {epochs - 1}"])
+    axes.set_xticks([0, records], ["0", f"record {records - 1}"])
     for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
         label.set_horizontalalignment(side)
     axes.tick_params(length=0, pad=3, labelsize=9, labelcolor="#444444")

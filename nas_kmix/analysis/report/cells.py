@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from darts_space.cell import NODES, Edge
-from darts_space.genotype import COLLAPSE_SKIPS
+from darts_space.genotype import COLLAPSE_POOLS, COLLAPSE_SKIPS
 from nas_kmix.analysis.cell_picture import ROW_INCHES, draw_cell
 from nas_kmix.analysis.description import COUNTS, edge_text, network_costs
 from nas_kmix.analysis.report.drawings import drawing
@@ -54,10 +54,15 @@ def _text(record: Record) -> Markup:
         table(("node", "first edge", "second edge"), part, caption=f"The {name} cell in words", text_columns=3)
         for name, part in (("normal", rows[:NODES]), ("reduction", rows[NODES:]))
     ]
-    normal, reduction = genotype.skip_connections()
-    skips = f"Skip connections: {normal} of 8 operations in the normal cell, {reduction} of 8 in the reduction cell. "
-    skips += f"A search has collapsed if its normal cell has {COLLAPSE_SKIPS} or more."
-    return join([tag("div", *tables, class_="halves"), tag("pre", genotype.to_text()), sentence(skips)])
+    counts = [
+        f"{name}: {skips} and {pools} of 8 operations"
+        for name, skips, pools in zip(
+            ("Normal cell", "reduction cell"), genotype.skip_connections(), genotype.pools(), strict=True
+        )
+    ]
+    health = f"Skip connections and pools. {'; '.join(counts)}. A search has collapsed if its normal cell has "
+    health += f"{COLLAPSE_SKIPS} or more skip connections, or {COLLAPSE_POOLS} or more pools."
+    return join([tag("div", *tables, class_="halves"), tag("pre", genotype.to_text()), sentence(health)])
 
 
 def _costs(record: Record) -> Markup:

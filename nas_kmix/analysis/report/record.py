@@ -37,10 +37,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """A line of genotypes.jsonl: the genotype after `epoch`, and how sure it is (`darts_space.derivation`)."""
+class HistoryRow:
+    """A line of genotypes.jsonl: the genotype after so many steps, and how sure it is (`darts_space.derivation`).
 
-    epoch: int
+    `at` counts architecture steps; in the runs of earlier versions, epochs.
+    """
+
+    at: int
     genotype: Genotype
     diagnostics: Mapping[str, float]
 
@@ -103,17 +106,6 @@ class Record:
         with self.reading("genotype.json"):
             return dict(self._object("genotype.json")["provenance"])
 
-    @property
-    def epochs_of_search(self) -> int:
-        """Epochs that were run; more than asked for where steps were matched."""
-        with self.reading("genotype.json"):
-            return int(self.provenance["config"]["epochs"])
-
-    @property
-    def epochs_asked_for(self) -> int:
-        with self.reading("config.json"):
-            return int(self.config["search"]["epochs"])
-
     @cached_property
     def result(self) -> dict[str, Any]:
         """result.json of train_eval.py."""
@@ -121,15 +113,16 @@ class Record:
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """metrics.csv as (epoch, value) by stage and column."""
+        """metrics.csv as (epoch, value) by stage and column; (step, value) where a stage counts its steps."""
         path = self._found("metrics.csv")
         stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
         with self.reading("metrics.csv"):
             for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
                 stage, epoch = stages.setdefault(row.pop("stage"), {}), int(row.pop("epoch"))
+                at = int(row.get("step") or epoch)
                 for column, value in row.items():
                     if value:
-                        stage.setdefault(column, []).append((epoch, float(value)))
+                        stage.setdefault(column, []).append((at, float(value)))
         return stages
 
     @cached_property
@@ -139,34 +132,38 @@ class Record:
             return {name: StageCost(**cost) for name, cost in self._object("cost.json")["stages"].items()}
 
     @cached_property
-    def history(self) -> list[Epoch]:
-        """genotypes.jsonl, at least one epoch; of several seeds, the chosen one's."""
+    def history(self) -> list[HistoryRow]:
+        """genotypes.jsonl, at least one line; of several seeds, the chosen one's."""
         path = self._found(f"{self._seed}genotypes.jsonl")
         with self.reading(path.name):
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            epochs = [
-                Epoch(
-                    int(row.pop("epoch")),
+            if not rows:
+                raise ValueError("it is empty")
+            return [
+                HistoryRow(
+                    int(row.pop("arch_step") if "arch_step" in row else row.pop("epoch")),
                     Genotype.from_json(row.pop("genotype")),
                     {name: float(value) for name, value in row.items()},
                 )
                 for row in rows
             ]
-            if not epochs:
-                raise ValueError("it is empty")
-            return epochs
+
+    @cached_property
+    def unit(self) -> str:
+        """What `history` counts."""
+        return "architecture step" if "step" in self.history[0].diagnostics else "epoch"
 
     @cached_property
     def tables(self) -> dict[str, np.ndarray]:
-        """alphas.npz: alphas (epochs, 14, 8) and betas (epochs, 14) of both cells, raw."""
+        """alphas.npz: alphas (lines of `history`, 14, 8) and betas (lines, 14) of both cells, raw."""
         path = self._found(f"{self._seed}alphas.npz")
         arrays = files.read_npz(path)
         with self.reading(path.name):
             for name, shape in TABLES.items():
                 if arrays[name].shape[1:] != shape or len(arrays[name]) == 0 or not np.isfinite(arrays[name]).all():
-                    raise ValueError(f"{name} is not a finite table of {shape} for every epoch")
+                    raise ValueError(f"{name} is not a finite table of {shape} for every record")
             if len({len(arrays[name]) for name in TABLES}) > 1:
-                raise ValueError("its tables are of different epochs")
+                raise ValueError("its tables are of different lengths")
         return arrays
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Section `search`: how a search came to its genotype, or how a training run went, epoch by epoch."""
+"""Section `search`: how a search came to its genotype, or how a training run went."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from darts_space.cell import EDGES, GENOTYPE_EDGES, NODES, PRIMITIVES, Edge, node_rows
 from darts_space.derivation import normalised_betas
-from darts_space.genotype import COLLAPSE_SKIPS
+from darts_space.genotype import COLLAPSE_POOLS, COLLAPSE_SKIPS
 from nas_kmix.analysis.report.charts import Series, legend, line_chart
 from nas_kmix.analysis.report.drawings import drawing
 from nas_kmix.analysis.report.markup import Markup, figure, join, number, plural, sentence, tag
@@ -41,10 +41,11 @@ def section(record: Record) -> Markup:
 
 
 def curves(record: Record, stage: str, title: str) -> list[Markup]:
-    """Loss and accuracy by epoch."""
+    """Loss and accuracy by epoch, of a search by step."""
     if stage not in record.metrics:
-        raise ValueError(f"{record.path('metrics.csv')} has no epoch of the stage {stage}.")
+        raise ValueError(f"{record.path('metrics.csv')} has no row of the stage {stage}.")
     columns = record.metrics[stage]
+    unit = "step" if "step" in columns else "epoch"
     figures = []
     for what, names, share in (
         ("loss", ("loss", "val_loss", "test_loss"), False),
@@ -54,9 +55,9 @@ def curves(record: Record, stage: str, title: str) -> list[Markup]:
         if series:
             label = f"{what}{', share of images' if share else ', cross-entropy'}"
             last = ", ".join(f"{one.name} {number(one.y[-1])}" for one in series)
-            chart = line_chart(f"{title}: {what} by epoch; last: {last}", series, "epoch", label)
+            chart = line_chart(f"{title}: {what} by {unit}; last: {last}", series, unit, label)
             keys = legend([one.name for one in series])
-            figures.append(figure(f"{title}: {what}", chart, f"After the last epoch: {last}.", keys))
+            figures.append(figure(f"{title}: {what}", chart, f"At the end: {last}.", keys))
     return figures
 
 
@@ -67,50 +68,57 @@ def _scorer_curves(record: Record) -> list[Markup]:
 
 
 def _appearance(record: Record) -> Markup:
-    history = record.history
+    history, unit = record.history, record.unit
     final = history[-1].genotype
-    same = [epoch.genotype.shared_edges(final) == GENOTYPE_EDGES for epoch in history]  # in whatever order
-    first = history[same.index(True)].epoch
-    settled = history[len(same) - same[::-1].index(False) if False in same else 0].epoch
+    same = [row.genotype.shared_edges(final) == GENOTYPE_EDGES for row in history]  # in whatever order
+    first = history[same.index(True)].at
+    settled = history[len(same) - same[::-1].index(False) if False in same else 0].at
     changes = sum(a.genotype.shared_edges(b.genotype) < GENOTYPE_EDGES for a, b in pairwise(history))
-    kept = " and was kept from then on" if settled == first else f", was left again and kept from epoch {settled} on"
+    kept = " and was kept from then on" if settled == first else f", was left again and kept from {unit} {settled} on"
     return sentence(
-        f"The final genotype first appeared after epoch {first} (of 0 to {history[-1].epoch}){kept}. "
-        f"From epoch to epoch the genotype changed {plural(changes, 'time')}."
+        f"The final genotype first appeared after {unit} {first} (of {history[0].at} to {history[-1].at}){kept}. "
+        f"From record to record the genotype changed {plural(changes, 'time')}."
     )
 
 
 def _decisions(record: Record) -> list[Markup]:
-    """How sure the tables are of their genotype, and how close each epoch's is to the last one's."""
-    history = record.history
-    epochs = [epoch.epoch for epoch in history]
-    last = history[-1]
+    """How sure the tables are of their genotype, how close each record is to the last, and signs of a collapse."""
+    history, unit = record.history, record.unit
+    at = [row.at for row in history]
 
     def pair(name: str) -> list[Series]:
-        return [Series(title, epochs, [row.diagnostics[f"{name}_{cell}"] for row in history]) for cell, title in CELLS]
+        return [Series(title, at, [row.diagnostics[f"{name}_{cell}"] for row in history]) for cell, title in CELLS]
 
     keys = legend([title for _, title in CELLS])
     try:
-        entropy, margin, skips = pair("entropy"), pair("margin"), pair("skips")
+        entropy, margin = pair("entropy"), pair("margin")
     except KeyError as error:
         raise ValueError(f"{record.path('genotypes.jsonl')} lacks {error}.") from error
-    shared = Series("shared edges", epochs, [row.genotype.shared_edges(last.genotype) for row in history])
+    genotypes = [row.genotype for row in history]
+    shared = Series("shared edges", at, [one.shared_edges(genotypes[-1]) for one in genotypes])
+    normal = [
+        Series("Pools", at, [one.pools()[0] for one in genotypes]),
+        Series("Skip connections", at, [one.skip_connections()[0] for one in genotypes]),
+    ]
     two = " and ".join(f"{number(one.y[-1], 7)} ({one.name.lower()})" for one in entropy)
     narrow = " and ".join(f"{number(one.y[-1], 2)} ({one.name.lower()})" for one in margin)
-    entropy_chart = line_chart("Mean entropy of alpha by epoch", entropy, "epoch", "nats")
-    margin_chart = line_chart("Smallest decision margin by epoch", margin, "epoch", "probability", log=True)
+    entropy_chart = line_chart(f"Mean entropy of alpha by {unit}", entropy, unit, "nats")
+    margin_chart = line_chart(f"Smallest decision margin by {unit}", margin, unit, "probability", log=True)
     shared_chart = line_chart(
-        "Edges shared with the final genotype", [shared], "epoch", f"of {GENOTYPE_EDGES} edges", zero=True
+        "Edges shared with the final genotype", [shared], unit, f"of {GENOTYPE_EDGES} edges", zero=True
     )
-    skips_chart = line_chart("Skip connections by epoch", skips, "epoch", "of 8 operations", zero=True)
-    collapse = f"The search has collapsed if the normal cell has {COLLAPSE_SKIPS} or more."
+    normal_chart = line_chart(f"Operations without weights by {unit}", normal, unit, "of 8 operations", zero=True)
+    collapse = (
+        f"Of the normal cell. The search has collapsed if {COLLAPSE_POOLS} or more are pools, or {COLLAPSE_SKIPS} or "
+        "more skip connections."
+    )
     return [
         figure("Entropy of alpha", entropy_chart, f"At the end {two}; ln 8 = 2.079442 is undecided, 0 decided.", keys),
         figure(
             "Smallest margin", margin_chart, f"How far the nearest decision is from tipping; at the end {narrow}.", keys
         ),
-        figure("Towards the final genotype", shared_chart, "Edges that the epoch's genotype shares with the last."),
-        figure("Skip connections", skips_chart, collapse, keys),
+        figure("Towards the final genotype", shared_chart, "Edges that a record shares with the final genotype."),
+        figure("Pools and skip connections", normal_chart, collapse, legend([one.name for one in normal])),
     ]
 
 
@@ -118,7 +126,7 @@ def _decisions(record: Record) -> list[Markup]:
 
 
 def _alphas(record: Record) -> Markup:
-    """softmax(alpha) less 1/8 of every operation and edge over the epochs."""
+    """softmax(alpha) less 1/8 of every operation and edge over the search."""
     shares = {cell: _softmax(record.tables[f"alphas_{cell}"]) - 1 / len(PRIMITIVES) for cell, _ in CELLS}
     largest = max(float(np.abs(values).max()) for values in shares.values())
     blocks = []
@@ -133,14 +141,14 @@ def _alphas(record: Record) -> Markup:
                         largest,
                         [row for row, operation in chosen if operation == name],
                     ),
-                    f"{title}: softmax of alpha of {name} by edge and epoch",
+                    f"{title}: softmax of alpha of {name} by edge and record",
                 ),
             )
             for column, name in enumerate(PRIMITIVES)
         ]
         blocks += [tag("h4", f"Alpha, {title.lower()}"), tag("div", *panels, class_="panels")]
     how = (
-        f"A row is an edge, grouped by the node 0 to 3 that it leads to, a column an epoch. Blue: the operation weighs "
+        f"A row is an edge, grouped by the node 0 to 3 that it leads to, a column a record. Blue: the operation weighs "
         f"more than 1/8 on its edge, orange: less; the full colour is ±{number(largest, 2)}. Dots mark the "
         f"final genotype."
     )
@@ -148,7 +156,7 @@ def _alphas(record: Record) -> Markup:
 
 
 def _betas(record: Record) -> list[Markup]:
-    """softmax(beta) within each node, less what equal edges would have, over the epochs."""
+    """softmax(beta) within each node, less what equal edges would have, over the search."""
     equal = np.concatenate([np.full(len(rows), 1 / len(rows)) for rows in NODE_ROWS])
     shares = {}
     for cell, _ in CELLS:
@@ -162,7 +170,7 @@ def _betas(record: Record) -> list[Markup]:
     panels = []
     for cell, title in CELLS:
         dots = [row for row, _ in _chosen(getattr(record.history[-1].genotype, cell))]
-        name = f"{title}: softmax of beta by edge and epoch"
+        name = f"{title}: softmax of beta by edge and record"
         panel = panel_figure(shares[cell].T, largest, dots, width=340.0, height=170.0)
         panels.append(figure(f"Beta, {title.lower()}", drawing(panel, name), how))
     return panels
