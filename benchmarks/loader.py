@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from benchmarks.measure import command_line, report
+from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.photographs import PhotoTransform
 
@@ -42,7 +43,8 @@ def main(config: Config) -> dict[str, float]:
     torch.set_num_threads(1)
     data = load_data(DataConfig(data=str(config.data), image_size=224, max_resident_gb=0.0), workers=config.workers)
     rng = np.random.default_rng(0)
-    transform = PhotoTransform(224, True, (0.4, 0.4, 0.4, 0.2) if config.jitter else (0.0,) * 4, seed=0)
+    jitter = (0.4, 0.4, 0.4, 0.2) if config.jitter else (0.0,) * 4
+    transform = PhotoTransform(224, Augmentation(color_jitter=jitter), seed=0)
     bare, loaded = [], []
     for round_ in range(config.rounds + 1):
         indices = rng.permutation(len(data))[: config.images]

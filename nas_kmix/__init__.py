@@ -1,6 +1,6 @@
 """From images to a proxy dataset: K-image mixing, scores of how informative an image is, and a selection by them.
 
-The pipeline is `search.py`; its stages can be used alone:
+The whole is `search.py`, whose stages lie in `pipeline`. The parts can be used alone:
 
     from nas_kmix.mixing import DCutMix, DMixup
     from nas_kmix.scoring import ScoringConfig, score_dataset

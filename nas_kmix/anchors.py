@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import tyro
 from scipy import special
 
 from nas_kmix.boxes import boxes_from_uniforms
+from nas_kmix.engine.keys import NOT_IN_KEY
 
 PHI, BOXES, PARTNERS, POOL = 1, 2, 3, 4  # one random stream per quantity
 DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
@@ -40,12 +41,12 @@ class ScoringConfig:
     partners: Literal["fresh", "fixed", "common"] = "fresh"
     """New partners at every draw, the same for all draws of an image, or, with the same phi and boxes too, the same
     for all images at one draw."""
-    batch_size: int = 512
+    batch_size: int = field(default=512, metadata=NOT_IN_KEY)
     """Mixed images in a forward pass."""
-    pool_size: int = 4096
+    pool_size: int = field(default=4096, metadata=NOT_IN_KEY)  # but what it does is, see `scoring.scoring_key`
     """Possible partners of a streamed set; a resident set draws from all its images."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Of every draw."""
+    """Seed of every draw."""
 
     def __post_init__(self):
         if self.draws < 2:

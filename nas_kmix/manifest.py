@@ -135,7 +135,7 @@ class ProxyManifest:
             try:
                 rows[data.content(index), int(data.labels[index])].append(index)
             except BadImageError as error:
-                data.bad[index] = str(error)
+                data.bad.add({index: str(error)})
         new = {}
         for position, (old, label, content) in enumerate(zip(self.indices, self.labels, self.content, strict=True)):
             matches = rows[content, relabel[label]]

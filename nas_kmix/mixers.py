@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,16 +19,28 @@ K_IMAGES = {"dmixup": DMixup, "dcutmix": DCutMix, "saliency_dcutmix": SaliencyDC
 TWO_IMAGES = {"mixup": Mixup, "cutmix": CutMix}
 
 
-class MixSettings(Protocol):
-    """The fields of a training's config that its mixer is made from."""
+@dataclass(frozen=True)
+class MixConfig:
+    """How the images of a training are mixed."""
 
-    mix: MixName
-    mix_k: int
-    mix_alpha: float
-    mix_prob: float
+    mix: MixName = "none"
+    """dmixup, dcutmix and saliency_dcutmix mix K images; mixup, cutmix and manifold_mixup are their rivals of two."""
+    mix_k: int = 5
+    """Images in a mix, at least 2; the rivals have two."""
+    mix_alpha: float = 0.2
+    """Concentration of the Dirichlet distribution that the shares are drawn from, of the rivals' Beta distribution."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+
+    def check_processes(self, count: int) -> None:
+        """Raise ValueError where `count` processes cannot share a batch that is mixed like this."""
+        if self.mix == "manifold_mixup" and count > 1:
+            raise ValueError(
+                "The mix manifold_mixup takes a whole batch in one forward pass; train with it in a single process."
+            )
 
 
-def make_mix(settings: MixSettings, num_classes: int, model: nn.Module) -> Mix:
+def make_mix(settings: MixConfig, num_classes: int, model: nn.Module) -> Mix:
     """The mixing function of the training loop; `model` is the one that is trained."""
     if settings.mix == "none":
         return partial(_one_hot, num_classes)

@@ -24,7 +24,7 @@ PYRAMIDNET110 = {**CIFAR, "weight_decay": 4e-5, "milestones": (0.75, 0.9)}
 CO_MIXUP = {"epochs": 300, "batch_size": 100, "lr": 0.2, "weight_decay": 1e-4, "milestones": (1 / 3, 2 / 3)}
 # CutMix on ImageNet.
 IMAGENET = {"epochs": 300, "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4, "milestones": (0.25, 0.5, 0.75)}
-IMAGENET_RECIPE = {"color_jitter": (0.4, 0.4, 0.4, 0.0), "lighting": 0.1}
+IMAGENET_AUGMENTATION = {"color_jitter": (0.4, 0.4, 0.4, 0.0), "lighting": 0.1}
 
 NONE = {"mix": "none"}
 MIXUP = {"mix": "mixup", "mix_alpha": 1.0}
@@ -47,7 +47,9 @@ class Cell:
     """Top-1 test error in per cent."""
     network: Settings
     input: Settings
-    training: Settings
+    optim: Settings
+    mix: Settings
+    augmentation: Settings = field(default_factory=dict)
     recipe: Settings = field(default_factory=dict)
     top5: float | None = None
     """Top-5 error in per cent, where it is reported."""
@@ -66,11 +68,11 @@ class Cell:
 def _table1() -> dict[str, Cell]:
     cells = {}
 
-    def add(name, row, error, network, data, training, mixing=NONE, recipe=None, drop=None):
+    def add(name, row, error, network, data, optim, mix=NONE, augmentation=None, recipe=None, drop=None):
         baseline = f"{network}-{data}" if name else None
         cells[f"{network}-{data}" + (f"-{name}" if name else "")] = Cell(
-            "Table 1", row, error, {"backbone": network, **(drop or {})}, {"data": data}, {**training, **mixing},
-            recipe or {}, baseline=baseline,
+            "Table 1", row, error, {"backbone": network, **(drop or {})}, {"data": data}, optim, mix,
+            augmentation or {}, recipe or {}, baseline=baseline,
         )  # fmt: skip
 
     small, deep = "pyramidnet110", "pyramidnet200"
@@ -84,7 +86,7 @@ def _table1() -> dict[str, Cell]:
     add("stochdepth", "PyramidNet-200 + StochDepth", 15.86, deep, "cifar100", CIFAR, drop={"stochastic_depth": 0.25})
     smooth = {"label_smoothing": 0.1}
     add("smoothing", "PyramidNet-200 + Label Smoothing", 16.73, deep, "cifar100", CIFAR, recipe=smooth)
-    add("cutout", "PyramidNet-200 + Cutout", 16.53, deep, "cifar100", CIFAR, recipe={"cutout": 16})
+    add("cutout", "PyramidNet-200 + Cutout", 16.53, deep, "cifar100", CIFAR, augmentation={"cutout": 16})
     add("dropblock", "PyramidNet-200 + DropBlock", 15.73, deep, "cifar100", CIFAR, drop={"drop_block": 0.1})
     add("mixup", "PyramidNet-200 + Mixup", 15.63, deep, "cifar100", CIFAR, MIXUP)
     add("manifold-mixup", "PyramidNet-200 + Manifold Mixup", 15.09, deep, "cifar100", CIFAR, MANIFOLD_MIXUP)
@@ -93,7 +95,7 @@ def _table1() -> dict[str, Cell]:
     add("dcutmix", "PyramidNet-200 + DCutMix", 13.86, deep, "cifar100", CIFAR, k_images("dcutmix", 5, 1.0, 0.5))
 
     add("", "PyramidNet-200", 3.85, deep, "cifar10", CIFAR)
-    add("cutout", "PyramidNet-200 + Cutout", 3.10, deep, "cifar10", CIFAR, recipe={"cutout": 16})
+    add("cutout", "PyramidNet-200 + Cutout", 3.10, deep, "cifar10", CIFAR, augmentation={"cutout": 16})
     add("mixup", "PyramidNet-200 + Mixup", 3.09, deep, "cifar10", CIFAR, MIXUP)
     add("manifold-mixup", "PyramidNet-200 + Manifold Mixup", 3.15, deep, "cifar10", CIFAR, MANIFOLD_MIXUP)
     add("cutmix", "PyramidNet-200 + CutMix", 2.88, deep, "cifar10", CIFAR, CUTMIX)
@@ -127,11 +129,9 @@ def _table2() -> dict[str, Cell]:
 
 
 def _co_mixup(table, row, error, backbone, mixing, baseline, ratio=None) -> Cell:
-    data = {"data": "cifar100", "crop_padding": 2}
-    recipe = {"loss": "softmax_bce"}
-    training = {**CO_MIXUP, **mixing}
     return Cell(
-        table, row, error, {"backbone": backbone}, data, training, recipe, baseline=baseline, time_ratio=ratio
+        table, row, error, {"backbone": backbone}, {"data": "cifar100"}, CO_MIXUP, mixing, {"crop_padding": 2},
+        {"loss": "softmax_bce"}, baseline=baseline, time_ratio=ratio,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _table3() -> dict[str, Cell]:
     def add(name, row, error, top5, mixing):
         cells["imagenet-resnet50" + (f"-{name}" if name else "")] = Cell(
             "Table 3", row, error, {"backbone": "resnet50"}, {"data": "imagenet", "image_size": 224},
-            {**IMAGENET, **mixing}, IMAGENET_RECIPE, top5, "imagenet-resnet50" if name else None,
+            IMAGENET, mixing, IMAGENET_AUGMENTATION, top5=top5, baseline="imagenet-resnet50" if name else None,
         )  # fmt: skip
 
     add("", "ResNet-50 (Baseline)", 23.68, 7.05, NONE)
@@ -189,7 +189,7 @@ def _sm_table2() -> dict[str, Cell]:
         for alpha, error in zip((0.1, 0.3, 0.5, 0.7, 1.0), row, strict=True):
             cells[f"sm-pyramidnet200-{mix}-alpha{alpha:g}"] = Cell(
                 "SM Table 2", f"PyramidNet-200 + {title}, alpha {alpha:g}", error, {"backbone": "pyramidnet200"},
-                {"data": "cifar100"}, {**CIFAR, **k_images(mix, k, alpha, p)}, baseline="pyramidnet200-cifar100",
+                {"data": "cifar100"}, CIFAR, k_images(mix, k, alpha, p), baseline="pyramidnet200-cifar100",
             )  # fmt: skip
     return cells
 

@@ -74,7 +74,7 @@ def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -
                     data.source.read(index)  # without scores nobody has opened this file before
                 content.append(data.content(index))
             except BadImageError as error:
-                data.bad[index] = str(error)
+                data.bad.add({index: str(error)})
                 unreadable.append(index)
         if not unreadable:
             break

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.distributed import World
-from nas_kmix.engine.keys import stage_key
+from nas_kmix.engine.keys import identity, stage_key
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.mixing import MixPlan, box_plan, mix_labels, paste
 from nas_kmix.scores import ScoreTable
@@ -83,7 +83,7 @@ def score_dataset(
             bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
             own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad)
             tables.append(_shared(own, world))
-            data.bad.update(tables[-1].bad)
+            data.bad.add(tables[-1].bad)
             on_shard(tables[-1])
     finally:
         model.train(was_training)
@@ -106,7 +106,7 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
     indices = np.concatenate([[index], pool[draws.partners].ravel()])
     batch = data.fetch(indices)
     if len(batch.indices) < len(indices):
-        raise ValueError(next(iter(data.bad.values())))
+        raise ValueError(data.bad.first())
     partners = np.arange(1, len(indices)).reshape(draws.partners.shape)
     anchor = np.zeros((len(partners), 1), dtype=np.int64)
     plan = box_plan(np.hstack([anchor, partners]), draws.boxes, (data.image_size,) * 2, device=data.device)
@@ -210,7 +210,6 @@ def scorer_hash(model: nn.Module, data: ImageData) -> str:
 
 def scoring_key(model: nn.Module, data: ImageData, config: ScoringConfig) -> dict[str, Any]:
     """What scores depend on: settings, scorer and data. The pool of a streamed set is recorded with it."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("batch_size", "pool_size")}
-    settings["pool"] = "all" if data.resident else config.pool_size
+    settings = {**identity(config), "pool": "all" if data.resident else config.pool_size}
     key = stage_key("scoring", settings, {"data": data.fingerprint, "scorer": scorer_hash(model, data)})
     return key if data.resident else {**key, "pool": pool_of_streamed(len(data), config).tolist()}

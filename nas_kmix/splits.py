@@ -43,7 +43,7 @@ Evaluated = dict[str, Part]  # by the name of the split, val before test
 
 
 def divide(
-    data: ImageData, evaluated: Evaluated, *, val_share: float, train_images: int | None, seed: int, skip_bad: bool
+    data: ImageData, evaluated: Evaluated, *, val_share: float, train_images: int | None, seed: int
 ) -> tuple[Part, Evaluated]:
     """The training images, and those to evaluate on: `evaluated`, with images held out where it has no val."""
     indices = data.good()
@@ -52,7 +52,6 @@ def divide(
         if len(held_out) == 0:
             raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
         own = prepared_for_evaluation(data, held_out)
-        refuse_bad(own, skip_bad)
         evaluated = {"val": Part(data, held_out) if own is data else Part(own, own.good()), **evaluated}
     if train_images is not None:
         if train_images > len(indices):
@@ -68,25 +67,17 @@ def other_splits(
     *,
     device: torch.device,
     workers: int,
-    skip_bad: bool,
+    strict: bool,
     same_classes: bool = True,
 ) -> Evaluated:
     """The splits val and test, as far as --data has them, prepared `like` the training images."""
     evaluated = {}
     for split in ("val", "test"):
         if split in splits_of(config.data):
-            options = {"device": device, "workers": workers, "same_classes": same_classes}
+            options = {"device": device, "workers": workers, "same_classes": same_classes, "strict": strict}
             part = load_data(config, split=split, like=like, **options)
-            refuse_bad(part, skip_bad)
             evaluated[split] = Part(part, part.good())
     return evaluated
-
-
-def refuse_bad(data: ImageData, skip_bad: bool) -> None:
-    """A file that cannot be read ends the command, now or when it is met, unless --skip-bad leaves it out."""
-    data.strict = not skip_bad
-    if data.bad and not skip_bad:
-        raise ValueError(f"{data.bad[min(data.bad)]}; repair or remove it, or go on without it with --skip-bad.")
 
 
 def of_known_classes(part: Part, class_names: tuple[str, ...], checkpoint: str) -> Part:

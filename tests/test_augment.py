@@ -11,7 +11,8 @@ from torchvision.transforms import functional as transforms
 from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import augment
-from nas_kmix.engine.data import DataConfig, ImageData, augment_batch
+from nas_kmix.engine.augment import Augmentation, augment_batch
+from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.sources import Source
 
 H, W = 20, 32
@@ -182,18 +183,18 @@ def test_small_images_are_cropped_flipped_and_normalised():
     images, shared = draw_images(9, 32, 32), rng(5)
     cropped = augment.random_crop(images, 4, rng=shared)
     wanted = augment.normalise(augment.random_flip(cropped, rng=shared), MEAN, STD)
-    assert torch.equal(augment_batch(images, data_of(32), DataConfig(), rng=rng(5)), wanted)
+    assert torch.equal(augment_batch(images, data_of(32), Augmentation(), rng=rng(5)), wanted)
 
 
 def test_large_images_are_cropped_and_resized():
     images, shared = draw_images(3, 65, 65), rng(5)
     wanted = augment.normalise(augment.random_resized_crop(images, rng=shared), MEAN, STD)
-    assert torch.equal(augment_batch(images, data_of(65), DataConfig(flip=False), rng=rng(5)), wanted)
+    assert torch.equal(augment_batch(images, data_of(65), Augmentation(flip=False), rng=rng(5)), wanted)
 
 
 def test_without_crop_and_flip_only_normalisation_is_left():
     images = draw_images(50, 32, 32)
-    result = augment_batch(images, data_of(32), DataConfig(flip=False, crop_padding=0), rng=rng())
+    result = augment_batch(images, data_of(32), Augmentation(flip=False, crop_padding=0), rng=rng())
     assert torch.equal(result, augment.normalise(images, MEAN, STD))
 
 
@@ -254,3 +255,17 @@ def test_lighting_is_alexnets_shift_of_whole_images():
     for image, draw in zip(found, draws, strict=True):
         shift = sum(draw[i] * augment.COLOR_VARIANCES[i] * vectors[:, i] for i in range(3)) / np.array(std)
         np.testing.assert_allclose(image[:, 0, 0], shift, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"crop_padding": -1}, "--crop-padding"),
+        ({"cutout": -1}, "--cutout"),
+        ({"lighting": -0.1}, "--lighting"),
+        ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, "--color-jitter"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(fields, named):
+    with pytest.raises(ValueError, match=named):
+        Augmentation(**fields)

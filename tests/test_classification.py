@@ -6,7 +6,6 @@ import statistics
 import numpy as np
 import pytest
 
-import train_eval
 from studies.classification import __main__ as study
 
 
@@ -22,25 +21,19 @@ def npz(tmp_path_factory):
     return path
 
 
-def test_cells_run_over_seeds_resume_and_stand_beside_the_papers(npz, tmp_path, monkeypatch, capsys):
+def test_cells_run_over_seeds_resume_and_stand_beside_the_papers(npz, tmp_path, capsys):
     flags = f"--data {npz} --epochs 1 --limit-steps 2 --batch-size 8 --lr .01 --threads 1 --device cpu -j 0"
     cells = ("table2-resnext29-4-24-vanilla", "table2-resnext29-4-24-mixup")
     command = ["--cells", cells[0], "--seeds", "0", "1", "--out", str(tmp_path), "--", *flags.split()]
     assert study.main(command) == 0
     first = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["cell"] for row in first] == [cells[0]] and first[0]["time_ratio"] is None
-    steps = []
-    step = train_eval.train
-
-    def counted(*arguments, **named):
-        trained = step(*arguments, **named)
-        steps.append(named["run"].costs["train"].images_backward)
-        return trained
-
-    monkeypatch.setattr(train_eval, "train", counted)
     command[1:2] = cells
     assert study.main(command) == 0
-    assert steps == [16] * 4  # what is billed over all invocations: the finished ones were not trained again
+    bills = [json.loads((tmp_path / c / f"seed-{i}" / "cost.json").read_text()) for c in cells for i in (0, 1)]
+    bills = [bill["stages"]["train"] for bill in bills]
+    assert [bill["images_backward"] for bill in bills] == [16] * 4  # over all invocations
+    assert [bill["skipped"] for bill in bills] == [True, True, False, False]
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows[0] == first[0]
     ratio = statistics.mean(rows[1]["seconds"]) / statistics.mean(rows[0]["seconds"])

@@ -17,7 +17,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import sources
-from nas_kmix.engine.data import DataConfig, epoch_batches, load_data, prepared_for_evaluation
+from nas_kmix.engine.data import DataConfig, load_data, prepared_for_evaluation
+from nas_kmix.engine.feed import epoch_batches
 
 
 def load(path, *, split="train", workers=0, like=None, **options):

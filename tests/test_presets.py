@@ -10,7 +10,8 @@ import torch
 import train_eval
 from nas_kmix.backbones import BACKBONES
 from nas_kmix.engine import files
-from nas_kmix.engine.data import DataConfig, augment_batch, load_data
+from nas_kmix.engine.augment import augment_batch
+from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.learner import Learner
 from nas_kmix.engine.log import Log
 from nas_kmix.engine.run import StoppedError
@@ -28,7 +29,7 @@ PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else na
 
 def settings(name):
     config = train_eval.PRESETS[name]
-    return config.training.mix, config.training.mix_k, config.training.mix_alpha, config.training.mix_prob
+    return config.mix.mix, config.mix.mix_k, config.mix.mix_alpha, config.mix.mix_prob
 
 
 def test_every_row_of_the_tables_is_there():
@@ -63,13 +64,14 @@ def test_a_cell_differs_from_its_baseline_in_the_method_alone(name):
     cell = PAPER[name]
     assert cell.network["backbone"] in BACKBONES and re.fullmatch(r"[a-z0-9.-]+", name)
     if cell.baseline is None:
-        assert cell.training["mix"] == "none"
+        assert cell.mix["mix"] == "none"
         return
     baseline = PAPER[cell.baseline]
     assert baseline.baseline is None and baseline.network["backbone"] == cell.network["backbone"]
-    assert baseline.input == cell.input
+    cutout = {"cutout": 16} if name.endswith("-cutout") else {}
+    assert (cell.input, cell.augmentation) == (baseline.input, baseline.augmentation | cutout)
     same = ("epochs", "batch_size", "lr")
-    assert [cell.training[field] for field in same] == [baseline.training[field] for field in same]
+    assert [cell.optim[field] for field in same] == [baseline.optim[field] for field in same]
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +92,12 @@ def test_every_preset_builds_its_model_and_takes_two_steps(name, tiny, tmp_path)
     assert data.stem == ("imagenet" if large else "cifar")
     model = build(config.network, data, seed=config.seed)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    mix = make_mix(config.training, data.num_classes, model)
-    learner = Learner(model.train(), config.training, config.recipe)
+    mix = make_mix(config.mix, data.num_classes, model)
+    learner = Learner(model.train(), config.optim, config.recipe)
     for step in range(2):
         rng = np.random.default_rng(step)
         batch = data.fetch(np.arange(4 * step, 4 * step + 4))
-        recipe = config.recipe
-        extra = {"color_jitter": recipe.color_jitter, "lighting": recipe.lighting, "cutout": recipe.cutout}
-        images = augment_batch(batch.images, data, config.input, rng=rng, **extra)
+        images = augment_batch(batch.images, data, config.augmentation, rng=rng)
         assert learner.step(*mix(images, batch.labels, rng)).isfinite()
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert {key for key, _ in model.named_parameters()} <= {*changed, *_without_gradient(model)}

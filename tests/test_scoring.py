@@ -281,7 +281,7 @@ def test_shards_without_a_readable_image(model, monkeypatch):
     monkeypatch.setattr(scoring, "IMAGES_PER_SHARD", 4)
     data = make_data()
     whole = score_dataset(model, data, replace(CONFIG, partners="common"))
-    data.bad.update(dict.fromkeys(range(4, 8), "unreadable"))
+    data.bad.add(dict.fromkeys(range(4, 8), "unreadable"))
     table = score_dataset(model, data, CONFIG, indices=np.arange(12))
     assert table.index.tolist() == [0, 1, 2, 3, 8, 9, 10, 11] and whole.index.tolist() == list(range(40))
     assert score_dataset(model, data, CONFIG, indices=np.array([], dtype=int)).losses.shape == (0, 6)

@@ -17,6 +17,7 @@ import train_eval
 from darts_space import CifarNetwork, cost, load_network, read_genotype
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
+from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import Log
@@ -342,7 +343,7 @@ def test_photographs_stream_the_same_with_any_number_of_workers(photographs, tmp
 def test_crops_come_from_the_whole_photograph():
     """torchvision's own transform with the same state."""
     image = torch.from_numpy(draw_pixels(3, 150, 90))
-    transform = PhotoTransform(32, True, (0.4, 0.4, 0.4, 0.2), seed=3)
+    transform = PhotoTransform(32, Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.2)), seed=3)
     crops = [transform(image, index, epoch) for index in range(2) for epoch in range(2)]
     assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 for crop in crops)
     assert len({crop.numpy().tobytes() for crop in crops}) == 4

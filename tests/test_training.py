@@ -14,18 +14,20 @@ from torch.nn import functional as F
 
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
+from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.compute import Compute
-from nas_kmix.engine.data import DataConfig, ImageData, augment_batch, epoch_batches, load_data
-from nas_kmix.engine.feed import AUGMENT, ORDER
+from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.feed import AUGMENT, ORDER, epoch_batches
 from nas_kmix.engine.keys import StageMismatchError, stage_key
+from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.meter import Meter, NonFiniteLossError
 from nas_kmix.engine.progress import Progress, duration
 from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import Source
-from nas_kmix.engine.training import TrainConfig, learning_rate, train
+from nas_kmix.engine.training import learning_rate, train
 
 CLASSES, SIZE = 3, 8
-CONFIG = TrainConfig(epochs=3, batch_size=8, lr=0.1, milestones=(0.4, 0.7), weight_decay=1e-2, seed=5)
+CONFIG = OptimConfig(epochs=3, batch_size=8, lr=0.1, milestones=(0.4, 0.7), weight_decay=1e-2)
 STEPS = 3  # per epoch: 8, 8 and 5 images
 KEY = stage_key("scorer", {"epochs": 3}, {"data": "x"})
 
@@ -60,11 +62,21 @@ def mix(images, labels, rng):
     return torch.lerp(images[partner], images, weight), torch.lerp(one_hot[partner], one_hot, weight)
 
 
-def run_training(folder, *, data=None, mix=mix, config=CONFIG, key=KEY, **options):
+def run_training(folder, *, data=None, mix=mix, config=CONFIG, key=KEY, seed=5, **options):
     """One invocation with a fresh model and fresh data, as the command line makes them."""
     model, data = Net(), data or make_data()
     with Run(folder, stages=("scorer",), compute=Compute(**options)) as run:
-        train(run.compute.layout(model), data, config, DataConfig(), mix=mix, run=run, stage="scorer", key=key)
+        train(
+            run.compute.layout(model),
+            data,
+            config,
+            Augmentation(),
+            mix=mix,
+            seed=seed,
+            run=run,
+            stage="scorer",
+            key=key,
+        )
     return model
 
 
@@ -88,12 +100,12 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_step_schedule_is_the_papers():
-    rates = [learning_rate(TrainConfig(), epoch) for epoch in range(300)]
+    rates = [learning_rate(OptimConfig(), epoch) for epoch in range(300)]
     np.testing.assert_allclose(rates, [0.25] * 225 + [0.025] * 45 + [0.0025] * 30)
 
 
 def test_cosine_schedule_begins_at_the_rate_and_would_end_at_zero():
-    config = TrainConfig(epochs=20, lr=0.4, schedule="cosine")
+    config = OptimConfig(epochs=20, lr=0.4, schedule="cosine")
     rates = [learning_rate(config, epoch) for epoch in range(20)]
     assert rates[0] == 0.4 and math.isclose(rates[10], 0.2) and 0 < rates[19] < 0.01
     np.testing.assert_allclose(rates, [0.2 * (1 + math.cos(math.pi * epoch / 20)) for epoch in range(20)])
@@ -111,7 +123,7 @@ def test_training_is_the_plain_loop(tmp_path):
         total = 0.0
         for step, indices in enumerate(epoch_batches(np.arange(21), 8, STEPS, seed=(5, ORDER, epoch))):
             rng = np.random.default_rng([5, AUGMENT, epoch, step])
-            images = augment_batch(data.images[indices], data, DataConfig(), rng=rng)
+            images = augment_batch(data.images[indices], data, Augmentation(), rng=rng)
             images, labels = mix(images, torch.from_numpy(data.labels[indices]), rng)
             loss = -(labels * theirs(images).log_softmax(1)).sum(1).mean()
             theirs.zero_grad()
@@ -138,7 +150,7 @@ def test_a_second_run_ends_with_the_same_bytes(tmp_path, uninterrupted):
 
 
 def test_another_seed_is_another_run(tmp_path, uninterrupted):
-    run_training(tmp_path, config=replace(CONFIG, seed=6))
+    run_training(tmp_path, seed=6)
     assert results(tmp_path)[0] != uninterrupted[0]
 
 

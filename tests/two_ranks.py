@@ -11,15 +11,16 @@ from torch.nn import functional as F
 
 from darts_space import GENOTYPES, CifarNetwork
 from nas_kmix.engine import files
-from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.keys import stage_key
-from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.log import Log
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import Source
-from nas_kmix.engine.training import TrainConfig, train
+from nas_kmix.engine.training import train
 
 CLASSES, SIZES = 3, (1, 2, 7, 20)
 CPU = torch.device("cpu")
@@ -66,11 +67,20 @@ def main(out: Path) -> None:
         run.log = RecordedLog(out, writes=world.main)
         evaluations = [evaluate(make_network(), make_data(n), world=world, batch_size=3) for n in SIZES]
         network = frozen_double(make_network())
-        recipe = Recipe(grad_clip=1.0, label_smoothing=0.1, drop_path=0.3, cutout=8, ema=0.8, accumulate=2)
-        config = TrainConfig(epochs=3, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
+        recipe = Recipe(grad_clip=1.0, label_smoothing=0.1, drop_path=0.3, ema=0.8, accumulate=2)
+        config = OptimConfig(epochs=3, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
         key = stage_key("train", {}, {})
         trained = train(
-            network, make_data(17), config, DataConfig(), mix=mix, run=run, stage="train", key=key, recipe=recipe
+            network,
+            make_data(17),
+            config,
+            Augmentation(cutout=8),
+            mix=mix,
+            seed=0,
+            run=run,
+            stage="train",
+            key=key,
+            recipe=recipe,
         )
         state = {"model": network.state_dict(), "average": trained.model.state_dict()}
         files.save_tensors(out / f"rank{world.rank}.pt", {**state, "curve": run.log.curve, "evaluations": evaluations})

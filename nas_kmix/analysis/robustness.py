@@ -40,6 +40,7 @@ from nas_kmix.analysis.measures import (
 )
 from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
 from nas_kmix.engine import files
+from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.sources import Source, open_class_folders
@@ -199,7 +200,7 @@ def _pixel_classifier(classifier: Classifier, device: torch.device) -> PixelClas
 
 def _streamed(source: Source, like: ImageData) -> ImageData:
     """The images of `source`, read from their files and prepared like others."""
-    return replace(like, source=source, images=None, bad={})
+    return replace(like, source=source, images=None, bad=BadFiles())
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from darts_space import Genotype, derive
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.engine import cli, files
+from nas_kmix.engine import bad_files, cli, files
+from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData, load_data
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
@@ -26,7 +27,7 @@ from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
 STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
-RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, "bad_images.txt")
+RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
 COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/skips_normal")  # runs, in TensorBoard
 PICTURES = 5  # of the architecture, in TensorBoard over a search
 
@@ -51,6 +52,7 @@ def run(config: Config) -> Result:
     with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
         data = load_data(config.input, device=run.compute.device, workers=config.device.workers)
         check_later_stages(config, data)
+        config.scorer.mix.check_processes(run.world.size)
         if config.fresh:
             run.clear((*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS)))
         run.say(
@@ -78,7 +80,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     if config.uses_scores:
         trained = None
         if given.scores is None:
-            trained = obtain(scorer, config.scorer, data, config.input, run=run, given=given.scorer)
+            trained = obtain(scorer, config.scorer, data, run=run, given=given.scorer)
         if config.stop_after == "scorer":
             return result
         table = obtain(scores, config.scoring, trained, data, run=run, given=given.scores)
@@ -99,7 +101,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
         if config.stop_after == "proxy":
             return result
         halves = search.Halves.of_proxy(chosen)
-    return replace(result, genotype=obtain(search, config.search, halves, data, config.input, run=run))
+    return replace(result, genotype=obtain(search, config.search, halves, data, run=run))
 
 
 # -- around the stages -------------------------------------------------------------------------------------------------
@@ -126,10 +128,9 @@ def _report_is_old(run: Run) -> bool:
 
 
 def _list_bad_images(data: ImageData, run: Run) -> None:
-    if data.bad and run.world.main:
-        path = run.path("bad_images.txt")
-        files.write_text(path, "".join(f"{data.bad[index]}\n" for index in sorted(data.bad)))
-        run.say(f"warning: {len(data.bad)} files cannot be read and are left out; they are listed in {path}")
+    if run.world.main and (count := BadFileList([data]).write(run.folder)):
+        path = run.path(bad_files.FILE)
+        run.say(f"warning: {count} files cannot be read and are left out; they are listed in {path}")
 
 
 def _reliability(table: ScoreTable, measure: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,23 +15,25 @@ from torch import nn
 from darts_space import CifarNetwork, ImageNetNetwork, cost
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.engine import cli, files
-from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine import bad_files, cli, files
+from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.distributed import World, is_main, joined
 from nas_kmix.engine.export import export_model
-from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, open_run
+from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline import network
-from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining, TrainingConfig
+from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.presets import PAPER
-from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits, refuse_bad
+from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits
 
 STAGES = (network.NAME, network.EVALUATION)
-RESULTS = (*network.FILES, "result.json", "bad_images.txt", "report.html")
+RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
 SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # px that they take
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # runs, in TensorBoard
 
@@ -57,8 +59,7 @@ class Config(NetworkTraining):
     """Evaluate this last.pt, best.pt or scorer.pt on the splits val and test of --data, and train nothing."""
     export: Path | None = None
     """Also write the network there as a torch.export program for batches of any size."""
-    sync_batchnorm: bool = False
-    """Under torchrun, take BatchNorm's statistics over the batches of all processes."""
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
 
 
@@ -66,8 +67,9 @@ PRESETS: dict[str, Config] = {
     # The embedded digits, which must not be mirrored.
     "quick": Config(
         network=NetworkConfig(channels=4, layers=5),
-        input=DataConfig(data="digits", flip=False, crop_padding=2),
-        training=TrainingConfig(epochs=5, batch_size=32, lr=0.1, schedule="cosine", weight_decay=3e-4),
+        input=DataConfig(data="digits"),
+        augmentation=Augmentation(flip=False, crop_padding=2),
+        optim=OptimConfig(epochs=5, batch_size=32, lr=0.1, schedule="cosine", weight_decay=3e-4),
         recipe=Recipe(grad_clip=5.0),
         device=DeviceConfig(channels_last=True),
     ),
@@ -76,7 +78,7 @@ PRESETS: dict[str, Config] = {
         preset="cpu",
         network=NetworkConfig(channels=8, layers=8),
         input=DataConfig(data="cifar100"),
-        training=TrainingConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=3e-4),
+        optim=OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=3e-4),
         recipe=Recipe(grad_clip=5.0),
         device=DeviceConfig(channels_last=True),
     ),
@@ -85,18 +87,18 @@ PRESETS: dict[str, Config] = {
     "cifar": Config(
         preset="cifar",
         input=DataConfig(data="cifar10"),
-        training=TrainingConfig(epochs=600, batch_size=96, lr=0.025, schedule="cosine", weight_decay=3e-4),
-        recipe=Recipe(nesterov=False, grad_clip=5.0, cutout=16, drop_path=0.3),
+        augmentation=Augmentation(cutout=16),
+        optim=OptimConfig(epochs=600, batch_size=96, lr=0.025, schedule="cosine", weight_decay=3e-4),
+        recipe=Recipe(nesterov=False, grad_clip=5.0, drop_path=0.3),
     ),
     # PC-DARTS section 4.3. Expect 24.2 % top-1 error with PC_DARTS_image, 25.1 % with PC_DARTS_cifar (its Table 2).
     "imagenet": Config(
         preset="imagenet",
         network=NetworkConfig(channels=48, layers=14),
         input=DataConfig(data="imagenet", image_size=224, max_resident_gb=0.0),  # crops of whole photographs
-        training=TrainingConfig(epochs=250, batch_size=1024, lr=0.5, schedule="linear", weight_decay=3e-5),
-        recipe=Recipe(
-            nesterov=False, warmup_epochs=5, grad_clip=5.0, label_smoothing=0.1, color_jitter=(0.4, 0.4, 0.4, 0.2)
-        ),
+        augmentation=Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.2)),
+        optim=OptimConfig(epochs=250, batch_size=1024, lr=0.5, schedule="linear", weight_decay=3e-5),
+        recipe=Recipe(nesterov=False, warmup_epochs=5, grad_clip=5.0, label_smoothing=0.1),
     ),
 }
 PRESETS |= {  # the paper's Tables 1-3; as there, all training images are trained on and no epoch is chosen
@@ -105,7 +107,9 @@ PRESETS |= {  # the paper's Tables 1-3; as there, all training images are traine
         val_share=0.0,
         network=NetworkConfig(**cell.network),
         input=DataConfig(**cell.input),
-        training=TrainingConfig(**cell.training),
+        augmentation=Augmentation(**cell.augmentation),
+        optim=OptimConfig(**cell.optim),
+        mix=MixConfig(**cell.mix),
         recipe=Recipe(**cell.recipe),
     )
     for name, cell in PAPER.items()
@@ -122,14 +126,15 @@ def run(config: Config) -> dict[str, Any]:
         return _evaluate_checkpoint(config)
     with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
         _check_processes(config, run)
-        options = {"device": run.compute.device, "workers": config.device.workers}
+        options = {"device": run.compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         data = load_data(config.input, **options)
-        refuse_bad(data, config.skip_bad)
         _check_size(config, data)
         training, evaluated = divide(
             data,
-            other_splits(config.input, data, **options, skip_bad=config.skip_bad),
-            **{name: getattr(config, name) for name in ("val_share", "train_images", "seed", "skip_bad")},
+            other_splits(config.input, data, **options),
+            val_share=config.val_share,
+            train_images=config.train_images,
+            seed=config.seed,
         )
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
@@ -143,16 +148,17 @@ def run(config: Config) -> dict[str, Any]:
             f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}; "
             f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
         )
-        if config.sync_batchnorm and run.world.size > 1:
+        settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
+        if settings.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        bad = BadFiles((training.data, *(part.data for part in evaluated.values())), run.world)
-        trained = obtain(network, config, model, training, evaluated, bad, run=run)
+        bad = BadFileList((training.data, *(part.data for part in evaluated.values())), run.world)
+        trained = obtain(network, settings, model, training, evaluated, bad, run=run)
         run.finish()
-        result |= {"epochs": config.training.epochs, "train_images": len(training.indices)}
+        result |= {"epochs": config.optim.epochs, "train_images": len(training.indices)}
         result |= {"last": trained.last, "best": trained.best, **_speed(run), "folder": str(config.out)}
-        result |= {"bad_images": (count := bad.write_list(run.path("bad_images.txt")))}
+        result |= {"bad_images": (count := bad.write(run.folder))}
         if count:
-            run.say(f"warning: {count} files cannot be read and were left out; bad_images.txt lists them")
+            run.say(f"warning: {count} files cannot be read and were left out; {bad_files.FILE} lists them")
         if run.world.main:
             files.write_json(run.path("result.json"), result)
             if config.export is not None:
@@ -167,7 +173,7 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
     compute = pick_compute(config.device)
     with joined(compute.device) as world:
         trained = load_classifier(config.eval_only)
-        options = {"device": compute.device, "workers": config.device.workers, "skip_bad": config.skip_bad}
+        options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         sets = other_splits(config.input, trained, **options, same_classes=False)
         if not sets:
             raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
@@ -185,7 +191,7 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
         progress = Progress(network.EVALUATION, own, unit="image", silent=not world.main)
         metrics = evaluate_all(model, evaluated, compute, world, progress)
         progress.close()
-        bad = BadFiles((part.data for part in evaluated.values()), world).gather()
+        bad = BadFileList((part.data for part in evaluated.values()), world).gather()
         if bad:
             first = next(iter(bad.values()))
             _say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}", world)
@@ -227,7 +233,7 @@ def _check_flags(config: Config) -> None:
         raise ValueError(
             "--stochastic-depth and --drop-block are for a --backbone; a genotype's network has --drop-path."
         )
-    if config.training.mix == "manifold_mixup" and (settings.backbone is None or config.recipe.accumulate > 1):
+    if config.mix.mix == "manifold_mixup" and (settings.backbone is None or config.recipe.accumulate > 1):
         raise ValueError(
             "--mix manifold_mixup mixes within a --backbone, a whole batch at once: leave --accumulate at 1."
         )
@@ -243,8 +249,7 @@ def _check_processes(config: Config, run: Run) -> None:
     device = run.compute.device
     if config.sync_batchnorm and device.type != "cuda":
         raise ValueError(f"--sync-batchnorm needs CUDA devices, this is {device.type}; leave it out.")
-    if config.training.mix == "manifold_mixup" and run.world.size > 1:
-        raise ValueError("--mix manifold_mixup mixes a batch within one forward pass; train it with a single process.")
+    config.mix.check_processes(run.world.size)
 
 
 def _check_size(config: Config, data: ImageData) -> None:

@@ -1,4 +1,4 @@
-"""Batched augmentation of resident images: uint8 (N, 3, H, W) in, the same shape out, one set of draws per image.
+"""Augmentation of training images: uint8 (N, 3, H, W) in, normalised float32 of the same shape out.
 
 No workers and no Python per image: a batch is cropped by one gather, or resampled by one grid. All draws come from
 the NumPy generator that the caller seeds with (seed, epoch, step), so a resumed run sees the very same pictures.
@@ -6,11 +6,69 @@ the NumPy generator that the caller seeds with (seed, epoch, step), so a resumed
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed at random. Crops and flips come first, then colours, lighting and Cutout."""
+
+    flip: bool = True
+    """Mirror training images at random. Digits and letters should not be."""
+    crop_padding: int = 4
+    """Random crop of images padded by so many pixels (up to 64 px; above, RandomResizedCrop is used)."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """How far brightness, contrast, saturation and hue change at random, as in torchvision's ColorJitter."""
+    lighting: float = 0.0
+    """Standard deviation of AlexNet's PCA lighting, 0.1 where ImageNet is trained with it."""
+    cutout: int = 0
+    """Side in pixels of the square that is blanked at random (DeVries & Taylor 2017)."""
+
+    def __post_init__(self):
+        for name in ("crop_padding", "lighting", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}.")
+        if min(self.color_jitter) < 0.0 or self.color_jitter[3] > 0.5:
+            raise ValueError(f"--color-jitter takes four numbers from 0, the hue's up to 0.5, not {self.color_jitter}.")
+
+
+class Prepared(Protocol):
+    """The images' set: the stem of its networks, and the constants that it is normalised with."""
+
+    stem: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def augment_batch(images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator) -> Tensor:
+    """The training transform of images of `data`.
+
+    RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph.
+    """
+    if data.stem == "cifar":
+        images = random_crop(images, config.crop_padding, rng=rng)
+    else:
+        images = random_resized_crop(images, rng=rng)
+    if config.flip:
+        images = random_flip(images, rng=rng)
+    if any(config.color_jitter):
+        images = color_jitter(images, config.color_jitter, rng=rng)
+    return augment_crops(images, data, config, rng=rng)
+
+
+def augment_crops(images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator) -> Tensor:
+    """What is left to do where `photographs` has cropped, flipped and jittered: normalise, lighting, Cutout."""
+    images = normalise(images, data.mean, data.std)
+    if config.lighting:
+        images = lighting(images, config.lighting, data.std, rng=rng)
+    return cutout(images, config.cutout, rng=rng) if config.cutout else images
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:

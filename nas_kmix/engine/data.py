@@ -2,17 +2,14 @@
 
 An `ImageData` holds labels and class names and hands out batches of uint8 images (N, 3, S, S) on the device. A set that
 fits is one resident tensor; a larger image folder streams through a DataLoader. Where each kind of source comes from
-is in `sources.py`; augmentation is in `augment.py`. A file that cannot be read is never replaced: its index goes to
-`bad` with a sentence, and batches simply lack it.
+is in `sources`, how files are read in `decoding`, and what becomes of those that cannot be read in `bad_files`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +18,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import augment, sources
+from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.decoding import Decoder, Plan, decode_all, open_loader
 from nas_kmix.engine.photographs import PhotoTransform
-from nas_kmix.engine.sources import BadImageError, Source
+from nas_kmix.engine.sources import Source
 
 CENTRE_SHARE = 0.875  # of the shorter side that evaluation above 64 px looks at: 224 of 256 pixels
 CIFAR_STEM_LIMIT = 64  # pixels: up to here images keep their native size and networks start at full resolution
@@ -33,7 +31,7 @@ CIFAR_STEM_LIMIT = 64  # pixels: up to here images keep their native size and ne
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to read and how it is augmented."""
+    """What to read."""
 
     data: str = "digits"
     """digits | cifar10 | cifar100 | FOLDER with train/CLASS/* | FILE.npz in MedMNIST's layout."""
@@ -41,18 +39,12 @@ class DataConfig:
     """Where CIFAR is looked for and downloaded to."""
     image_size: int | None = None
     """Side in pixels: the shorter side is resized, the centre cropped. Native up to 64, required above."""
-    flip: bool = True
-    """Mirror training images at random. Digits and letters should not be."""
-    crop_padding: int = 4
-    """Random crop of images padded by so many pixels (up to 64 px; above, RandomResizedCrop is used)."""
     max_resident_gb: float = 4.0
     """A folder that decodes to more than this streams from its files; its scoring then uses a pool of partners."""
 
     def __post_init__(self):
         if self.image_size is not None and self.image_size < 4:
             raise ValueError(f"--image-size {self.image_size} is too small; 32 or more is sensible.")
-        if self.crop_padding < 0:
-            raise ValueError(f"--crop-padding must be 0 or more, not {self.crop_padding}.")
 
 
 class Preparation(Protocol):
@@ -72,9 +64,13 @@ class Batch(NamedTuple):
     indices: np.ndarray
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class ImageData:
-    """One split of labelled images. `images` is the resident tensor (N, 3, S, S), None where the set streams."""
+    """One split of labelled images. `images` is the resident tensor (N, 3, S, S), None where the set streams.
+
+    mean, std: what `normalise` uses, per channel and in [0, 1]; empty where nothing is to be normalised. workers: read
+    the files of a streamed set. bad: the files that cannot be read, known so far.
+    """
 
     source: Source
     image_size: int
@@ -83,14 +79,11 @@ class ImageData:
     device: torch.device
     images: Tensor | None
     workers: int = 0
-    bad: dict[int, str] = field(default_factory=dict)
-    """Indices of files that could not be read, each with a sentence; grows while a streamed set is read."""
-    strict: bool = False
-    """Raise ValueError at the first such file of a streamed set."""
     resize: int | None = None
     """Side in pixels to which the shorter side is resized before the centre is cropped; default: `image_size`."""
-    _loaders: dict[PhotoTransform | None, tuple[_Plan, torch.utils.data.DataLoader]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+    bad: BadFiles = field(default_factory=BadFiles)
+    _loaders: dict[PhotoTransform | None, tuple[Plan, torch.utils.data.DataLoader]] = field(
+        default_factory=dict, init=False, repr=False
     )
 
     def __len__(self) -> int:
@@ -116,7 +109,7 @@ class ImageData:
     @property
     def stem(self) -> str:
         """How a network should start on images of this size: `cifar` up to 64 px, `imagenet` above."""
-        return "cifar" if self.image_size <= CIFAR_STEM_LIMIT else "imagenet"
+        return _stem_for(self.image_size)
 
     @cached_property
     def _device_labels(self) -> Tensor:
@@ -156,27 +149,17 @@ class ImageData:
         plan, loader = self._loaders.get(transform) or self._loader(transform, persistent)
         plan.batches = [[(index, epoch) for index in indices.tolist()] for indices in index_batches]
         for images, indices, failures in loader:
-            self.bad.update(failures)
-            if self.strict and failures:
-                raise ValueError(f"{next(iter(failures.values()))}; repair or remove it, or go on with --skip-bad.")
+            self.bad.add(failures)
             at = torch.as_tensor(indices, device=self.device)
             yield Batch(images.to(self.device, non_blocking=True), self._device_labels[at], indices)
 
-    def _loader(self, transform: PhotoTransform | None, persistent: bool) -> tuple[_Plan, torch.utils.data.DataLoader]:
-        plan = _Plan()
-        loader = torch.utils.data.DataLoader(
-            _Decoder(self.source, self.image_size, self.resize, transform),
-            batch_sampler=plan,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_main_process,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=persistent and self.workers > 0,
-            generator=torch.Generator(),  # otherwise every pass would draw its workers' seeds from the global one
-        )
+    def _loader(self, transform: PhotoTransform | None, persistent: bool) -> tuple[Plan, torch.utils.data.DataLoader]:
+        decoder = Decoder(self.source, self.image_size, self.resize, transform)
+        pin_memory = self.device.type == "cuda"
+        found = open_loader(decoder, workers=self.workers, pin_memory=pin_memory, persistent=persistent)
         if persistent:
-            self._loaders[transform] = plan, loader
-        return plan, loader
+            self._loaders[transform] = found
+        return found
 
     def fetch(self, indices: np.ndarray) -> Batch:
         """Read one batch."""
@@ -199,13 +182,15 @@ def load_data(
     workers: int = 0,
     like: Preparation | None = None,
     same_classes: bool = True,
+    strict: bool = False,
 ) -> ImageData:
     """Load one split; nothing of any other split is read.
 
     `like` is the training split where another one is loaded, or a trained classifier: its size and normalisation are
     taken over, a class may lack images, and above 64 px the centre of a larger image is taken, 224 of 256 px. It must
-    have the `same_classes`, unless that is False. Raises ValueError (with the path and what to do) for missing or
-    malformed data, an empty class, a single class, or sizes that need `--image-size`.
+    have the `same_classes`, unless that is False. A `strict` set raises ValueError for a file that cannot be read, now
+    or when it is met. Raises ValueError (with the path and what to do) for missing or malformed data, an empty class, a
+    single class, or sizes that need `--image-size`.
     """
     source = sources.open_source(config.data, config.data_root, split, own_classes=not same_classes)
     if like is None and source.num_classes < 2:
@@ -226,16 +211,16 @@ def load_data(
             f"({counts[0]} and {counts[1]}){remedy}."
         )
     size = _image_size(source, config) if like is None else like.image_size
-    data = ImageData(source, size, (0.0,) * 3, (1.0,) * 3, torch.device(device), None, workers)
-    if like is not None and data.stem == "imagenet":
-        data.resize = round(size / CENTRE_SHARE)
+    resize = _wider(size) if like is not None else None
+    bad, images = BadFiles(strict=strict), None
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
-        data.images = _decode_all(data).to(device)
+        images = decode_all(source, size, resize, threads=workers, bad=bad).to(device)
+    data = ImageData(source, size, (), (), torch.device(device), images, workers, resize, bad)
     if like is not None:
         return replace(data, mean=like.mean, std=like.std)
     if data.resident:
-        first_bad = next(iter(data.bad.values()), "")
-        _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {first_bad}")
+        remedy = f"repair the files; the first is {bad.first()}"
+        _refuse_empty_class(source, source.labels[data.good()], config, remedy)
     mean, std = source.constants or _measure_constants(data)
     return replace(data, mean=mean, std=std)
 
@@ -248,10 +233,15 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
     if data.stem == "cifar":
         return data
     source = replace(data.source.part(indices), split="val")
-    part = replace(data, source=source, images=None, bad={}, resize=round(data.image_size / CENTRE_SHARE))
+    bad, images, resize = BadFiles(strict=data.bad.strict), None, _wider(data.image_size)
     if data.resident:
-        part.images = _decode_all(part).to(data.device)
-    return part
+        images = decode_all(source, data.image_size, resize, threads=data.workers, bad=bad).to(data.device)
+    return replace(data, source=source, images=images, resize=resize, bad=bad)
+
+
+def _wider(size: int) -> int | None:
+    """To which side images are resized for evaluation, of which the centre is cropped; None up to 64 px."""
+    return round(size / CENTRE_SHARE) if _stem_for(size) == "imagenet" else None
 
 
 def open_data(config: DataConfig) -> ImageData:
@@ -270,50 +260,8 @@ def _refuse_empty_class(source: Source, labels: np.ndarray, config: DataConfig, 
         raise ValueError(f"--data {config.data}: class {name!r} has no readable {source.split} images; {remedy}.")
 
 
-def augment_batch(
-    images: Tensor,
-    data: ImageData,
-    config: DataConfig,
-    *,
-    rng: np.random.Generator,
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
-    lighting: float = 0.0,
-    cutout: int = 0,
-) -> Tensor:
-    """The training transform: crop (up to 64 px) or RandomResizedCrop, flip, normalise. uint8 in, float32 out.
-
-    RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph. Colours are
-    jittered before normalising; lighting acts, and Cutout blanks a square of so many pixels, after it; see `augment`.
-    """
-    if data.stem == "cifar":
-        images = augment.random_crop(images, config.crop_padding, rng=rng)
-    else:
-        images = augment.random_resized_crop(images, rng=rng)
-    if config.flip:
-        images = augment.random_flip(images, rng=rng)
-    if any(color_jitter):
-        images = augment.color_jitter(images, color_jitter, rng=rng)
-    return augment_pixels(data.normalise(images), data, rng=rng, lighting=lighting, cutout=cutout)
-
-
-def augment_pixels(
-    images: Tensor, data: ImageData, *, rng: np.random.Generator, lighting: float, cutout: int
-) -> Tensor:
-    """What is done to normalised images (N, 3, S, S): lighting, then Cutout."""
-    if lighting:
-        images = augment.lighting(images, lighting, data.std, rng=rng)
-    return augment.cutout(images, cutout, rng=rng) if cutout else images
-
-
-def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tuple[int, ...]) -> list[np.ndarray]:
-    """`steps` batches of a shuffled pass over `indices`, followed by further shuffled passes where it is short.
-
-    A function of `seed` alone, e.g. (seed, stream, epoch). The last batch of a single pass may be smaller.
-    """
-    passes = math.ceil(((steps - 1) * batch_size + 1) / len(indices))
-    rng = np.random.default_rng(list(seed))
-    order = np.concatenate([rng.permutation(indices) for _ in range(passes)])
-    return [order[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
+def _stem_for(size: int) -> str:
+    return "cifar" if size <= CIFAR_STEM_LIMIT else "imagenet"
 
 
 def _image_size(source: Source, config: DataConfig) -> int:
@@ -330,76 +278,6 @@ def _image_size(source: Source, config: DataConfig) -> int:
     )
 
 
-def _to_square(image: Tensor, size: int, resize: int | None) -> Tensor:
-    """uint8 (3, H, W) to (3, size, size): the shorter side resized to `resize` or size, then the centre."""
-    if resize is not None or image.shape[1:] != (size, size):
-        image = TF.center_crop(TF.resize(image, resize or size, antialias=True), size)
-    return image
-
-
-class _Decoder(torch.utils.data.Dataset):
-    """Reads single files for a DataLoader; a failure travels to the main process as a sentence."""
-
-    def __init__(self, source: Source, size: int, resize: int | None, transform: PhotoTransform | None = None):
-        self.source, self.size, self.resize, self.transform = source, size, resize, transform
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor | str]:
-        """`item` is an index and the epoch that it is read in."""
-        index, epoch = item
-        try:
-            image = torch.from_numpy(np.ascontiguousarray(self.source.read(index))).permute(2, 0, 1)
-        except BadImageError as error:
-            return index, str(error)
-        if self.transform is not None:
-            return index, self.transform(image, index, epoch).contiguous()
-        return index, _to_square(image, self.size, self.resize).contiguous()
-
-
-class _Plan:
-    """What a DataLoader is to read, put in before each pass: batches of (index, epoch)."""
-
-    def __init__(self):
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
-    good = [(index, image) for index, image in rows if not isinstance(image, str)]
-    failures = {index: message for index, message in rows if isinstance(message, str)}
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return images, np.array([index for index, _ in good], dtype=np.int64), failures
-
-
-def _leave_signals_to_main_process(worker: int) -> None:
-    """Ctrl-C and job schedulers signal whole process groups. The main process finishes its step, for which it needs the
-    workers, and then ends them; should it be killed, they notice and end themselves."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def _decode_all(data: ImageData) -> Tensor:
-    """All images as one tensor (N, 3, S, S); rows of bad files stay black and are named in `data.bad`."""
-    native = data.source.arrays is not None and data.source.arrays.shape[1:3] == (data.image_size,) * 2
-    if native and data.resize is None:
-        return torch.from_numpy(data.source.arrays).permute(0, 3, 1, 2).contiguous()
-    images = torch.zeros(len(data), 3, data.image_size, data.image_size, dtype=torch.uint8)
-    decode = _Decoder(data.source, data.image_size, data.resize).__getitem__
-    with ThreadPoolExecutor(max_workers=max(1, data.workers)) as pool:  # Pillow decodes outside Python's lock
-        for index, image in pool.map(decode, ((index, 0) for index in range(len(data)))):
-            if isinstance(image, str):
-                data.bad[index] = image
-            else:
-                images[index] = image
-    if len(data.bad) == len(data):
-        raise ValueError(f"{data.source.name}: not one image can be read; repair the files. The first is {data.bad[0]}")
-    return images
-
-
 def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel in [0, 1] over the images, at most `sample` evenly spaced ones."""
     indices = data.good()
@@ -411,8 +289,8 @@ def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[flo
         squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
         count += pixels.numel() // 3
     if count == 0:
-        first_bad = next(iter(data.bad.values()))
-        raise ValueError(f"{data.source.name}: not one image can be read; repair the files. The first is {first_bad}")
+        first = data.bad.first()
+        raise ValueError(f"{data.source.name}: not one image can be read; repair the files. The first is {first}")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
     # A constant channel carries nothing; dividing by its zero deviation would make it carry NaN.

@@ -7,30 +7,23 @@ is divided before it is read: the same images, but crops and mixing partners are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, augment_pixels, epoch_batches
+from nas_kmix.engine.augment import Augmentation, augment_batch, augment_crops
+from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.distributed import World
-from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.photographs import PhotoTransform
 
 # (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
 Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
 ORDER, AUGMENT, DROP_PATH, LAYERS = 1, 2, 3, 4  # random streams: a draw of one never shifts a draw of another
-
-
-class Order(Protocol):
-    """The fields of a training's config that tell batches apart."""
-
-    epochs: int
-    batch_size: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -55,23 +48,23 @@ class Feed:
 
     model: nn.Module
     data: ImageData
-    config: Order
-    data_config: DataConfig
+    config: OptimConfig
+    augmentation: Augmentation
     recipe: Recipe
     mix: Mix
     world: World
+    seed: int
     photographs: bool = False
     """Crop the whole photographs of a streamed set above 64 px, not the centre squares that it is reduced to."""
 
     def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[Share | None]:
         """The shares from `first_step` on; None in the place of a batch of which no file could be read."""
-        plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.config.seed, ORDER, epoch))[first_step:]
+        plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.seed, ORDER, epoch))[first_step:]
         if not self.data.resident:
             plan = [batch[self.world.share(len(batch))] for batch in plan]
         transform = None
         if self.photographs:
-            jitter = self.recipe.color_jitter
-            transform = PhotoTransform(self.data.image_size, self.data_config.flip, jitter, self.config.seed)
+            transform = PhotoTransform(self.data.image_size, self.augmentation, self.seed)
         batches = self.data.batches(plan, transform=transform, epoch=epoch, persistent=self.photographs)
         for step, batch in enumerate(batches, start=first_step):
             yield self._share(batch, epoch, step)
@@ -90,24 +83,28 @@ class Feed:
             side = self.data.image_size
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.data.device)
             batch = Batch(blank, torch.zeros(1, dtype=torch.int64, device=self.data.device), batch.indices)
-        rng = np.random.default_rng([self.config.seed, AUGMENT, *moment])
-        images = self._augmented(batch.images, rng)
+        rng = np.random.default_rng([self.seed, AUGMENT, *moment])
+        augment = augment_crops if self.photographs else augment_batch
+        images = augment(batch.images, self.data, self.augmentation, rng=rng)
         images, soft_labels = self.mix(images, batch.labels, rng)
         mask = self._drop_path(len(images), epoch, moment)
         mask = mask if mask is None else mask[:, :, rows]
         return Share(images[rows], soft_labels[rows], mask, n, total, n * self.world.size / total)
 
-    def _augmented(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        recipe = self.recipe
-        after = {"lighting": recipe.lighting, "cutout": recipe.cutout}
-        if self.photographs:  # cropped, flipped and jittered where they were decoded
-            return augment_pixels(self.data.normalise(images), self.data, rng=rng, **after)
-        jitter = recipe.color_jitter
-        return augment_batch(images, self.data, self.data_config, rng=rng, color_jitter=jitter, **after)
-
     def _drop_path(self, n: int, epoch: int, moment: tuple[int, ...]) -> Tensor | None:
         probability = self.recipe.drop_path * epoch / self.config.epochs
         if probability == 0.0:
             return None
-        seed = np.random.default_rng([self.config.seed, DROP_PATH, *moment]).integers(2**63)
+        seed = np.random.default_rng([self.seed, DROP_PATH, *moment]).integers(2**63)
         return self.model.draw_drop_path(n, probability, generator=torch.Generator().manual_seed(int(seed)))
+
+
+def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tuple[int, ...]) -> list[np.ndarray]:
+    """`steps` batches of a shuffled pass over `indices`, followed by further shuffled passes where it is short.
+
+    A function of `seed` alone, e.g. (seed, stream, epoch). The last batch of a single pass may be smaller.
+    """
+    passes = math.ceil(((steps - 1) * batch_size + 1) / len(indices))
+    rng = np.random.default_rng(list(seed))
+    order = np.concatenate([rng.permutation(indices) for _ in range(passes)])
+    return [order[i * batch_size : (i + 1) * batch_size] for i in range(steps)]

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+NOT_IN_KEY = {"part of the key": False}
+"""Metadata of a config's field that changes no result, or whose effect another entry of the key tells."""
 
 
 class StageMismatchError(ValueError):
@@ -23,6 +27,19 @@ class StageMismatchError(ValueError):
 def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The stage's name, its settings and the hashes of its inputs, in JSON's own types."""
     return json.loads(json.dumps({"stage": stage, "config": dict(config), "inputs": dict(inputs)}, default=str))
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """All fields of a dataclass but those marked NOT_IN_KEY, and those of dataclasses in it on the same level."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        if field.metadata == NOT_IN_KEY:
+            continue
+        value = getattr(config, field.name)
+        part = identity(value) if is_dataclass(value) else {field.name: value}
+        assert not found.keys() & part.keys(), f"two settings are called {', '.join(found.keys() & part.keys())}"
+        found |= part
+    return found
 
 
 def check_key(path: Path, found: Any, wanted: Mapping[str, Any] | None) -> None:

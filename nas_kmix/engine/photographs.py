@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from nas_kmix.engine.augment import Augmentation
+
 CROPS = 4  # random stream, beside those of `feed`
 
 
 @dataclass(frozen=True)
 class PhotoTransform:
-    """RandomResizedCrop of 8 to 100 % of the photograph, flip and ColorJitter."""
+    """RandomResizedCrop of 8 to 100 % of the photograph, then flip and ColorJitter as the augmentation says."""
 
     size: int
-    flip: bool
-    color_jitter: tuple[float, float, float, float]
+    augmentation: Augmentation
     seed: int
 
     def __call__(self, image: Tensor, index: int, epoch: int) -> Tensor:
         """uint8 (3, H, W) of any size to uint8 (3, size, size), a function of (seed, epoch, index)."""
         steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
-        if self.flip:
+        if self.augmentation.flip:
             steps.append(v2.RandomHorizontalFlip())
-        if any(self.color_jitter):
-            steps.append(v2.ColorJitter(*self.color_jitter))
+        if any(self.augmentation.color_jitter):
+            steps.append(v2.ColorJitter(*self.augmentation.color_jitter))
         seed = np.random.default_rng([self.seed, CROPS, epoch, index]).integers(2**63)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the state that all share
             torch.default_generator.manual_seed(int(seed))

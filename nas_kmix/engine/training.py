@@ -10,17 +10,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 
-from nas_kmix.engine.bad_files import BadFiles
-from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.bad_files import BadFileList
+from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.feed import LAYERS, Feed, Mix, Share
-from nas_kmix.engine.learner import Learner, Recipe
+from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
 from nas_kmix.engine.loop import run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
@@ -29,33 +29,7 @@ BEST = "best.pt"
 LINEAR_TAIL = 5  # last epochs of the linear schedule, at a fifth of its slope
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """SGD with Nesterov momentum. The defaults are the paper's PyramidNet-110 on CIFAR (Table 1, after CutMix)."""
-
-    epochs: int = 300
-    batch_size: int = 64
-    lr: float = 0.25
-    """Learning rate at the start."""
-    schedule: Literal["step", "cosine", "linear"] = "step"
-    """step: x0.1 after each of `milestones`; cosine: to zero over all epochs; linear: likewise, its last five epochs
-    share what is left of the slope (PC-DARTS's on ImageNet)."""
-    milestones: tuple[float, ...] = (0.75, 0.9)
-    """Shares of the epochs after which `step` divides the rate by ten (225 and 270 of 300)."""
-    momentum: float = 0.9
-    weight_decay: float = 4e-5
-    seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Of the initial weights, the order of the batches, the augmentation and the mixing."""
-
-    def __post_init__(self):
-        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0.0:
-            raise ValueError(
-                f"Training needs at least one epoch, a batch size of 1 and a positive learning rate, not "
-                f"{self.epochs}, {self.batch_size} and {self.lr}."
-            )
-
-
-def learning_rate(config: TrainConfig, epoch: int, warmup_epochs: int = 0) -> float:
+def learning_rate(config: OptimConfig, epoch: int, warmup_epochs: int = 0) -> float:
     """The rate throughout `epoch`, counted from 0. It rises to `config.lr` in the `warmup_epochs` first epochs."""
     if epoch < warmup_epochs:
         return config.lr * (epoch + 1) / warmup_epochs
@@ -98,10 +72,11 @@ class Trained:
 def train(
     model: nn.Module,
     data: ImageData,
-    config: TrainConfig,
-    data_config: DataConfig,
+    config: OptimConfig,
+    augmentation: Augmentation,
     *,
     mix: Mix,
+    seed: int,
     run: Run,
     stage: str,
     key: Mapping[str, Any],
@@ -110,12 +85,13 @@ def train(
     validation: Validation | None = None,
     checkpoint: str | None = None,
     content: Mapping[str, Any] | None = None,
-    bad: BadFiles | None = None,
+    bad: BadFileList | None = None,
     photographs: bool = False,
 ) -> Trained:
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
-    The loss is the cross-entropy against the soft labels of `mix`. Bills and logs to `run` under the name `stage`. The
+    The loss is the cross-entropy against the soft labels of `mix`. `seed` fixes the order of the batches, the
+    augmentation and the mixing. Bills and logs to `run` under the name `stage`. The
     file `checkpoint` (default: the stage's own) is resumed from; `content` and the state of `bad` are stored in it
     besides. With a `validation` that selects, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`.
     Raises NonFiniteLossError, StoppedError (its state saved) and StageMismatchError.
@@ -127,7 +103,7 @@ def train(
     task = _Training(
         config,
         Learner(model, config, recipe, run.compute, run.world),
-        Feed(model, data, config, data_config, recipe, mix, run.world, photographs),
+        Feed(model, data, config, augmentation, recipe, mix, run.world, seed, photographs),
         indices,
         steps,
         stage,
@@ -144,7 +120,7 @@ def train(
 class _Training:
     """The task of a supervised training (see `engine.loop`); `last` and `best` are as in `Trained`."""
 
-    config: TrainConfig
+    config: OptimConfig
     learner: Learner
     feed: Feed
     indices: np.ndarray
@@ -153,7 +129,7 @@ class _Training:
     run: Run
     validation: Validation | None
     content: Mapping[str, Any]
-    bad: BadFiles | None
+    bad: BadFileList | None
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
     lr: float = 0.0
@@ -167,7 +143,7 @@ class _Training:
         return self.feed.epoch(self.indices, self.steps, epoch, first_step)
 
     def step(self, share: Share, epoch: int, step: int, meter: Meter) -> int:
-        with _seeded(self.run.compute.device, (self.config.seed, LAYERS, epoch, step)):
+        with _seeded(self.run.compute.device, (self.feed.seed, LAYERS, epoch, step)):
             loss = self.learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
         meter.add(step, share.n, loss=loss * share.n)
         return share.total

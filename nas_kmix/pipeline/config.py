@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.learner import OptimConfig
+from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.pipeline.search import SearchConfig
 from nas_kmix.proxy import ProxyConfig
@@ -51,6 +54,7 @@ class Config:
     report: bool = True
     """Draw the architecture for TensorBoard during the search, and write the run as a page, report.html, at its end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    augmentation: Annotated[Augmentation, Flat] = field(default_factory=Augmentation)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     selection: Annotated[ProxyConfig, Flat] = field(default_factory=ProxyConfig)
@@ -65,18 +69,25 @@ class Config:
         return self.selection.method != "random" or self.stop_after in ("scorer", "scores")
 
     def spread(self) -> Config:
-        """The same with the parts of each stage complete: all have the seed of the whole."""
-        parts = {name: replace(getattr(self, name), seed=self.seed) for name in _SEEDED}
-        return replace(self, **parts)
+        """The same with the parts of all stages complete: with what they have in common, seed and augmentation."""
+        common = {"seed": self.seed, "augmentation": self.augmentation}
+        return replace(
+            self,
+            scorer=replace(self.scorer, **common),
+            scoring=replace(self.scoring, seed=self.seed),
+            selection=replace(self.selection, seed=self.seed),
+            search=replace(self.search, **common),
+        )
 
-
-_SEEDED = ("scorer", "scoring", "selection", "search")
 
 PRESETS: dict[str, Config] = {
     # To see all of it work: a minute on two cores. The ranking is mostly noise, and the genotype is of no use.
     "quick": Config(
-        input=DataConfig(data="digits", flip=False, crop_padding=2),  # digits must not be mirrored
-        scorer=ScorerConfig(backbone="tiny", epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
+        input=DataConfig(data="digits"),
+        augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
+        scorer=ScorerConfig(
+            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4)
+        ),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(epochs=10, batch_size=32, channels=8, layers=5),
         device=DeviceConfig(channels_last=True),
@@ -86,7 +97,9 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),
-        scorer=ScorerConfig(backbone="small", epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4),
+        scorer=ScorerConfig(
+            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4)
+        ),
         search=SearchConfig(epochs=20, batch_size=64, channels=8, layers=5),
         device=DeviceConfig(channels_last=True),
     ),
@@ -98,8 +111,9 @@ PRESETS: dict[str, Config] = {
         preset="imagenet",
         input=DataConfig(data="imagenet", image_size=224),
         scorer=ScorerConfig(
-            backbone="resnet50", epochs=300, batch_size=256, lr=0.1, weight_decay=1e-4, milestones=(0.25, 0.5, 0.75),
-            mix_k=3, mix_alpha=1 / 3,
+            "resnet50",
+            OptimConfig(epochs=300, batch_size=256, lr=0.1, weight_decay=1e-4, milestones=(0.25, 0.5, 0.75)),
+            MixConfig("dcutmix", mix_k=3, mix_alpha=1 / 3),
         ),
         selection=ProxyConfig(ratio=0.125, arch_share=0.2),
         search=SearchConfig(

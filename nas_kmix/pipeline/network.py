@@ -6,8 +6,7 @@ the epoch with the highest accuracy on val.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +18,16 @@ from darts_space import build_network, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import files
-from nas_kmix.engine.bad_files import BadFiles
-from nas_kmix.engine.data import DataConfig, ImageData
-from nas_kmix.engine.keys import check_key, stage_key
-from nas_kmix.engine.learner import Recipe
+from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.bad_files import BadFileList
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.keys import NOT_IN_KEY, check_key, identity, stage_key
+from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.run import Run
-from nas_kmix.engine.training import BEST, TrainConfig, Trained, Validation, train
-from nas_kmix.mixers import MixName, make_mix
+from nas_kmix.engine.training import BEST, Trained, Validation, train
+from nas_kmix.mixers import MixConfig, make_mix
 from nas_kmix.pipeline.scorer import FORMAT as BACKBONE_FORMAT
+from nas_kmix.pipeline.stage import Key
 from nas_kmix.splits import Evaluated, Part, evaluate_all
 
 NAME = "train"
@@ -37,11 +38,14 @@ FILES = (FILE, BEST)
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What is trained. The defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2)."""
+    """What is trained. The defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2).
 
-    genotype: str | None = None
+    Most fields are in no key, because the description of the network that they make is.
+    """
+
+    genotype: str | None = field(default=None, metadata=NOT_IN_KEY)
     """A file (JSON or legacy text), the name of a published genotype, or the text itself."""
-    backbone: str | None = None
+    backbone: str | None = field(default=None, metadata=NOT_IN_KEY)
     """Instead of a genotype: a network of `nas_kmix.backbones`, e.g. pyramidnet110."""
     stochastic_depth: float = 0.0
     """Of a backbone: probability that a batch skips the last residual path, linear over the depth (Huang et al.)."""
@@ -49,30 +53,16 @@ class NetworkConfig:
     """Of a backbone: probability that a value of the last stage is dropped, in squares (Ghiasi et al.)."""
     block_size: int = 3
     """Side of those squares in pixels, odd."""
-    channels: int = 36
+    channels: int = field(default=36, metadata=NOT_IN_KEY)
     """Width of the first cell's nodes."""
-    layers: int = 20
+    layers: int = field(default=20, metadata=NOT_IN_KEY)
     """Cells."""
-    auxiliary: bool = True
+    auxiliary: bool = field(default=True, metadata=NOT_IN_KEY)
     """Train with a second classifier on the cell at two thirds of the depth."""
-    max_macs: str | None = None
+    max_macs: str | None = field(default=None, metadata=NOT_IN_KEY)
     """Take the most channels, an even number, that cost at most so many multiply-adds, e.g. 600M."""
-    macs_convention: Literal["strict", "published"] = "strict"
+    macs_convention: Literal["strict", "published"] = field(default="strict", metadata=NOT_IN_KEY)
     """How --max-macs counts: convolutions and linear layers, or BatchNorms and ReLUs too as in the papers' tables."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig(TrainConfig):
-    """SGD, its schedule and the mixing of images."""
-
-    mix: MixName = "none"
-    """dmixup, dcutmix and saliency_dcutmix mix K images; mixup, cutmix and manifold_mixup are their rivals of two."""
-    mix_k: int = 5
-    """Images in a mix, at least 2; the rivals have two."""
-    mix_alpha: float = 0.2
-    """Concentration of the Dirichlet distribution that the shares are drawn from, of the rivals' Beta distribution."""
-    mix_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
 
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --training.epochs
@@ -91,9 +81,12 @@ class NetworkTraining:
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     network: Annotated[NetworkConfig, Flat] = field(default_factory=NetworkConfig)
-    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
-    training: Annotated[TrainingConfig, Flat] = field(default_factory=TrainingConfig)
+    optim: Annotated[OptimConfig, Flat] = field(default_factory=OptimConfig)
     recipe: Annotated[Recipe, Flat] = field(default_factory=Recipe)
+    mix: Annotated[MixConfig, Flat] = field(default_factory=MixConfig)
+    augmentation: Annotated[Augmentation, Flat] = field(default_factory=Augmentation)
+    sync_batchnorm: bool = False
+    """Under torchrun, take BatchNorm's statistics over the batches of all processes."""
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -124,19 +117,9 @@ def describe(model: nn.Module, config: NetworkConfig, data: ImageData) -> dict[s
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
-def key(
-    config: NetworkTraining, model: nn.Module, training: Part, evaluated: Evaluated, bad: BadFiles
-) -> dict[str, Any]:
+def key(config: NetworkTraining, model: nn.Module, training: Part, evaluated: Evaluated, bad: BadFileList) -> Key:
     """What the trained network depends on: all settings by their effect, the network, and the images of every split."""
-    settings = {
-        **asdict(config.training),
-        **asdict(_recipe(config)),
-        "network": describe(model, config.network, training.data),
-        "seed": config.seed,
-        **{name: getattr(config, name) for name in ("val_share", "train_images", "eval_every")},
-        **{name: getattr(config.input, name) for name in ("flip", "crop_padding")},
-        **{name: getattr(config.network, name) for name in ("stochastic_depth", "drop_block", "block_size")},
-    }
+    settings = identity(_resolved(config)) | {"network": describe(model, config.network, training.data)}
     if _photographs(training):
         settings["crops"] = "photographs"
     fingerprints = {name: part.data.fingerprint for name, part in evaluated.items()}
@@ -149,16 +132,16 @@ def load(
     model: nn.Module,
     training: Part,
     evaluated: Evaluated,
-    bad: BadFiles,
+    bad: BadFileList,
     *,
     run: Run,
-    key: Mapping[str, Any] | None,
+    key: Key | None,
 ) -> Trained | None:
     """The network of a training that is finished, with the weights that were evaluated; None for an unfinished one."""
     state = files.load_tensors(path)
     check_key(path, state.get("key"), key)
     with files.damage_named(path, "remove it, or use --fresh"):
-        if int(state["epoch"]) < config.training.epochs:
+        if int(state["epoch"]) < config.optim.epochs:
             return None
         model.load_state_dict(state["model"])
         bad.load_state_dict(state)
@@ -171,10 +154,10 @@ def make(
     model: nn.Module,
     training: Part,
     evaluated: Evaluated,
-    bad: BadFiles,
+    bad: BadFileList,
     *,
     run: Run,
-    key: Mapping[str, Any],
+    key: Key,
 ) -> Trained:
     """Train, from the start or from `path`, and evaluate after every `eval_every` epochs."""
     data = training.data
@@ -191,19 +174,20 @@ def make(
         with run.stage(EVALUATION) as cost:
             cost.images_forward += sum(len(part.indices) for part in evaluated.values())
             metrics = evaluate_all(model, evaluated, run.compute, run.world)
-            bad.write_list(run.path("bad_images.txt"))
+            bad.write(run.folder)
             return metrics
 
     return train(
         run.compute.layout(model.to(run.compute.device)),
         data,
-        replace(config.training, seed=config.seed),
-        config.input,
-        mix=make_mix(config.training, data.num_classes, model),
+        config.optim,
+        config.augmentation,
+        mix=make_mix(config.mix, data.num_classes, model),
+        seed=config.seed,
         run=run,
         stage=NAME,
         key=key,
-        recipe=_recipe(config),
+        recipe=_resolved(config).recipe,
         indices=training.indices,
         validation=Validation(measure, "val_accuracy" if "val" in evaluated else None, config.eval_every),
         checkpoint=path.name,
@@ -213,9 +197,12 @@ def make(
     )
 
 
-def _recipe(config: NetworkTraining) -> Recipe:
-    """A backbone has no paths to drop."""
-    return config.recipe if config.network.backbone is None else replace(config.recipe, drop_path=0.0)
+def _resolved(config: NetworkTraining) -> NetworkTraining:
+    """The settings that act, without a command's own: a backbone has no paths to drop."""
+    settings = {field.name: getattr(config, field.name) for field in fields(NetworkTraining)}
+    if config.network.backbone is not None:
+        settings["recipe"] = replace(config.recipe, drop_path=0.0)
+    return NetworkTraining(**settings)
 
 
 def _photographs(training: Part) -> bool:

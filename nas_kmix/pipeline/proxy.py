@@ -5,17 +5,16 @@ The selection itself is in `nas_kmix.proxy`, and the file applies to any copy of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.keys import check_key, stage_key
+from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.run import Run
 from nas_kmix.manifest import ProxyManifest
+from nas_kmix.pipeline.stage import Key
 from nas_kmix.proxy import ProxyConfig, make_proxy
 from nas_kmix.scores import ScoreTable
 
@@ -23,20 +22,14 @@ NAME = "selection"
 FILE = "proxy.json"
 
 
-def key(config: ProxyConfig, table: ScoreTable | None, data: ImageData) -> dict[str, Any]:
+def key(config: ProxyConfig, table: ScoreTable | None, data: ImageData) -> Key:
     """What a proxy depends on; a random one may have no scores."""
     inputs = {"data": data.fingerprint, "scores": None if table is None else table.hash()}
-    return stage_key(NAME, asdict(config), inputs)
+    return stage_key(NAME, identity(config), inputs)
 
 
 def load(
-    path: Path,
-    config: ProxyConfig,
-    table: ScoreTable | None,
-    data: ImageData,
-    *,
-    run: Run,
-    key: Mapping[str, Any] | None,
+    path: Path, config: ProxyConfig, table: ScoreTable | None, data: ImageData, *, run: Run, key: Key | None
 ) -> ProxyManifest:
     """The proxy in `path`, in the indices of `data`."""
     manifest = ProxyManifest.load(path)
@@ -47,7 +40,7 @@ def load(
 
 
 def make(
-    path: Path, config: ProxyConfig, table: ScoreTable | None, data: ImageData, *, run: Run, key: Mapping[str, Any]
+    path: Path, config: ProxyConfig, table: ScoreTable | None, data: ImageData, *, run: Run, key: Key
 ) -> ProxyManifest:
     """Select the images and write `path`."""
     with run.stage(NAME):

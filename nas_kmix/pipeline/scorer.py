@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
+import tyro
 from torch import nn
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
+from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import Compute
-from nas_kmix.engine.data import DataConfig, ImageData
-from nas_kmix.engine.keys import check_key, stage_key
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.keys import check_key, identity, stage_key
+from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run
-from nas_kmix.engine.training import TrainConfig, train
-from nas_kmix.mixers import make_mix
+from nas_kmix.engine.training import train
+from nas_kmix.mixers import MixConfig, make_mix
+from nas_kmix.pipeline.stage import Key
 
 NAME = "scorer"
 FILE = "scorer.pt"
@@ -33,48 +37,36 @@ Scorer = tuple[nn.Module, ImageData]
 
 
 @dataclass(frozen=True)
-class ScorerConfig(TrainConfig):
+class ScorerConfig:
     """The classifier that scores, and how it is trained (the paper's Table 1: PyramidNet-110 with DCutMix)."""
 
     backbone: str = "pyramidnet110"
     """A name of `nas_kmix.backbones.BACKBONES`."""
-    mix: Literal["none", "dmixup", "dcutmix"] = "dcutmix"
-    mix_k: int = 5
-    """Images in a mix, at least 2."""
-    mix_alpha: float = 0.2
-    """Concentration of the Dirichlet distribution that phi is drawn from."""
-    mix_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
+    mix: Annotated[MixConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
+    augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
+    seed: Annotated[int, tyro.conf.Suppress] = 0
+    """Seed of the initial weights, the order of the batches, the augmentation and the mixing."""
 
 
-def key(config: ScorerConfig, data: ImageData, data_config: DataConfig) -> dict[str, Any]:
-    """What a scorer depends on: its settings, the augmentation and the images."""
-    augmentation = {"flip": data_config.flip, "crop_padding": data_config.crop_padding}
-    return stage_key(NAME, {**asdict(config), **augmentation}, {"data": data.fingerprint})
+def key(config: ScorerConfig, data: ImageData) -> Key:
+    """What a scorer depends on: its settings and the images."""
+    return stage_key(NAME, identity(config), {"data": data.fingerprint})
 
 
-def load(
-    path: Path,
-    config: ScorerConfig,
-    data: ImageData,
-    data_config: DataConfig,
-    *,
-    run: Run,
-    key: Mapping[str, Any] | None,
-) -> Scorer:
+def load(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Key | None) -> Scorer:
     """The scorer in `path`, and `data` with its normalisation."""
     return load_scorer(path, data, compute=run.compute, key=key)
 
 
-def make(
-    path: Path, config: ScorerConfig, data: ImageData, data_config: DataConfig, *, run: Run, key: Mapping[str, Any]
-) -> Scorer:
+def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Key) -> Scorer:
     """Train on all of `data` and write `path`."""
     shape = {"num_classes": data.num_classes, "stem": data.stem}
     model = build_backbone(config.backbone, **shape, seed=config.seed).to(run.compute.device)
     model = run.compute.layout(model)
-    mix = make_mix(config, data.num_classes, model)
-    train(model, data, config, data_config, mix=mix, run=run, stage=NAME, key=key)
+    mix = make_mix(config.mix, data.num_classes, model)
+    options = {"mix": mix, "seed": config.seed, "run": run, "stage": NAME, "key": key}
+    train(model, data, config.optim, config.augmentation, **options)
     run.world.align_buffers(model)  # so that all processes score with one network
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(
@@ -94,9 +86,7 @@ def make(
     return model, data
 
 
-def load_scorer(
-    path: Path, data: ImageData, *, compute: Compute | None = None, key: Mapping[str, Any] | None = None
-) -> Scorer:
+def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, key: Key | None = None) -> Scorer:
     """Load `scorer.pt` for `data`: the model, and the data with the scorer's normalisation.
 
     Raises ValueError if the file is damaged or its network does not fit the data, and StageMismatchError if it was not

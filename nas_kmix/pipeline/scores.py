@@ -5,7 +5,6 @@ The scoring itself is in `nas_kmix.scoring`; here it is billed, saved after some
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key
 from nas_kmix.engine.run import Run, checkpoint_name
 from nas_kmix.pipeline.scorer import Scorer
+from nas_kmix.pipeline.stage import Key
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, score_dataset, scoring_key
 
@@ -29,13 +29,7 @@ def key(config: ScoringConfig, scorer: Scorer, data: ImageData) -> dict[str, Any
 
 
 def load(
-    path: Path,
-    config: ScoringConfig,
-    scorer: Scorer | None,
-    data: ImageData,
-    *,
-    run: Run,
-    key: Mapping[str, Any] | None,
+    path: Path, config: ScoringConfig, scorer: Scorer | None, data: ImageData, *, run: Run, key: Key | None
 ) -> ScoreTable:
     """The table in `path`; no scorer is needed where it was given."""
     table = ScoreTable.load(path)
@@ -44,13 +38,11 @@ def load(
         if key is None:
             raise ValueError(f"--scores {path} was made from other data than --data; score these images anew.")
         raise ValueError(f"{path} is damaged: it has other images than --data; remove it.")
-    data.bad.update(table.bad)
+    data.bad.add(table.bad)
     return table
 
 
-def make(
-    path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, run: Run, key: Mapping[str, Any]
-) -> ScoreTable:
+def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, run: Run, key: Key) -> ScoreTable:
     """Score all of `data`, going on after the shards that are done, and write `path`."""
     model, view = scorer
     tables: list[ScoreTable] = []
@@ -60,7 +52,7 @@ def make(
             rows = [state[name].numpy() for name in ("index", "label", "losses")]
             tables = [ScoreTable(*rows, key, bad=dict(state["bad"])).checked()]
             done = tables[0].index
-            data.bad.update(state["bad"])
+            data.bad.add(state["bad"])
     wanted = np.setdiff1d(data.good(), done)
     progress = run.progress(NAME, len(done) + len(wanted), done=len(done), unit="image")
 

@@ -19,14 +19,16 @@ import tyro
 
 from darts_space import BilevelConfig, Genotype, Search, SuperNet, scaled_lr
 from nas_kmix.engine import files
-from nas_kmix.engine.data import Batch, DataConfig, ImageData, augment_batch, epoch_batches
-from nas_kmix.engine.keys import check_key, stage_key
+from nas_kmix.engine.augment import Augmentation, augment_batch
+from nas_kmix.engine.data import Batch, ImageData
+from nas_kmix.engine.feed import epoch_batches
+from nas_kmix.engine.keys import NOT_IN_KEY, check_key, identity, stage_key
 from nas_kmix.engine.loop import run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import history
-from nas_kmix.pipeline.stage import obtain
+from nas_kmix.pipeline.stage import Key, obtain
 from nas_kmix.sampling import split_by_class
 
 NAME = "search"
@@ -43,8 +45,8 @@ class SearchConfig:
     """Images per step and half; a smaller half is one batch."""
     lr: float | None = None
     """SGD's first learning rate. Default: 0.1 from batch 256 up (imagenet: 0.5 from 1024 up), in proportion below."""
-    full_lr: Annotated[float, tyro.conf.Suppress] = 0.1
-    full_batch: Annotated[int, tyro.conf.Suppress] = 256
+    full_lr: Annotated[float, tyro.conf.Suppress] = field(default=0.1, metadata=NOT_IN_KEY)  # it acts through lr
+    full_batch: Annotated[int, tyro.conf.Suppress] = field(default=256, metadata=NOT_IN_KEY)
     """Images in a batch from which `full_lr` holds; a given `lr` holds for any batch."""
     channels: int = 16
     """Width of the first cell's nodes."""
@@ -63,10 +65,11 @@ class SearchConfig:
     arch_grad_clip: float | None = None
     unrolled: bool = False
     """Second-order architecture gradient (DARTS); costs about three times as much."""
-    step_matched: bool = False
+    step_matched: bool = field(default=False, metadata=NOT_IN_KEY)  # it acts through epochs
     """Give a proxy as many steps as the whole set would have had: the epochs grow by the ratio of their steps."""
     seeds: int = 1
     """Searches on the same proxy; genotype.json is then the one that shares most edges with the others."""
+    augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of the weights, the batches and their augmentation; several searches count on from it."""
 
@@ -131,25 +134,15 @@ class Halves:
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
-def key(config: SearchConfig, halves: Halves, data: ImageData, data_config: DataConfig) -> dict[str, Any]:
+def key(config: SearchConfig, halves: Halves, data: ImageData) -> Key:
     """What a search depends on, in values that are resolved: the epochs of a step-matched search, not its wish."""
     config = _step_matched(config, halves, data)
-    identity = {**asdict(config.bilevel("off")), "flip": data_config.flip, "crop_padding": data_config.crop_padding}
-    for name in ("channels", "layers", "partial", "edge_normalisation", "batch_size", "seeds", "seed"):
-        identity[name] = getattr(config, name)
-    return stage_key(NAME, identity, {"data": data.fingerprint, "proxy": halves.identity})
+    resolved = asdict(config.bilevel("off"))
+    del resolved["amp"]  # a search may go on on another device
+    return stage_key(NAME, identity(config) | resolved, {"data": data.fingerprint, "proxy": halves.identity})
 
 
-def load(
-    path: Path,
-    config: SearchConfig,
-    halves: Halves,
-    data: ImageData,
-    data_config: DataConfig,
-    *,
-    run: Run,
-    key: Mapping[str, Any] | None,
-) -> Genotype:
+def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key | None) -> Genotype:
     """The genotype in `path`."""
     genotype = Genotype.load(path)
     check_key(path, files.read_json(path).get("provenance"), key)
@@ -159,23 +152,14 @@ def load(
     return genotype
 
 
-def make(
-    path: Path,
-    config: SearchConfig,
-    halves: Halves,
-    data: ImageData,
-    data_config: DataConfig,
-    *,
-    run: Run,
-    key: Mapping[str, Any],
-) -> Genotype:
+def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key) -> Genotype:
     """Search once, or once for each of the `seeds` and choose the genotype that is most like the others."""
     if config.seeds == 1:
-        return _search(NAME, path, config, halves, data, data_config, run=run, key=key)
+        return _search(NAME, path, config, halves, data, run=run, key=key)
     genotypes = []
     for i in range(config.seeds):
         one = replace(config, seeds=1, seed=config.seed + i)
-        genotypes.append(obtain(OneSeed(i), one, halves, data, data_config, run=run))
+        genotypes.append(obtain(OneSeed(i), one, halves, data, run=run))
     shared = [sum(one.shared_edges(other) for other in genotypes) - 16 for one in genotypes]
     chosen = int(np.argmax(shared))
     mean = shared[chosen] / (config.seeds - 1)
@@ -192,7 +176,7 @@ class OneSeed:
     def __init__(self, number: int):
         self.NAME, self.FILE = f"{NAME}/seed-{number}", f"seed-{number}/{FILE}"
 
-    def make(self, path: Path, *inputs: Any, run: Run, key: Mapping[str, Any]) -> Genotype:
+    def make(self, path: Path, *inputs: Any, run: Run, key: Key) -> Genotype:
         return _search(self.NAME, path, *inputs, run=run, key=key)
 
 
@@ -200,21 +184,13 @@ class OneSeed:
 
 
 def _search(
-    name: str,
-    path: Path,
-    config: SearchConfig,
-    halves: Halves,
-    data: ImageData,
-    data_config: DataConfig,
-    *,
-    run: Run,
-    key: Mapping[str, Any],
+    name: str, path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key
 ) -> Genotype:
     """The genotype after the last epoch, which is written to `path`, and the history beside it."""
     config = _step_matched(config, halves, data)
     supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
     search = Search(supernet, config.bilevel(run.compute.amp))
-    task = _Searching(name, path.parent, search, config, halves, data, data_config, run)
+    task = _Searching(name, path.parent, search, config, halves, data, run)
     run_loop(task, [task.steps] * config.epochs, name=name, key=key, run=run)
     genotype = search.model.genotype()
     skips, _ = genotype.skip_connections()
@@ -237,7 +213,6 @@ class _Searching:
     config: SearchConfig
     halves: Halves
     data: ImageData
-    data_config: DataConfig
     run: Run
     rows: list[history.Row] = field(default_factory=list)
 
@@ -274,11 +249,11 @@ class _Searching:
     def _prepared(self, batch: Batch, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Augmented float images and labels."""
         if len(batch.labels) == 0:
-            first = next(iter(self.data.bad.values()), "")
             raise ValueError(
-                f"{self.data.source.name}: not one file of a batch can be read any more; the first is {first}"
+                f"{self.data.source.name}: not one file of a batch can be read any more; the first is "
+                f"{self.data.bad.first()}"
             )
-        images = augment_batch(batch.images, self.data, self.data_config, rng=np.random.default_rng(seed))
+        images = augment_batch(batch.images, self.data, self.config.augmentation, rng=np.random.default_rng(seed))
         return self.run.compute.layout(images), batch.labels
 
     def end(self, epoch: int, means: Mapping[str, float]) -> Sequence[str]:

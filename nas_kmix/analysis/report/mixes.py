@@ -8,8 +8,7 @@ import torch
 from nas_kmix.analysis.report.markup import Markup, join, percent, picture, sentence, tag
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
-from nas_kmix.mixers import K_IMAGES, make_mix
-from nas_kmix.pipeline.scorer import ScorerConfig
+from nas_kmix.mixers import K_IMAGES, MixConfig, make_mix
 
 SAMPLES, BATCH = 8, 16
 SIDE = 128  # pixels at most
@@ -23,8 +22,7 @@ def section(record: Record) -> Markup:
 
 
 def _mixes(record: Record) -> Markup:
-    part = "training" if "training" in record.config else "scorer"  # of train_eval.py or an older search
-    settings = record.settings(part, ScorerConfig)
+    settings = record.mixing
     who = "network" if record.trains else "scorer"
     if settings.mix == "none":
         raise ValueError(f"{record.name} trained its {who} on images as they are (mix none).")
@@ -42,15 +40,15 @@ def _mixes(record: Record) -> Markup:
     return join([sentence(how), tag("div", *samples, class_="samples")])
 
 
-def _draw(record: Record, settings: ScorerConfig) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+def _draw(record: Record, settings: MixConfig) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
     """Mixed images uint8 (8, 3, S, S), their soft labels (8, classes) and the classes' names."""
-    data = record.shown_data()
-    rng = np.random.default_rng([settings.seed, SAMPLE_STREAM])
+    data, seed = record.shown_data(), record.seed
+    rng = np.random.default_rng([seed, SAMPLE_STREAM])
     batch = data.fetch(rng.choice(len(data), size=min(BATCH, len(data)), replace=False))
     mix = make_mix(settings, data.num_classes, torch.nn.Identity())  # which manifold_mixup alone would look at
     images, soft = batch.images.cpu().float() / 255, None
     for attempt in range(1000):  # a batch that the settings leave unmixed shows nothing
-        mixed, soft = mix(images, batch.labels.cpu(), np.random.default_rng([settings.seed, MIX_STREAM, attempt]))
+        mixed, soft = mix(images, batch.labels.cpu(), np.random.default_rng([seed, MIX_STREAM, attempt]))
         if mixed is not images:
             break
     return (mixed[:SAMPLES] * 255).round().clamp(0, 255).to(torch.uint8), soft[:SAMPLES], data.class_names

@@ -24,7 +24,8 @@ from darts_space.cell import EDGES, PRIMITIVES
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, open_data
 from nas_kmix.engine.ledger import StageCost
-from nas_kmix.proxy import ProxyManifest
+from nas_kmix.manifest import ProxyManifest
+from nas_kmix.mixers import MixConfig
 from nas_kmix.scores import ScoreTable
 
 TABLES = {
@@ -79,11 +80,24 @@ class Record:
         except ValueError:  # the files of one that lacks its config.json can still tell
             return self.path("result.json").is_file()
 
-    def settings(self, part: str, kind: type[T]) -> T:
-        """The flags of one part as the config class they came from; fields of other classes are left aside."""
+    @property
+    def input(self) -> DataConfig:
+        """The data flags."""
         with self.reading("config.json"):
-            known = {field.name for field in fields(kind)}
-            return kind(**{name: value for name, value in self.config[part].items() if name in known})
+            return _config_of(DataConfig, self.config["input"])
+
+    @property
+    def mixing(self) -> MixConfig:
+        """How the images were mixed that the scorer, or the network, was trained on."""
+        with self.reading("config.json"):
+            if "training" in self.config:  # an older version's, among the flags of the optimiser
+                return _config_of(MixConfig, self.config["training"])
+            return _config_of(MixConfig, (self.config if self.trains else self.config["scorer"])["mix"])
+
+    @property
+    def seed(self) -> int:
+        with self.reading("config.json"):
+            return int(self.config["seed"])
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -192,7 +206,7 @@ class Record:
         """The training images of the run's data flags; read one by one, so only what is shown is decoded."""
         if self.given_data is not None:
             return self.given_data
-        settings = self.settings("input", DataConfig)
+        settings = self.input
         try:
             return open_data(settings)
         except (ValueError, OSError) as error:
@@ -268,3 +282,9 @@ class Record:
                 raise  # a sentence already
             cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
             raise ValueError(f"{self.path(name)} cannot be used: {cause.rstrip('.')}.") from error
+
+
+def _config_of(kind: type[T], flags: Mapping[str, Any]) -> T:
+    """Recorded flags as the config class they came from; fields that are not its own are left aside."""
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in flags.items() if name in known})

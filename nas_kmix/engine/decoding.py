@@ -1,0 +1,110 @@
+"""From image files to uint8 tensors: all at once for a set that stays in memory, batch by batch for one that streams.
+
+A `Source` in, squares (3, S, S) out. What cannot be decoded comes out as a sentence.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.photographs import PhotoTransform
+from nas_kmix.engine.sources import BadImageError, Source
+
+
+class Decoder(torch.utils.data.Dataset):
+    """Reads single files; a failure travels to the main process as a sentence.
+
+    An image's shorter side is resized to `resize`, by default `size`, and its centre is cropped to `size`; or
+    `transform` crops it.
+    """
+
+    def __init__(self, source: Source, size: int, resize: int | None, transform: PhotoTransform | None = None):
+        self.source, self.size, self.resize, self.transform = source, size, resize, transform
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor | str]:
+        """`item` is an index and the epoch that it is read in."""
+        index, epoch = item
+        try:
+            image = torch.from_numpy(np.ascontiguousarray(self.source.read(index))).permute(2, 0, 1)
+        except BadImageError as error:
+            return index, str(error)
+        if self.transform is not None:
+            return index, self.transform(image, index, epoch).contiguous()
+        return index, self._square(image).contiguous()
+
+    def _square(self, image: Tensor) -> Tensor:
+        if self.resize is not None or image.shape[1:] != (self.size, self.size):
+            image = TF.center_crop(TF.resize(image, self.resize or self.size, antialias=True), self.size)
+        return image
+
+
+def decode_all(source: Source, size: int, resize: int | None, *, threads: int, bad: BadFiles) -> Tensor:
+    """All images as one tensor (N, 3, S, S); rows of bad files stay black. Raises ValueError if all are bad."""
+    if source.arrays is not None and source.arrays.shape[1:3] == (size, size) and resize is None:
+        return torch.from_numpy(source.arrays).permute(0, 3, 1, 2).contiguous()
+    count = len(source.labels)
+    images, failures = torch.zeros(count, 3, size, size, dtype=torch.uint8), {}
+    decode = Decoder(source, size, resize).__getitem__
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:  # Pillow decodes outside Python's lock
+        for index, image in pool.map(decode, ((index, 0) for index in range(count))):
+            if isinstance(image, str):
+                failures[index] = image
+            else:
+                images[index] = image
+    bad.add(failures)
+    if len(failures) == count:
+        raise ValueError(f"{source.name}: not one image can be read; repair the files. The first is {bad.first()}")
+    return images
+
+
+class Plan:
+    """What a DataLoader is to read, put in before each pass: batches of (index, epoch)."""
+
+    def __init__(self):
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def open_loader(
+    decoder: Decoder, *, workers: int, pin_memory: bool, persistent: bool
+) -> tuple[Plan, torch.utils.data.DataLoader]:
+    """A loader of (images (N, 3, S, S), indices (N,), sentences of bad files by index), and the plan that it reads."""
+    plan = Plan()
+    loader = torch.utils.data.DataLoader(
+        decoder,
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_main_process,
+        pin_memory=pin_memory,
+        persistent_workers=persistent and workers > 0,
+        generator=torch.Generator(),  # otherwise every pass would draw its workers' seeds from the global one
+    )
+    return plan, loader
+
+
+def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
+    good = [(index, image) for index, image in rows if not isinstance(image, str)]
+    failures = {index: message for index, message in rows if isinstance(message, str)}
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return images, np.array([index for index, _ in good], dtype=np.int64), failures
+
+
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Ctrl-C and job schedulers signal whole process groups. The main process finishes its step, for which it needs the
+    workers, and then ends them; should it be killed, they notice and end themselves."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
