@@ -12,7 +12,7 @@ A genotype becomes a `CifarNetwork` or an `ImageNetNetwork`, with a `cost` and, 
 `load_network` opens.
 """
 
-from darts_space.bilevel import BilevelConfig, Search, StepResult, learning_rate, scaled_lr
+from darts_space.bilevel import Search, StepResult
 from darts_space.budget import parse_macs, widest
 from darts_space.checkpoint import build_network, load_network, network_checkpoint
 from darts_space.derivation import Diagnostics, derive, diagnose
@@ -23,6 +23,7 @@ from darts_space.network import CifarNetwork, ImageNetNetwork, Network, cost
 from darts_space.plain import PlainSuperNet
 from darts_space.primitives import build_operation
 from darts_space.search_network import ARCHITECTURE_NAMES
+from darts_space.settings import BilevelConfig, learning_rate, scaled_lr
 
 __all__ = [
     "ARCHITECTURE_NAMES",

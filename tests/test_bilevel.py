@@ -10,10 +10,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from darts_space import unrolled
-from darts_space.bilevel import BilevelConfig, Search, learning_rate, scaled_lr
+from darts_space.bilevel import Search
 from darts_space.fast.supernet import SuperNet
 from darts_space.plain import PlainSuperNet
 from darts_space.search_network import ARCHITECTURE_NAMES, SearchNetwork
+from darts_space.settings import BilevelConfig, learning_rate, scaled_lr
 
 
 class SmoothNet(nn.Module):
@@ -359,20 +360,6 @@ def test_a_step_never_reads_a_value_from_the_device(build, unrolled):
     for _ in range(2 if unrolled else 1):  # the second unrolled step has momentum
         result = search.step((images, labels), (images, labels))
     assert all(tensor.is_meta and tensor.dim() == 0 and not tensor.requires_grad for tensor in result)
-
-
-def test_evaluation_weighs_every_image_alike_and_changes_nothing():
-    search = Search(supernet(), config())
-    search.step(draw_batch(0), draw_batch(1))
-    before = snapshot(search.model)
-    images, labels = draw_batch(2, images=7)
-    loss, accuracy = search.evaluate([(images[:5], labels[:5]), (images[5:], labels[5:])])
-    assert search.model.training and same(before, snapshot(search.model))
-    logits = copy.deepcopy(search.model).eval()(images).detach()
-    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)))
-    assert accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
-    with pytest.raises(ValueError, match="no images to evaluate"):
-        search.evaluate([])
 
 
 # --- Resume

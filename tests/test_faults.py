@@ -39,7 +39,7 @@ import train_eval
 
 SEARCH = shlex.split(
     "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 24 --scoring.draws 2 --ratio .5 --channels 2 "
-    "--partial 2 --layers 3 --epochs 2 --batch-size 16 --no-report"
+    "--partial 2 --layers 3 --rest-steps 1 --arch-steps 2 --record-every 1 --batch-size 16 --no-report"
 )
 TRAIN = shlex.split(
     "--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary --epochs 2 "

@@ -27,7 +27,7 @@ from nas_kmix.splits import divide, other_splits
 # What changes no result: places, reporting, what is run at all, and sizes that bound memory alone.
 SEARCH = {
     *("preset", "out", "stop_after", "given.scorer", "given.scores", "given.proxy", "export_list", "fresh", "report"),
-    *("input.data_root", "scoring.batch_size"),
+    *("input.data_root", "scoring.batch_size", "search.cuda_graphs"),
 }
 TRAIN = {*("preset", "out", "fresh", "skip_bad", "report", "eval_only", "export"), "input.data_root"}
 DEVICE = {f"device.{field.name}" for field in fields(DeviceConfig)}  # a run may go on on another device
@@ -69,9 +69,15 @@ OTHER = {
     "scoring.loss": "anchor",
     "scoring.partners": "fixed",
     "search.arch_grad_clip": 1.0,
+    "search.arch_steps": 5,
+    "search.edges_by": "alpha-beta",
     "search.frozen_epochs": 1,
     "search.full_batch": 512,
     "search.lr": 0.2,
+    "search.record_every": 7,
+    "search.rest_steps": 3,
+    "search.schedule": "constant",
+    "search.search_size": 16,
     "selection.measure": "mean",
     "selection.method": "top",
     "train_images": 5,
@@ -169,7 +175,13 @@ def misjudged(config, keys, listed, elsewhere):
 
 
 def test_every_field_of_a_search_is_in_a_key_or_on_the_list(archives):
-    config = search.parse(["--data", str(archives / "0.npz"), "--batch-size", "4", "--epochs", "4"])
+    unset = [
+        word
+        for name in ("rest-steps", "arch-steps", "record-every", "search-size", "lr")
+        for word in (f"--{name}", "None")
+    ]
+    flags = ["--batch-size", "4", "--epochs", "4", "--schedule", "cosine", *unset]
+    config = search.parse(["--data", str(archives / "0.npz"), *flags])
     elsewhere = {"input.data", "input.max_resident_gb", "scoring.pool_size"}  # here and in the next test
     assert misjudged(config, search_keys, SEARCH | DEVICE, elsewhere) == set()
     other = changed(config, "input.data", str(archives / "1.npz"))

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import search
-from darts_space import ARCHITECTURE_NAMES, Genotype, Search, derive
+from darts_space import ARCHITECTURE_NAMES, Genotype, Search, SuperNet, derive
 from nas_kmix.commands.search import rest_of
 from nas_kmix.engine import data as engine_data
 from nas_kmix.engine.progress import Progress
@@ -34,9 +34,9 @@ from nas_kmix.scores import ScoreTable
 
 TINY = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
-    "--channels 2 --partial 2 --layers 3 --epochs 3 --batch-size 8"
+    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8"
 )
-ONE_STEP = ["--epochs", "1", "--batch-size", "16"]  # the shortest search
+ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1"]  # the shortest search
 TO_PROXY = ["--stop-after", "proxy"]
 IMAGES, CLASSES = 72, 3
 STAGES = ("scorer", "scoring", "selection", "search")
@@ -180,22 +180,22 @@ def test_every_stage_leaves_a_file_that_describes_itself(finished, npz):
     origin = json.loads((folder / "genotype.json").read_text())["provenance"]
     assert origin["inputs"]["proxy"] == ProxyManifest.load(folder / "proxy.json").hash()
     assert origin["config"]["channels"] == 2
-    assert json.loads((folder / "config.json").read_text())["search"]["epochs"] == 3
+    assert json.loads((folder / "config.json").read_text())["search"]["arch_steps"] == 4
     assert "torch" in json.loads((folder / "env.json").read_text())["packages"]
 
 
 def test_the_log_of_the_search_leads_to_its_genotype(finished):
     folder, _ = finished
     lines = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert {"margin_normal", "entropy_normal", "skips_normal"} <= lines[0].keys()
+    assert [(line["step"], line["arch_step"]) for line in lines] == [(2, 0), (4, 2), (6, 4)]
+    assert {"margin_normal", "entropy_normal", "skips_normal", "pools_normal"} <= lines[0].keys()
     with np.load(folder / "alphas.npz") as archive:
         tables = {name: archive[name] for name in archive.files}
     shapes = {name: (3, 14, 8) if name.startswith("alphas") else (3, 14) for name in ARCHITECTURE_NAMES}
     assert {name: table.shape for name, table in tables.items()} == shapes
-    assert not np.array_equal(tables["alphas_normal"][0], tables["alphas_normal"][1])  # epoch 0 is frozen, 1 is not
+    assert not np.array_equal(tables["alphas_normal"][0], tables["alphas_normal"][1])
     genotype = Genotype.load(folder / "genotype.json")
-    assert genotype == derive(**{name: torch.from_numpy(table[-1]) for name, table in tables.items()})
+    assert genotype == derive(**{name: torch.from_numpy(table[-1]) for name, table in tables.items()}, edges_by="alpha")
     assert lines[-1]["genotype"] == genotype.to_json()
     with open(folder / "metrics.csv", newline="") as file:
         rows = [(row["stage"], row["epoch"]) for row in csv.DictReader(file)]
@@ -209,8 +209,8 @@ def test_every_stage_is_billed(finished):
     for cost in bill["stages"].values():
         assert set(cost) == {"wall_s", "images_forward", "images_backward", "peak_rss_bytes", "skipped"}
         assert cost["wall_s"] > 0 and cost["peak_rss_bytes"] > 1e8 and cost["skipped"] is False
-    # The proxy has 15 + 15 images; the first of three epochs leaves the architecture alone.
-    passes = {"scorer": (2 * IMAGES,) * 2, "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": (75, 75)}
+    # Six steps of the weights and four of the architecture, eight images each.
+    passes = {"scorer": (2 * IMAGES,) * 2, "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": (80, 80)}
     for stage, expected in passes.items():
         cost = bill["stages"][stage]
         assert (cost["images_forward"], cost["images_backward"]) == expected
@@ -236,11 +236,11 @@ def test_the_reliability_of_too_few_draws_is_not_called_good(npz, tmp_path):
 
 def test_the_rate_of_a_preset_shrinks_with_its_batch():
     rates = {
-        (preset, batch): search.parse(["--preset", preset, "--batch-size", str(batch)]).search.bilevel("off").lr
+        (preset, batch): search.parse(["--preset", preset, "--batch-size", str(batch)]).search.bilevel("off", 1).lr
         for preset, batch in (("paper", 256), ("paper", 64), ("imagenet", 1024), ("imagenet", 64))
     }
     assert list(rates.values()) == [0.1, 0.025, 0.5, 0.03125]
-    assert search.parse(["--preset", "imagenet", "--batch-size", "64", "--lr", ".2"]).search.bilevel("off").lr == 0.2
+    assert search.parse(["--preset", "imagenet", "--batch-size", "64", "--lr", ".2"]).search.bilevel("off", 1).lr == 0.2
 
 
 def test_the_next_command_is_without_what_a_search_replaces():
@@ -271,7 +271,7 @@ def test_the_same_command_skips_every_stage(copy, npz):
         (["--scoring.draws", "5", *TO_PROXY, "--scoring.k", "4"], "scores.npz", "draws was 4, now 5; k was 3, now 4",
          "scorer.pt"),
         (["--ratio", ".2", *TO_PROXY], "proxy.json", "ratio was 0.4, now 0.2", "scores.npz"),
-        (["--lr", ".02", *ONE_STEP], "genotype.json", "lr was 0.003125, now 0.02", "proxy.json"),
+        (["--lr", ".02", *ONE_STEP], "genotype.json", "lr was 0.025, now 0.02", "proxy.json"),
     ],
     ids=STAGES,
 )  # fmt: skip
@@ -376,18 +376,18 @@ def test_no_proxy_searches_on_every_image(npz, tmp_path):
     ended = completed(command(npz, tmp_path, "--proxy", "none", "--method", "random", *ONE_STEP))
     assert "no effect of" in ended.out and "--method" in ended.out
     assert results_of(tmp_path) == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
-    assert costs_of(tmp_path)["search"]["images_forward"] == IMAGES  # 36 for the weights, 36 for the architecture
+    assert costs_of(tmp_path)["search"]["images_forward"] == 2 * 8  # a batch of either half
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
 
 
 def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, finished, npz, tmp_path):
-    """Else config.json would tell of epochs that nobody searched."""
+    """Else config.json would tell of steps that nobody took."""
     before = {name: (copy / name).read_bytes() for name in ("config.json", "env.json")}
     moved = shutil.copy(npz, copy.parent / "moved.npz")
-    ended = completed(command(npz, copy, "--stop-after", "scorer", "--epochs", 77, "--ratio", ".9"))
+    ended = completed(command(npz, copy, "--stop-after", "scorer", "--arch-steps", 77, "--ratio", ".9"))
     assert "fits, skipped" in ended.out
     assert {name: (copy / name).read_bytes() for name in before} == before
-    completed(command(moved, copy, "--stop-after", "scorer", "--epochs", 77))
+    completed(command(moved, copy, "--stop-after", "scorer", "--arch-steps", 77))
     config = json.loads(before["config.json"])
     config["input"]["data"] = str(moved)  # where a report finds the images now
     assert json.loads((copy / "config.json").read_text()) == config
@@ -446,11 +446,51 @@ def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz
     assert {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"} == before
 
 
-def test_a_step_matched_search_takes_as_many_steps_as_the_whole_set_would(finished, npz, tmp_path):
-    flags = ["--proxy", finished[0] / "proxy.json", "--step-matched", *ONE_STEP]
-    completed(command(npz, tmp_path, *flags))
-    with np.load(tmp_path / "alphas.npz") as tables:
-        assert len(tables["alphas_normal"]) == 3  # 36 images are 3 batches of 16, the proxy's 15 are one
+def test_a_search_in_epochs_is_one_in_steps(finished, npz, tmp_path):
+    """Its key and its history tell the steps that the epochs come to: 15 images are two batches of eight."""
+    proxy = ["--proxy", finished[0] / "proxy.json"]
+    unset = ["--rest-steps", "None", "--arch-steps", "None", "--record-every", "None"]
+    epochs = [*unset, "--epochs", 3, "--frozen-epochs", 1]
+    ended = completed(command(npz, tmp_path, *proxy, *epochs))
+    assert "2 steps of the weights alone, then 4 of weights and architecture" in ended.out
+    assert Genotype.load(tmp_path / "genotype.json") == Genotype.load(finished[0] / "genotype.json")
+    same = ["--rest-steps", 2, "--arch-steps", 4, "--record-every", 2]
+    assert "search: " in completed(command(npz, tmp_path, *proxy, *same)).out, "the same search by another name"
+
+
+def test_the_search_may_see_smaller_images(finished, npz, tmp_path):
+    """The area mean of the augmented images; scorer, scores and proxy are as they were."""
+    seen = []
+    forward = SuperNet.forward
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(SuperNet, "forward", lambda self, images: seen.append(images) or forward(self, images))
+        proxy = ["--proxy", finished[0] / "proxy.json"]
+        completed(command(npz, tmp_path / "full", *proxy, *ONE_STEP, "--search-size", 16))
+        completed(command(npz, tmp_path / "half", *proxy, *ONE_STEP, "--search-size", 8))
+    full, half = seen[:2], seen[2:]
+    for large, small in zip(full, half, strict=True):
+        assert large.shape[2:] == (16, 16)
+        torch.testing.assert_close(small, large.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5)))
+    size = "search_size was 16, now 8"
+    refused(command(npz, tmp_path / "full", *proxy, *ONE_STEP, "--search-size", 8), size, "--fresh")
+
+
+def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_path, monkeypatch):
+    proxy = ["--proxy", finished[0] / "proxy.json"]
+    pools = Genotype.from_json(
+        {
+            **Genotype.load(finished[0] / "genotype.json").to_json(),
+            "normal": [["max_pool_3x3", i % 2] for i in range(8)],
+        }
+    )
+    monkeypatch.setattr(SuperNet, "genotype", lambda self, edges_by: pools)
+    ended = completed(command(npz, tmp_path, *proxy))
+    assert "warning: the architecture moves after 2 steps of the weights; before about 1,000" in ended.out
+    assert "the 2 records before the last share 16.0 of 16 edges with the genotype" in ended.out
+    assert "0 are skip connections and 8 are pools; the search has collapsed" in ended.out
+    rested = completed(command(npz, tmp_path / "rested", *proxy, *ONE_STEP, "--arch-steps", 0, "--rest-steps", 1))
+    assert "the architecture moves" not in rested.out, "where it never moves there is nothing to warn of"
 
 
 def test_the_list_for_other_trainers(finished, npz, tmp_path):
@@ -741,7 +781,9 @@ def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_p
     [
         ("--data nowhere", "no such folder"), ("--data nowhere.npz", "no such file"), ("--seeds 0", "--seeds"),
         ("--epochs 0", "epoch"), ("--batch-size 0", "--batch-size"), ("--layers 2", "layers"),
-        ("--channels 3", "channels"), ("--image-size 18", "--image-size 16"), ("--seed -1", "--seed"),
+        ("--channels 3", "channels"), ("--search-size 18", "--search-size 16"), ("--seed -1", "--seed"),
+        ("--search-size 32", "larger than the images"),
+        ("--epochs 9", "no effect beside --rest-steps and --arch-steps"),
         ("--scorer.backbone huge", "backbone"), ("--scorer.mix-k 1", "at least 2"),
         ("--amp fp16", "fp16"), ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),
         ("--scores nowhere.npz", "no such file"), ("--scorer nowhere.pt", "no such file"),
@@ -760,9 +802,9 @@ def test_a_bad_value_is_one_sentence_before_any_stage(flags, words, npz, tmp_pat
         ({"train_labels": np.zeros((IMAGES, 2), dtype=int)}, "integers"),
         ({"train_labels": np.zeros(IMAGES, dtype=int)}, "single class"),
         ({"train_labels": np.arange(IMAGES) % 2 * 2}, "number of different labels"),
-        ({"train_images": draw_images(size=18)[0]}, "--image-size 16"),
+        ({"train_images": draw_images(size=3)[0]}, "--search-size 8 is larger than the images, 3 px"),
     ],
-    ids=["missing", "shape", "one class", "empty class", "18 px"],
+    ids=["missing", "shape", "one class", "empty class", "3 px"],
 )
 def test_bad_arrays_are_one_sentence(change, words, tmp_path):
     images, labels = draw_images()
@@ -888,4 +930,4 @@ def test_bfloat16_and_channels_last_on_the_cpu(finished, npz, tmp_path):
 
 def test_the_second_order_search(finished, npz, tmp_path):
     completed(command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", "--unrolled", *ONE_STEP))
-    assert costs_of(tmp_path)["search"]["images_forward"] == 4 * 15 + 15
+    assert costs_of(tmp_path)["search"]["images_forward"] == 4 * 8 + 8

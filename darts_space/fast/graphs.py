@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from darts_space.bilevel import Batch, BilevelConfig, Search
+from darts_space.bilevel import Batch, Search
+from darts_space.settings import BilevelConfig
 
 WARM_UP = 3  # steps before a recording, in which libraries allocate and optimisers make their state
 

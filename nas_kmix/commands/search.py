@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from darts_space import Genotype, derive
+from darts_space import Genotype
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.bad_files import BadFileList
@@ -24,11 +24,11 @@ from nas_kmix.pipeline import history, proxy, scorer, scores, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scores import ScoreTable
+from nas_kmix.scores import ScoreTable, verdict
 
 STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
 RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
-COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/skips_normal")  # runs, in TensorBoard
+COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # runs, in TensorBoard
 PICTURES = 5  # of the architecture, in TensorBoard over a search
 
 
@@ -108,16 +108,16 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
 
 
 def _show_architectures(run: Run) -> None:
-    """Have TensorBoard show the architecture a few times over a search."""
+    """Have TensorBoard show the architecture after the first record, the last, and now and then between them."""
 
-    def show(name: str, epoch: int, epochs: int, tables: Sequence[Mapping[str, Tensor]]) -> None:
-        if epoch + 1 == epochs or epoch % max(1, epochs // PICTURES) == 0:
+    def show(name: str, step: int, tables: Sequence[Mapping[str, Tensor]], genotype: Genotype, *, records: int) -> None:
+        if len(tables) == records or (len(tables) - 1) % max(1, records // PICTURES) == 0:
             from nas_kmix.analysis import live  # matplotlib takes a while to import
 
-            for title, pixels in live.pictures(tables, derive(**tables[-1])).items():
-                run.log.add_picture(name, epoch, title, pixels)
+            for title, pixels in live.pictures(tables, genotype).items():
+                run.log.add_picture(name, step, title, pixels)
 
-    run.on_epoch = show
+    run.on_record = show
 
 
 def _report_is_old(run: Run) -> bool:
@@ -137,9 +137,11 @@ def _reliability(table: ScoreTable, measure: str) -> str:
     value, draws = table.reliability(measure), table.losses.shape[1]
     if math.isnan(value):
         return f"unknown: {draws} draws of {len(table.index)} images are too few, or their {measure} is all the same"
-    meaning = "mostly noise" if value < 0.5 else "fair" if value < 0.8 else "good"
     name = measure.upper() if measure == "cv" else measure
-    return f"{value:.2f} of the {name} ranking over {draws} draws ({meaning}; new draws would repeat a ranking of 1.00)"
+    return (
+        f"{value:.2f} of the {name} ranking over {draws} draws "
+        f"({verdict(value)}; new draws would repeat a ranking of 1.00)"
+    )
 
 
 def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:

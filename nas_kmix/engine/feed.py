@@ -99,6 +99,24 @@ class Feed:
         return self.model.draw_drop_path(n, probability, generator=torch.Generator().manual_seed(int(seed)))
 
 
+def step_batches(
+    indices: np.ndarray, batch_size: int, first: int, steps: int, *, seed: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Batches `first` to `first + steps - 1` of an endless row of shuffled passes over `indices`, cut where they fill.
+
+    A function of `seed` and the numbers of the batches alone. All batches have `batch_size` images, or all that there
+    are if those are fewer.
+    """
+    n = len(indices)
+    size = min(batch_size, n)
+    start, stop = first * size, (first + steps) * size
+    passes = range(start // n, math.ceil(stop / n))
+    order = np.concatenate(
+        [indices[:0], *(np.random.default_rng([*seed, number]).permutation(indices) for number in passes)]
+    )
+    return np.split(order[start - passes.start * n :][: stop - start], steps) if steps else []
+
+
 def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tuple[int, ...]) -> list[np.ndarray]:
     """`steps` batches of a shuffled pass over `indices`, followed by further shuffled passes where it is short.
 

@@ -40,7 +40,7 @@ class Log:
         self._rows.clear()
 
     def add(self, stage: str, epoch: int, **values: float) -> None:
-        """Add a row. A repeated epoch replaces its row."""
+        """Add a row. A repeated epoch replaces its row. TensorBoard counts by the value `step` where there is one."""
         if not self._writes:
             return
         self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
@@ -52,7 +52,8 @@ class Log:
         files.write_text(self._folder / "metrics.csv", table.getvalue())
         from torch.utils.tensorboard.summary import scalar  # takes seconds to import
 
-        self._show(epoch, *(scalar(f"{stage}/{name}", value) for name, value in values.items()))
+        at = int(values.get("step", epoch))
+        self._show(at, *(scalar(f"{stage}/{name}", value) for name, value in values.items()))
 
     def add_picture(self, stage: str, epoch: int, name: str, pixels: np.ndarray) -> None:
         """Show uint8 (H, W, 3) in TensorBoard."""

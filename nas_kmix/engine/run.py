@@ -65,8 +65,8 @@ class Run:
     Of the processes of `world` only rank 0 writes, and all read, so that they need the folder in common.
     """
 
-    on_epoch: Callable[..., None]
-    """What a command wants to be told of after each epoch of a stage that says so (see `pipeline.search`)."""
+    on_record: Callable[..., None]
+    """What a command wants to be told of after each record of a stage that says so (see `pipeline.search`)."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Run:
         self.compute = compute or Compute()
         self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
         self.log = Log(self.folder, compared_by=compared_by, writes=self.world.main)
-        self.on_epoch = lambda *_: None
+        self.on_record = lambda *_, **__: None
         self._records = dict(records or {})
         self._signum: int | None = None
         self._lock: IO[str] | None = None

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
@@ -89,7 +90,10 @@ PRESETS: dict[str, Config] = {
             "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4)
         ),
         selection=ProxyConfig(ratio=0.2),
-        search=SearchConfig(epochs=10, batch_size=32, channels=8, layers=5),
+        search=SearchConfig(
+            rest_steps=300, arch_steps=40, batch_size=16, search_size=8, lr=0.025, schedule="constant", channels=8,
+            layers=3, edges_by="alpha", arch_lr=6e-3, record_every=20,
+        ),
         device=DeviceConfig(channels_last=True),
     ),
     # CIFAR-100 without a GPU: 25 minutes on one thread at --ratio 0.05, with a scorer of 46 % accuracy
@@ -100,7 +104,10 @@ PRESETS: dict[str, Config] = {
         scorer=ScorerConfig(
             "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4)
         ),
-        search=SearchConfig(epochs=20, batch_size=64, channels=8, layers=5),
+        search=SearchConfig(
+            rest_steps=1200, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant", layers=5,
+            edges_by="alpha", arch_lr=6e-3, record_every=25,
+        ),
         device=DeviceConfig(channels_last=True),
     ),
     # PyramidNet-110 for 300 epochs (the paper's Table 1: 16.95 % top-1 error) and PC-DARTS for 50 (Table 5). For a GPU.
@@ -148,6 +155,12 @@ def check_flags(config: Config) -> None:
             raise ValueError(
                 f"--fresh would remove the file of --{flag}; leave one of them out, or take another --out."
             )
+    preset = PRESETS[config.preset].search
+    for name, steps in (("epochs", ("rest_steps", "arch_steps")), ("frozen_epochs", ("rest_steps",))):
+        measured = all(getattr(config.search, step) is not None for step in steps)
+        if measured and getattr(config.search, name) != getattr(preset, name):
+            flags = " and ".join(f"--{step.replace('_', '-')}" for step in steps)
+            raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flags}; change those, or leave it out.")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
 
@@ -168,11 +181,18 @@ def check_later_stages(config: Config, data: ImageData) -> None:
         raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
     if config.stop_after is not None:
         return
-    multiple = config.search.supernet(data).input_multiple
-    if data.image_size % multiple:
-        nearest = max(multiple, round(data.image_size / multiple) * multiple)
+    search = config.search
+    check_shape(search.channels, search.layers, search.partial, data.stem)
+    multiple = INPUT_MULTIPLES[data.stem]
+    flag, size = (
+        ("--image-size", data.image_size) if search.search_size is None else ("--search-size", search.search_size)
+    )
+    if size % multiple or size < multiple:
+        nearest = max(multiple, round(size / multiple) * multiple)
         raise ValueError(
-            f"The supernet halves its images several times, so {data.image_size} px must be a multiple of {multiple}; "
-            f"use --image-size {nearest}."
+            f"The supernet halves its images several times, so {size} px must be a multiple of {multiple}; "
+            f"use {flag} {nearest}."
         )
-    config.search.bilevel(config.device.amp)  # checks its values
+    if size > data.image_size:
+        raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
+    search.bilevel(config.device.amp, epoch_steps=1)  # checks its values

@@ -1,4 +1,4 @@
-"""What a search leaves of its course: `genotypes.jsonl`, a line per epoch, and `alphas.npz`, the tables behind them."""
+"""What a search leaves of its course: `genotypes.jsonl`, a line per record, and `alphas.npz`, the tables of each."""
 
 from __future__ import annotations
 
@@ -9,31 +9,40 @@ from typing import Any
 
 import numpy as np
 
-from darts_space import ARCHITECTURE_NAMES, Search
+from darts_space import ARCHITECTURE_NAMES, Genotype, Search
+from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
 
 FILES = ("genotypes.jsonl", "alphas.npz")
-SKIP_COLLAPSE = 4  # skip connections among the eight operations of a normal cell that deserve a warning
 
 Row = Mapping[str, Any]
-"""An epoch: its number, the genotype after it as JSON, how sure that is, and the tables that it came from."""
+"""A record: steps and architecture steps so far, the genotype as JSON, how sure that is, and its tables."""
 
 
-def row_of(search: Search, epoch: int) -> Row:
-    tables = {name: getattr(search.model, name).detach().cpu().clone() for name in ARCHITECTURE_NAMES}
-    diagnostics = search.model.diagnostics()._asdict()
-    genotype = json.dumps(search.model.genotype().to_json())
-    return {"epoch": epoch, "genotype": genotype, "diagnostics": diagnostics, "tables": tables}
+def row_of(search: Search, edges_by: EdgesBy) -> Row:
+    """The record of the present state."""
+    return {
+        "step": search.steps_done,
+        "arch_step": search.steps_done - search.config.rest_steps,
+        "genotype": json.dumps(search.model.genotype(edges_by).to_json()),
+        "diagnostics": search.model.diagnostics(edges_by)._asdict(),
+        "tables": {name: getattr(search.model, name).detach().cpu().clone() for name in ARCHITECTURE_NAMES},
+    }
+
+
+def genotype_of(row: Row) -> Genotype:
+    return Genotype.from_json(json.loads(row["genotype"]))
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:
-    """Write both files; in `alphas.npz` each of the four tables is stacked over the epochs."""
+    """Write both files; in `alphas.npz` each of the four tables is stacked over the records."""
     lines = [
         json.dumps(
             {
-                "epoch": row["epoch"],
+                "step": row["step"],
+                "arch_step": row["arch_step"],
                 **row["diagnostics"],
-                "collapsed": row["diagnostics"]["skips_normal"] >= SKIP_COLLAPSE,
+                "collapsed": genotype_of(row).collapsed,
                 "genotype": json.loads(row["genotype"]),
             }
         )

@@ -54,14 +54,12 @@ def _text(record: Record) -> Markup:
         table(("node", "first edge", "second edge"), part, caption=f"The {name} cell in words", text_columns=3)
         for name, part in (("normal", rows[:NODES]), ("reduction", rows[NODES:]))
     ]
-    counts = [
-        f"{name}: {skips} and {pools} of 8 operations"
-        for name, skips, pools in zip(
-            ("Normal cell", "reduction cell"), genotype.skip_connections(), genotype.pools(), strict=True
-        )
-    ]
-    health = f"Skip connections and pools. {'; '.join(counts)}. A search has collapsed if its normal cell has "
-    health += f"{COLLAPSE_SKIPS} or more skip connections, or {COLLAPSE_POOLS} or more pools."
+    skips, pools = (" and ".join(map(str, counts)) for counts in (genotype.skip_connections(), genotype.pools()))
+    health = (
+        f"Of the 8 operations of the normal and of the reduction cell {skips} are skip connections, {pools} are pools. "
+        f"A search has collapsed if its normal cell has {COLLAPSE_SKIPS} or more skip connections, or {COLLAPSE_POOLS} "
+        "or more pools."
+    )
     return join([tag("div", *tables, class_="halves"), tag("pre", genotype.to_text()), sentence(health)])
 
 
