@@ -21,6 +21,7 @@ import search
 import train_eval
 from nas_kmix import scoring
 from nas_kmix.engine import run as run_module
+from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.evaluation import evaluate
 
@@ -131,14 +132,14 @@ def test_shares_are_a_division_into_equal_parts(n, size):
 
 def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
     """Each rank in turn, in one process: which images its network sees."""
-    data, seen = two_ranks.make_data(11), []
+    data, seen, batches = two_ranks.make_data(11), [], ImageData.batches
 
-    def fetched(index_batches, **options):
+    def fetched(self, index_batches, **options):
         for indices in index_batches:
             seen.extend(indices)
-            yield from type(data).batches(data, [indices], **options)
+            yield from batches(self, [indices], **options)
 
-    monkeypatch.setattr(data, "batches", fetched)
+    monkeypatch.setattr(ImageData, "batches", fetched)
     monkeypatch.setattr(World, "total", lambda world, *values: list(values))
     for rank in range(3):
         evaluate(two_ranks.make_network(), data, world=World(rank, 3), batch_size=2)

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -869,6 +869,17 @@ def test_scores_of_somebody_else_are_refused(change, copy, npz):
     altered_scores(copy / "scores.npz", **change)
     refused(command(npz, copy / "run", "--scores", copy / "scores.npz", *TO_PROXY), copy / "scores.npz")
     assert not results_of(copy / "run")
+
+
+def test_scores_that_list_images_of_an_archive_as_unreadable_are_used(copy, npz):
+    """None can be, but a file may say so; the images have no paths to be listed by."""
+    table = ScoreTable.load(copy / "scores.npz")
+    keep = table.index != 7
+    rows = {name: getattr(table, name)[keep] for name in ("index", "label", "losses")}
+    replace(table, **rows, bad={7: "unreadable"}).save(copy / "scores.npz")
+    ended = completed(command(npz, copy / "run", "--scores", copy / "scores.npz", *TO_PROXY))
+    assert "warning: 1 files cannot be read" in ended.out
+    assert (copy / "run" / "bad_images.txt").read_text() == "unreadable\n"
 
 
 def test_files_of_somebody_else_are_refused(finished, npz, tmp_path):

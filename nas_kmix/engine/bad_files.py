@@ -61,7 +61,7 @@ class BadFileList:
 
     def gather(self) -> dict[str, str]:
         """A sentence by path below the data folder, sorted; every process must call it, and all get the same."""
-        own = {data.source.paths[index]: sentence for data in self._sets for index, sentence in data.bad.items()}
+        own = {data.source.place(index): sentence for data in self._sets for index, sentence in data.bad.items()}
         for given in self._world.gather(json.dumps(own).encode()):
             self._sentences.update(json.loads(given))
         self._sentences = dict(sorted(self._sentences.items()))

@@ -62,8 +62,12 @@ class Source:
             pixels = {"arrays": self.arrays[indices]}
         return replace(self, labels=self.labels[indices], **pixels)
 
+    def place(self, index: int) -> str:
+        """Where an image lies in the set: its path below the folder, or its number."""
+        return f"image {index}" if self.paths is None else self.paths[index]
+
     def describe(self, index: int) -> str:
-        return f"image {index}" if self.paths is None else str(self.folder / self.paths[index])
+        return self.place(index) if self.folder is None else str(self.folder / self.place(index))
 
     def read(self, index: int) -> np.ndarray:
         """Native RGB pixels (H, W, 3). Raises BadImageError."""
