@@ -14,8 +14,8 @@ from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.mixers import MixConfig
+from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
-from nas_kmix.pipeline.search import SearchConfig
 from nas_kmix.proxy import ProxyConfig
 from nas_kmix.scoring import ScoringConfig
 
