@@ -49,7 +49,7 @@ class Ledger:
     def foreign_stages(self) -> list[str]:
         """Stages in the file that are not of this ledger; none where there is no file, or a damaged one."""
         try:
-            return [stage for stage in files.read_json(self._path)["stages"] if stage not in self.costs]
+            return [str(stage) for stage in files.read_json(self._path)["stages"] if stage not in self.costs]
         except (OSError, ValueError, KeyError, TypeError):
             return []
 

@@ -99,7 +99,8 @@ class Run:
     def __enter__(self) -> Run:
         if foreign := self.ledger.foreign_stages():
             raise ValueError(
-                f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)}); choose another."
+                f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)} in "
+                f"{self.path('cost.json')}); choose another."
             )
         if self.world.main:
             self._take_folder()
