@@ -20,11 +20,12 @@ from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.keys import StageMismatchError
+from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.log import Log
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import BadImageError, Source
-from nas_kmix.engine.training import TrainConfig, learning_rate
+from nas_kmix.engine.training import learning_rate
 
 SMALL = shlex.split("--no-report --threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3")
 SHORT = shlex.split("--epochs 3 --batch-size 16 --drop-path .3 --cutout 8 --ema .8 --color-jitter .4 .4 .4 .2")
@@ -115,7 +116,7 @@ def test_a_run_keeps_to_its_schedule_across_a_resume(train_only, tmp_path, monke
         run(train_only, tmp_path, *flags)
     assert len(rows(tmp_path)) == 4
     result = run(train_only, tmp_path, *flags)
-    training = TrainConfig(epochs=8, batch_size=4, lr=0.5, schedule="linear")
+    training = OptimConfig(epochs=8, batch_size=4, lr=0.5, schedule="linear")
     expected = [learning_rate(training, epoch, 5) for epoch in range(8)]
     np.testing.assert_allclose([float(row["lr"]) for row in rows(tmp_path)], expected, rtol=1e-6)
     assert result["best"] is None and not (tmp_path / "best.pt").exists()
