@@ -695,10 +695,11 @@ def signal_at(monkeypatch, stage: str, update: int, *signums: int) -> None:
 @pytest.mark.parametrize(
     ("stage", "update", "signum"),
     [("scorer", 1, signal.SIGINT), ("scorer", 3, signal.SIGTERM), ("scoring", 1, signal.SIGTERM),
-     ("search", 3, signal.SIGINT), ("search", 6, signal.SIGTERM)],
+     ("search", 1, signal.SIGTERM), ("search", 2, signal.SIGINT), ("search", 3, signal.SIGINT),
+     ("search", 6, signal.SIGTERM)],
 )  # fmt: skip
 def test_a_signal_ends_the_step_and_the_rerun_goes_on(stage, update, signum, finished, npz, tmp_path, monkeypatch):
-    """In the middle of an epoch, at its end, and after the very last step."""
+    """In the middle of an epoch and at its end; while alpha rests, at the end of that, later, after the last step."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     argv = command(npz, tmp_path, *([] if stage == "search" else TO_PROXY))
     signal_at(monkeypatch, stage, update, signum)
