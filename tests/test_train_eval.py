@@ -93,7 +93,7 @@ def alone(npz, tmp_path_factory):
 
 def test_every_learning_rate_of_the_imagenet_preset():
     preset = train_eval.PRESETS["imagenet"]
-    found = [learning_rate(preset.training, epoch, preset.recipe.warmup_epochs) for epoch in range(250)]
+    found = [learning_rate(preset.optim, epoch, preset.recipe.warmup_epochs) for epoch in range(250)]
     warm_up = [0.5 * (epoch + 1) / 5 for epoch in range(5)]
     slope = [0.5 * (245 - epoch) / 245 for epoch in range(5, 245)]
     tail = [0.5 * (250 - epoch) / (245 * 5) for epoch in range(245, 250)]
@@ -104,7 +104,7 @@ def test_every_learning_rate_of_the_imagenet_preset():
 
 def test_every_learning_rate_of_the_cifar_preset():
     preset = train_eval.PRESETS["cifar"]
-    found = [learning_rate(preset.training, epoch, preset.recipe.warmup_epochs) for epoch in range(600)]
+    found = [learning_rate(preset.optim, epoch, preset.recipe.warmup_epochs) for epoch in range(600)]
     np.testing.assert_allclose(found, [0.0125 * (1 + math.cos(math.pi * epoch / 600)) for epoch in range(600)])
 
 
