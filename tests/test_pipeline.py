@@ -783,7 +783,7 @@ def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_p
         ("--data nowhere", "no such folder"), ("--data nowhere.npz", "no such file"), ("--seeds 0", "--seeds"),
         ("--epochs 0", "epoch"), ("--batch-size 0", "--batch-size"), ("--layers 2", "layers"),
         ("--channels 3", "channels"), ("--search-size 18", "--search-size 16"), ("--seed -1", "--seed"),
-        ("--search-size 32", "larger than the images"),
+        ("--search-size 32", "larger than the images"), ("--cuda-graphs --unrolled", "the steps of --unrolled"),
         ("--epochs 9", "no effect beside --rest-steps and --arch-steps"),
         ("--scorer.backbone huge", "backbone"), ("--scorer.mix-k 1", "at least 2"),
         ("--amp fp16", "fp16"), ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),
