@@ -12,12 +12,14 @@ from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.learner import OptimConfig
+from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.proxy import ProxyConfig
-from nas_kmix.scoring import ScoringConfig
+from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
 
 ALL_IMAGES = Path("none")  # what --proxy means by it
 Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
@@ -179,6 +181,10 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     scores_anew = config.uses_scores and config.given.scores is None and config.stop_after != "scorer"
     if scores_anew and config.scoring.k > len(data):
         raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
+    if not data.resident:
+        batches = [config.scorer.optim.batch_size, EVALUATION_BATCH, IMAGES_PER_SHARD] if config.uses_scores else []
+        batches += [2 * config.search.batch_size] if config.stop_after is None else []  # of each half
+        check_room(min(max(batches, default=0), len(data)), data.image_size, data.workers, processes=1)
     if config.stop_after is not None:
         return
     search = config.search
