@@ -5,6 +5,7 @@ A run goes through stages (`pipeline.stage`). What they cost is in its `ledger`,
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import weakref
@@ -110,11 +111,17 @@ class Run:
         if fcntl is not None:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._lock.close()
-                raise ValueError(
-                    f"--out {self.folder} is in use by another run; wait for it or choose another."
-                ) from None
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    self.say(
+                        f"warning: the file system of --out {self.folder} has no locks ({error.strerror}), so a second "
+                        "command in this folder is not refused; start none"
+                    )
+                else:
+                    self._lock.close()
+                    raise ValueError(
+                        f"--out {self.folder} is in use by another run; wait for it or choose another."
+                    ) from None
         _locks.add(self._lock)
         for place in ("", "checkpoints/", "seed-*/"):
             for leftover in self.folder.glob(f"{place}*{files.TEMPORARY_SUFFIX}"):  # of a run killed while writing
