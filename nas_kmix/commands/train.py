@@ -232,6 +232,8 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--eval-only reads the network from its file; leave --genotype, --backbone, --max-macs out.")
     if config.eval_only is not None and config.eval_only.is_dir():
         raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
+    if config.export is not None and config.export.is_dir():
+        raise ValueError(f"--export {config.export} is a folder; name a file.")
     if settings.max_macs is not None and settings.genotype is None:
         raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
     if settings.backbone is None and (settings.stochastic_depth or settings.drop_block):
