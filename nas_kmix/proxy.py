@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -43,6 +44,21 @@ class ProxyConfig:
             raise ValueError(f"--interval must be at least 1, not {self.interval}.")
         if not 0.0 < self.arch_share < 1.0:
             raise ValueError(f"--arch-share must lie strictly between 0 and 1, not {self.arch_share}.")
+
+
+def smallest_ratio(counts: np.ndarray, *, balanced: bool) -> float | None:
+    """The least `ratio`, to six digits, at which both halves of the proxy surely have an image; None: there is none.
+
+    `counts` are the images of each class. The only image of a class goes to the weights, so that two of one class must
+    be selected; unbalanced, whatever the scores are, one more than there are classes.
+    """
+    if max(counts, default=0) < 2:
+        return None
+    images, wanted = (max(counts), 2) if balanced else (sum(counts), np.count_nonzero(counts) + 1)
+    millionths = math.floor((wanted - 0.5) / images * 1e6)
+    while math.floor(millionths / 1e6 * images + 0.5) < wanted:  # as `select` counts
+        millionths += 1
+    return millionths / 1e6
 
 
 def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -> ProxyManifest:

@@ -298,3 +298,12 @@ def test_hash_of_arrays_sees_shapes_types_values_and_divisions():
     hashes = [files.hash_arrays(*arrays) for arrays in different]
     assert len(set(hashes)) == len(hashes)
     assert files.hash_arrays(a.reshape(2, 3).T) == files.hash_arrays(np.ascontiguousarray(a.reshape(2, 3).T))
+
+
+def test_a_file_system_without_fsync_can_be_written_to(tmp_path, write, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -4,6 +4,7 @@ Also the device as data, which a run is given.
 """
 
 import csv
+import errno
 import json
 import os
 import platform
@@ -59,6 +60,31 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
             pass
         raise KeyError
     with open_run(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO])
+def test_a_file_system_without_locks_is_no_folder_in_use(number, tmp_path, monkeypatch, capsys):
+    """Lustre without its option, some NFS: the run goes on, and says that a second one would not be refused."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_module.fcntl, "flock", refuse)
+    with open_run(tmp_path) as run, run.stage("scorer"):
+        pass
+    assert f"warning: the file system of --out {tmp_path} has no locks ({os.strerror(number)})" in "".join(
+        capsys.readouterr()
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_only_a_lock_that_is_taken_means_in_use(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_module.fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match="in use by another run"), open_run(tmp_path):
         pass
 
 

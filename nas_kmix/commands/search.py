@@ -100,6 +100,9 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
         result = replace(result, proxy=chosen)
         if config.stop_after == "proxy":
             return result
+        if len(chosen.arch) == 0:
+            place = given.proxy or run.path(proxy.FILE)
+            raise ValueError(f"{place} has no image to train the architecture; make one at a larger --ratio.")
         halves = search.Halves.of_proxy(chosen)
     return replace(result, genotype=obtain(search, config.search, halves, data, run=run))
 

@@ -21,10 +21,12 @@ from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.distributed import World, is_main, joined
+from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, open_run
+from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline import network
 from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining
@@ -139,6 +141,9 @@ def run(config: Config) -> dict[str, Any]:
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
         result = {"network": description, "seed": config.seed, **cost(model, data.image_size)}
+        if not data.resident:
+            largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
+            check_room(largest, data.image_size, data.workers)
         if config.fresh:
             run.clear(RESULTS)
         if config.preset in PAPER:
@@ -227,6 +232,8 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--eval-only reads the network from its file; leave --genotype, --backbone, --max-macs out.")
     if config.eval_only is not None and config.eval_only.is_dir():
         raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
+    if config.export is not None and config.export.is_dir():
+        raise ValueError(f"--export {config.export} is a folder; name a file.")
     if settings.max_macs is not None and settings.genotype is None:
         raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
     if settings.backbone is None and (settings.stochastic_depth or settings.drop_block):

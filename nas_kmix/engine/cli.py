@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 import tyro
 
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.run import StoppedError
+from nas_kmix.engine.signals import StoppedError
+from nas_kmix.engine.workers import end_workers, explain
 
 Config = TypeVar("Config")
 
@@ -28,15 +31,19 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
 
 
 def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], str]) -> int:
-    """Do the work; an expected failure becomes one sentence on stderr.
+    """Do the work; an expected failure becomes one sentence on stderr. No worker process outlives it.
 
-    Returns 0, 1 (a full disk, a loss that is not finite), 2 (bad usage), 130 or 143 (signals). `remedy` tells what to
-    do about a file of other settings.
+    Returns 0, 1 (a full disk, no memory, a lost worker, a loss that is not finite), 2 (bad usage), 130 or 143
+    (signals). `remedy` tells what to do about a file of other settings.
     """
     try:
-        work()
+        try:
+            work()
+        finally:
+            end_workers()
     except StoppedError as stopped:
-        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        place = "here" if stopped.saved else "the last checkpoint"
+        print(f"stopped by {stopped}; the same command goes on from {place}", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -50,4 +57,21 @@ def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], s
     except (NonFiniteLossError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        sentence = explain(error) or _out_of_memory(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> str | None:
+    """A sentence where the error says that there is no memory left, on a GPU or in the machine."""
+    remedy = "lower the batch size of the stage (--batch-size, --scorer.batch-size, --scoring.batch-size)"
+    if isinstance(error, torch.OutOfMemoryError):
+        gpu = re.search(r"GPU (\d+)", str(error))
+        return f"Out of memory on {f'cuda:{gpu[1]}' if gpu else 'the GPU'}: {remedy}."
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        return f"Out of memory: {remedy}."
+    return None

@@ -24,6 +24,7 @@ from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.decoding import Decoder, Plan, decode_all, open_loader
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.sources import Source
+from nas_kmix.engine.workers import check_room, read
 
 CENTRE_SHARE = 0.875  # of the shorter side that evaluation above 64 px looks at: 224 of 256 pixels
 CIFAR_STEM_LIMIT = 64  # pixels: up to here images keep their native size and networks start at full resolution
@@ -148,7 +149,8 @@ class ImageData:
             return
         plan, loader = self._loaders.get(transform) or self._loader(transform, persistent)
         plan.batches = [[(index, epoch) for index in indices.tolist()] for indices in index_batches]
-        for images, indices, failures in loader:
+        check_room(max(map(len, plan.batches), default=0), self.image_size, self.workers)
+        for images, indices, failures in read(loader):
             self.bad.add(failures)
             at = torch.as_tensor(indices, device=self.device)
             yield Batch(images.to(self.device, non_blocking=True), self._device_labels[at], indices)

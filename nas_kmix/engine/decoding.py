@@ -5,7 +5,6 @@ A `Source` in, squares (3, S, S) out. What cannot be decoded comes out as a sent
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.sources import BadImageError, Source
+from nas_kmix.engine.workers import LOOK_EVERY, PREFETCH, prepare_worker, stacked
 
 
 class Decoder(torch.utils.data.Dataset):
@@ -88,7 +88,9 @@ def open_loader(
         batch_sampler=plan,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_main_process,
+        worker_init_fn=prepare_worker,
+        prefetch_factor=PREFETCH if workers > 0 else None,
+        timeout=LOOK_EVERY if workers > 0 else 0,
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,
         generator=torch.Generator(),  # otherwise every pass would draw its workers' seeds from the global one
@@ -96,15 +98,11 @@ def open_loader(
     return plan, loader
 
 
-def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
+def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]] | str:
+    """A sentence where a worker has no room for the batch."""
     good = [(index, image) for index, image in rows if not isinstance(image, str)]
     failures = {index: message for index, message in rows if isinstance(message, str)}
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    images = stacked([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    if isinstance(images, str):
+        return images
     return images, np.array([index for index, _ in good], dtype=np.int64), failures
-
-
-def _leave_signals_to_main_process(worker: int) -> None:
-    """Ctrl-C and job schedulers signal whole process groups. The main process finishes its step, for which it needs the
-    workers, and then ends them; should it be killed, they notice and end themselves."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)

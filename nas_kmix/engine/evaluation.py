@@ -14,6 +14,7 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.progress import Progress
 
+EVALUATION_BATCH = 256  # images, by default
 TOP = 5  # the second accuracy that is customary, where there are more classes than that
 
 
@@ -24,7 +25,7 @@ def evaluate(
     *,
     compute: Compute | None = None,
     world: World | None = None,
-    batch_size: int = 256,
+    batch_size: int = EVALUATION_BATCH,
     indices: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:

@@ -6,6 +6,7 @@ Every write goes to a temporary neighbour, is flushed to the disk and then renam
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -32,13 +33,22 @@ def write_bytes(path: Path, payload: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(payload)
             file.flush()
-            os.fsync(file.fileno())
+            _to_disk(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = error.strerror or error
         raise OSError(f"{path} could not be written: {reason}. Free some space or fix the rights.") from error
+
+
+def _to_disk(descriptor: int) -> None:
+    """fsync, without an error on file systems that have none."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,15 +5,13 @@ A run goes through stages (`pipeline.stage`). What they cost is in its `ledger`,
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 from nas_kmix.engine import files
@@ -23,6 +21,7 @@ from nas_kmix.engine.keys import check_key
 from nas_kmix.engine.ledger import Ledger, StageCost
 from nas_kmix.engine.log import Log
 from nas_kmix.engine.progress import Progress
+from nas_kmix.engine.signals import StoppedError, StopSignals
 
 try:
     import fcntl
@@ -44,14 +43,6 @@ def _leave_locks_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_locks_to_parent)
-
-
-class StoppedError(Exception):
-    """A signal asked the run to stop, and its state is saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 def checkpoint_name(stage: str) -> str:
@@ -89,7 +80,7 @@ class Run:
         self.log = Log(self.folder, compared_by=compared_by, writes=self.world.main)
         self.on_record = lambda *_, **__: None
         self._records = dict(records or {})
-        self._signum: int | None = None
+        self._stop = StopSignals(speaks=self.world.main)
         self._lock: IO[str] | None = None
         self._new = False
         self._checkpoint_time = time.monotonic()
@@ -107,10 +98,7 @@ class Run:
         self.world.barrier()
         self.ledger.read_back()
         self.log.read_back()
-        self._old_handlers = {}
-        with suppress(ValueError):  # not the main thread: a notebook's or a test's own; signals are not ours then
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
+        self._stop.install()
         return self
 
     def _take_folder(self) -> None:
@@ -123,19 +111,24 @@ class Run:
         if fcntl is not None:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._lock.close()
-                raise ValueError(
-                    f"--out {self.folder} is in use by another run; wait for it or choose another."
-                ) from None
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    self.say(
+                        f"warning: the file system of --out {self.folder} has no locks ({error.strerror}), so a second "
+                        "command in this folder is not refused; start none"
+                    )
+                else:
+                    self._lock.close()
+                    raise ValueError(
+                        f"--out {self.folder} is in use by another run; wait for it or choose another."
+                    ) from None
         _locks.add(self._lock)
         for place in ("", "checkpoints/", "seed-*/"):
             for leftover in self.folder.glob(f"{place}*{files.TEMPORARY_SUFFIX}"):  # of a run killed while writing
                 leftover.unlink()
 
     def __exit__(self, *exc_info) -> None:
-        for signum, handler in self._old_handlers.items():
-            signal.signal(signum, handler)
+        self._stop.restore()
         if self._lock is not None:
             if self._new and exc_info[0] is not None:
                 self._remove_if_empty()
@@ -206,25 +199,16 @@ class Run:
 
     # -- stopping and going on -----------------------------------------------------------------------------------
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step to end
-        self._signum = signum
-        if not self.world.main:
-            return
-        with suppress(OSError, RuntimeError):  # the terminal may be gone, or be in the middle of a write
-            os.write(sys.stderr.fileno(), b"\nfinishing the step and saving; Ctrl-C again to stop at once\n")
-
     def raise_if_stopping(self) -> None:
         """Raise StoppedError if a signal came in, to any process of the world; call it once the state is saved."""
-        (signum,) = self.world.highest(self._signum or 0)
+        (signum,) = self.world.highest(self._stop.signum or 0)
         if signum:
             raise StoppedError(int(signum))
 
     def checkpoint_due(self) -> bool:
         """Whether to save in the middle of an epoch: a signal came in, or a minute has passed, in any process."""
         waited = time.monotonic() - self._checkpoint_time
-        due = self._signum is not None or waited > SECONDS_BETWEEN_CHECKPOINTS
+        due = self._stop.signum is not None or waited > SECONDS_BETWEEN_CHECKPOINTS
         return bool(self.world.highest(due)[0])
 
     def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:

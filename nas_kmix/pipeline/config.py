@@ -6,18 +6,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
+from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.learner import OptimConfig
+from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
-from nas_kmix.proxy import ProxyConfig
-from nas_kmix.scoring import ScoringConfig
+from nas_kmix.proxy import ProxyConfig, smallest_ratio
+from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
 
 ALL_IMAGES = Path("none")  # what --proxy means by it
 Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
@@ -162,6 +165,8 @@ def check_flags(config: Config) -> None:
         )
     if config.export_list is not None and config.stop_after in ("scorer", "scores"):
         raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
+    if config.export_list is not None and config.export_list.is_dir():
+        raise ValueError(f"--export-list {config.export_list} is a folder; name a file.")
     for flag, path in paths.items():
         if path != ALL_IMAGES and not path.is_file():
             raise ValueError(f"--{flag} {path}: there is no such file.")
@@ -193,8 +198,13 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     scores_anew = config.uses_scores and config.given.scores is None and config.stop_after != "scorer"
     if scores_anew and config.scoring.k > len(data):
         raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
+    if not data.resident:
+        batches = [config.scorer.optim.batch_size, EVALUATION_BATCH, IMAGES_PER_SHARD] if config.uses_scores else []
+        batches += [2 * config.search.batch_size] if config.stop_after is None else []  # of each half
+        check_room(min(max(batches, default=0), len(data)), data.image_size, data.workers, processes=1)
     if config.stop_after is not None:
         return
+    _check_halves(config, data)
     search = config.search
     check_shape(search.channels, search.layers, search.partial, data.stem)
     multiple = INPUT_MULTIPLES[data.stem]
@@ -213,3 +223,25 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
         flag = "--unrolled" if search.unrolled else "--amp fp16"
         raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")
+
+
+def _check_halves(config: Config, data: ImageData) -> None:
+    """Refuse where no image would be left to train the architecture: classes and ratio tell that without any score."""
+    if config.given.proxy not in (None, ALL_IMAGES):
+        return
+    selection = config.selection
+    least = smallest_ratio(np.bincount(data.labels[data.good()]), balanced=selection.balanced)
+    if least is None:
+        raise ValueError(
+            f"--data {config.input.data}: no class has two images, so none is left to train the architecture; add some."
+        )
+    if config.given.proxy is None and selection.ratio < least:
+        reuse = ""
+        if (config.out / "proxy.json").exists() and not config.fresh:  # it would not fit the other ratio
+            scores = config.out / "scores.npz"
+            given = f" --scores {scores}" if scores.exists() and config.given == Given() and config.uses_scores else ""
+            reuse = f" with --out {config.out}-2{given}"
+        raise ValueError(
+            f"--ratio {selection.ratio:g} leaves no image to train the architecture, since it takes a single one of a "
+            f"class{'' if selection.balanced else ', or may do so'}; use --ratio {least:g} or more{reuse}."
+        )
