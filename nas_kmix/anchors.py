@@ -45,6 +45,10 @@ class ScoringConfig:
     sequence: Literal["independent", "sobol"] = "independent"
     """How the draws of an image follow each other in phi and positions: independently, or as a Sobol' sequence with a
     random shift of its own, which covers them more evenly."""
+    baselines: bool = False
+    """Also measure what other methods select by: predictive entropy under mixing and without, EL2N, BALD and variation
+    ratio of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre
+    order grows with the square of the number of images."""
     batch_size: int = field(default=512, metadata=NOT_IN_KEY)
     """Mixed images in a forward pass."""
     pool_size: int = field(default=4096, metadata=NOT_IN_KEY)  # but what it does is, see `scoring.scoring_key`
