@@ -21,6 +21,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.foreign import source_of
 from nas_kmix.engine.sources import LOSSY_SUFFIXES, BadImageError
+from nas_kmix.sampling import DROP_HARDEST
 
 FORMAT, VERSION = "nas_kmix/proxy", 1
 
@@ -52,6 +53,7 @@ class ProxyManifest:
     arch: np.ndarray
     content: tuple[str, ...]
     paths: tuple[str, ...] | None = None
+    drop_hardest: float = DROP_HARDEST
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ProxyManifest) and self.to_json() == other.to_json()
@@ -78,6 +80,7 @@ class ProxyManifest:
             "method": self.method,
             "measure": self.measure,
             "interval": self.interval,
+            "drop_hardest": self.drop_hardest,
             "balanced": self.balanced,
             "arch_share": self.arch_share,
             "seed": self.seed,
@@ -226,6 +229,7 @@ def _from_json(raw: dict[str, Any]) -> ProxyManifest:
         paths=paths,
         seed=raw["seed"],
         scores=raw["scores"],
+        drop_hardest=raw.get("drop_hardest", DROP_HARDEST),
         **{name: raw[name] for name in plain},
     )
 

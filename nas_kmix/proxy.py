@@ -12,7 +12,7 @@ import tyro
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.sources import BadImageError
 from nas_kmix.manifest import ProxyManifest, paths_of
-from nas_kmix.sampling import Method, select, split_by_class
+from nas_kmix.sampling import DROP_HARDEST, Method, select, split_by_class
 from nas_kmix.scores import Measure, ScoreTable
 
 SELECTION = 11  # random stream
@@ -25,23 +25,30 @@ class ProxyConfig:
     ratio: float = 0.1
     """t, the share of each class that is kept, in (0, 1]."""
     measure: Measure = "cv"
-    """What images are ranked by: coefficient of variation, mean or standard deviation of their losses."""
+    """What images are ranked by. cv, mean, std: coefficient of variation, mean and standard deviation of their losses;
+    residual: the CV less what the mean explains of it in the class; all others need --scoring.baselines."""
     method: Method = "interval"
-    """interval | top | bottom | random; a random proxy needs no scorer and no scores."""
+    """interval, top and bottom go by rank; coverage drops the hardest images and stratifies over the score of the rest
+    (Zheng et al., ICLR 2023); histogram prefers both tails of the score (Na et al., IJCAI 2021); for both, a high score
+    must mean a hard image, as mean, el2n and the entropies do. A random proxy needs no scorer and no scores."""
     interval: int = 4
     """s: take every s-th image of the descending order; 1 is `top`, 1 / ratio nearly random."""
+    drop_hardest: float = DROP_HARDEST
+    """Share of the images with the highest scores that coverage drops, in [0, 1)."""
     balanced: bool = True
     """Select class by class."""
     arch_share: float = 0.5
     """Share of the proxy that trains the architecture; the rest trains the weights (.5 on CIFAR, .2 on ImageNet)."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Of the division into halves, and of a random selection."""
+    """Of the division into halves, and of a selection that draws."""
 
     def __post_init__(self):
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"--ratio is the share of images to keep and must lie in (0, 1], not {self.ratio}.")
         if self.interval < 1:
             raise ValueError(f"--interval must be at least 1, not {self.interval}.")
+        if not 0.0 <= self.drop_hardest < 1.0:
+            raise ValueError(f"--drop-hardest is a share of images and must lie in [0, 1), not {self.drop_hardest}.")
         if not 0.0 < self.arch_share < 1.0:
             raise ValueError(f"--arch-share must lie strictly between 0 and 1, not {self.arch_share}.")
 
@@ -79,6 +86,7 @@ def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -
                 config.ratio,
                 method=config.method,
                 interval=config.interval,
+                drop_hardest=config.drop_hardest,
                 balanced=config.balanced,
                 rng=rng,
             )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy import stats
@@ -15,7 +15,21 @@ from scipy import stats
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 
-Measure = Literal["cv", "mean", "std"]
+Column = Literal["mixed_entropy", "entropy", "el2n", "bald", "variation_ratio", "k_centre"]
+Measure = Literal["cv", "mean", "std", "residual", Column]
+COLUMNS: tuple[Column, ...] = get_args(Column)
+TITLES: dict[Measure, str] = {
+    "cv": "CV",
+    "mean": "mean loss",
+    "std": "standard deviation",
+    "residual": "CV less what the mean explains",
+    "mixed_entropy": "predictive entropy under mixing",
+    "entropy": "predictive entropy",
+    "el2n": "EL2N",
+    "bald": "BALD",
+    "variation_ratio": "variation ratio",
+    "k_centre": "k-centre order",
+}
 FORMAT = "nas_kmix/scores"
 RELIABILITY_SPLITS = 20
 
@@ -25,7 +39,8 @@ class ScoreTable:
     """One row per scored image, ascending in `index`; images that could not be read have none.
 
     index, label: int64 (N,); losses: float32 (N, M), the loss at every draw; key: what they depend on (`scoring_key`);
-    bad: files that could not be read, by index, each with a sentence.
+    bad: files that could not be read, by index, each with a sentence; columns: float64 (N,) by name, the measures that
+    do not follow from the losses, where they were asked for (`ScoringConfig.baselines`).
     """
 
     index: np.ndarray
@@ -33,6 +48,7 @@ class ScoreTable:
     losses: np.ndarray
     key: Mapping[str, Any] = field(default_factory=dict)
     bad: Mapping[int, str] = field(default_factory=dict)
+    columns: Mapping[Column, np.ndarray] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ScoreTable) and self.hash() == other.hash() and self.key == other.key
@@ -54,22 +70,45 @@ class ScoreTable:
         """float64 (N,), the coefficient of variation std / mean; 0 where every loss is 0."""
         return _cv(self.losses)
 
+    @property
+    def residual(self) -> np.ndarray:
+        """float64 (N,), what is left of the CV once a straight line through the mean has explained its part.
+
+        Each class has its own line, by least squares. The CV falls where the mean rises (rank correlation -.4 on
+        CIFAR-100), so that a high CV is in part an easy image; the residual is not (below .04).
+        """
+        mean, rest = self.mean, self.cv.copy()
+        for label in np.unique(self.label):
+            rows = np.flatnonzero(self.label == label)
+            line = np.column_stack([np.ones(len(rows)), mean[rows]])
+            rest[rows] -= line @ np.linalg.lstsq(line, rest[rows], rcond=None)[0]
+        return rest
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The names that `measure` knows here."""
+        return tuple(name for name in TITLES if name in self.columns or name not in COLUMNS)
+
     def measure(self, name: Measure) -> np.ndarray:
-        """float64 (N,), the values of that name."""
-        return getattr(self, name)
+        """float64 (N,), the values of that name. Raises ValueError where they were not asked for."""
+        if name not in self.measures:
+            raise ValueError(f"These scores have no {name}; score the images anew with --scoring.baselines.")
+        return self.columns[name] if name in self.columns else getattr(self, name)
 
     def hash(self) -> str:
-        return files.hash_arrays(self.index, self.label, self.losses)
+        columns = (self.columns[name] for name in sorted(self.columns))
+        return files.hash_arrays(self.index, self.label, self.losses, *columns)
 
     def reliability(self, measure: Measure = "cv") -> float:
         """How well the ranking by `measure` would repeat itself with new draws: 1 exactly, 0 not at all.
 
         Spearman's correlation between the values from two random halves of the draws, averaged over 20 splits and
-        stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, and where
-        the values are all the same. With `partners="fixed"` the halves share their partners, and this is too high.
+        stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, where the
+        values are all the same, and for measures that do not follow from the losses. With `partners="fixed"` the halves
+        share their partners, and this is too high; with `sequence="sobol"` they lose the evenness, and it is too low.
         """
         draws = self.losses.shape[1]
-        if draws < 4 or len(self.losses) < 3:
+        if draws < 4 or len(self.losses) < 3 or measure in self.columns:
             return float("nan")
         rng = np.random.default_rng(0)
         correlations = []
@@ -93,11 +132,13 @@ class ScoreTable:
         label = np.concatenate([table.label for table in tables])
         losses = np.concatenate([table.losses for table in tables])
         bad = {index: message for table in tables for index, message in table.bad.items()}
-        return ScoreTable(index[order], label[order], losses[order], tables[0].key, bad)
+        names = tables[0].columns
+        columns = {name: np.concatenate([table.columns[name] for table in tables])[order] for name in names}
+        return ScoreTable(index[order], label[order], losses[order], tables[0].key, bad, columns)
 
     def save(self, path: Path | str) -> None:
-        """Write `index, label, mean, std, cv, losses` and, as JSON, `meta` (format, key, bad) as .npz, atomically."""
-        measures = {"mean": self.mean, "std": self.std, "cv": self.cv}
+        """Write `index, label`, all measures, `losses` and, as JSON, `meta` (format, key, bad) as .npz, atomically."""
+        measures = {name: self.measure(name) for name in self.measures}
         arrays = {"index": self.index, "label": self.label, **measures, "losses": self.losses}
         meta = {"format": FORMAT, "key": self.key, "bad": {str(index): text for index, text in self.bad.items()}}
         files.write_npz(Path(path), {**arrays, "meta": np.array(json.dumps(meta))})
@@ -114,7 +155,8 @@ class ScoreTable:
             if meta["format"] != FORMAT or not isinstance(meta["key"], dict):
                 raise ValueError("its meta is of something else")
             bad = {int(index): str(message) for index, message in meta["bad"].items()}
-            return cls(arrays["index"], arrays["label"], arrays["losses"], meta["key"], bad).checked()
+            columns = {name: arrays[name] for name in COLUMNS if name in arrays}
+            return cls(arrays["index"], arrays["label"], arrays["losses"], meta["key"], bad, columns).checked()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a scores.npz of nas_kmix ({error}); score the images anew.") from error
 
@@ -134,6 +176,9 @@ class ScoreTable:
             raise ValueError("its arrays are of the wrong type")
         if self.index[0] < 0 or (np.diff(self.index) <= 0).any():
             raise ValueError("its indices do not ascend")
+        for name, values in self.columns.items():
+            if values.shape != (n,) or values.dtype.kind != "f" or not np.isfinite(values).all():
+                raise ValueError(f"its {name} is not one finite number per image")
         if not np.isfinite(self.losses).all():
             raise ValueError("it holds losses that are not finite")
         if min(self.bad, default=0) < 0:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas_kmix.anchors import Draws, ScoringConfig, draw, pool_of_streamed
+from nas_kmix.baselines import entropy
 from nas_kmix.engine import files
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import Batch, ImageData
@@ -65,15 +66,20 @@ def score_dataset(
     was_training = model.training
     model.eval()
     try:
-        tables = [ScoreTable(wanted[:0], wanted[:0], np.empty((0, config.draws), dtype=np.float32), key, data.bad)]
+        none = {"mixed_entropy": np.empty(0)} if config.baselines else {}
+        losses = np.empty((0, config.draws), dtype=np.float32)
+        tables = [ScoreTable(wanted[:0], wanted[:0], losses, key, data.bad, none)]
         for shard, batch in zip(shards, data.batches(shards), strict=True):
-            losses = np.empty((0, config.draws), dtype=np.float32)
+            losses, columns = tables[0].losses, none
             if len(batch.indices):  # else not one file of it can be read
                 sources.take_anchors(batch)
                 draws = draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
                 parts = draws.batches(config.batch_size)
-                losses = [_anchor_losses(model, data, sources, part, config, compute) for part in parts]
-                losses = torch.cat(losses).view(-1, config.draws).cpu().numpy()
+                parts = zip(*(_score(model, data, sources, part, config, compute) for part in parts), strict=True)
+                losses, predicted = (torch.cat(part).unflatten(0, (-1, config.draws)) for part in parts)
+                losses = losses.cpu().numpy()
+                if config.baselines:  # of the mean prediction, eqs. (6) and (7)
+                    columns = {"mixed_entropy": entropy(predicted.mean(dim=1)).cpu().double().numpy()}
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
                 raise NonFiniteLossError(
@@ -81,7 +87,7 @@ def score_dataset(
                     f"lower --scorer.lr and --fresh."
                 )
             bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
-            own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad)
+            own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad, columns)
             tables.append(_shared(own, world))
             data.bad.add(tables[-1].bad)
             on_shard(tables[-1])
@@ -117,20 +123,22 @@ def _shared(own: ScoreTable, world: World) -> ScoreTable:
     """The shards that the processes have just done, as one: the same bits as if a single process had done all."""
     if world.size == 1:
         return own
-    indices = [np.frombuffer(payload, dtype=np.int64) for payload in world.gather(own.index.tobytes())]
-    labels = [np.frombuffer(payload, dtype=np.int64) for payload in world.gather(own.label.tobytes())]
-    draws = own.losses.shape[1]
-    losses = [np.frombuffer(p, dtype=np.float32).reshape(-1, draws) for p in world.gather(own.losses.tobytes())]
+    arrays = {"index": own.index, "label": own.label, "losses": own.losses, **own.columns}
+    everyone: dict[str, list[np.ndarray]] = {}
+    for name, array in arrays.items():
+        payloads, shape = world.gather(array.tobytes()), array.shape[1:]
+        everyone[name] = [np.frombuffer(payload, dtype=array.dtype).reshape(-1, *shape) for payload in payloads]
     bads = [json.loads(payload) for payload in world.gather(json.dumps(own.bad).encode())]
-    tables = [
-        ScoreTable(index, label, loss, own.key, {int(i): text for i, text in bad.items()})
-        for index, label, loss, bad in zip(indices, labels, losses, bads, strict=True)
-    ]
+    tables = []
+    for rank, bad in enumerate(bads):
+        index, label, losses = (everyone[name][rank] for name in ("index", "label", "losses"))
+        columns = {name: everyone[name][rank] for name in own.columns}
+        tables.append(ScoreTable(index, label, losses, own.key, {int(i): text for i, text in bad.items()}, columns))
     return ScoreTable.merge(tables)
 
 
-def _anchor_losses(model, data, sources: _Sources, draws: Draws, config, compute: Compute) -> Tensor:
-    """Losses float32 (R,) of the given mixes."""
+def _score(model, data, sources: _Sources, draws: Draws, config, compute: Compute) -> tuple[Tensor, Tensor]:
+    """Losses float32 (R,) of the given mixes, and the predicted probabilities (R, classes), no columns if unwanted."""
     anchors = sources.anchor_rows[draws.anchor]
     partners = np.column_stack([anchors, sources.first_partner + draws.partners])
     plan = box_plan(partners, draws.boxes, tuple(sources.images.shape[-2:]), device=data.device)
@@ -139,13 +147,14 @@ def _anchor_losses(model, data, sources: _Sources, draws: Draws, config, compute
     with compute.autocast():
         logits = model(compute.layout(images))
     log_probabilities = F.log_softmax(logits.float(), dim=1)
+    predicted = log_probabilities.exp() if config.baselines else logits[:, :0]
     if config.loss == "anchor":
-        return F.nll_loss(log_probabilities, sources.labels[plan.partners[:, 0]], reduction="none")
+        return F.nll_loss(log_probabilities, sources.labels[plan.partners[:, 0]], reduction="none"), predicted
     losses = -(plan.weights * log_probabilities.gather(1, sources.labels[plan.partners])).sum(dim=1)
     if config.loss == "minus_entropy":
         soft = mix_labels(sources.labels, plan.partners, plan.weights, data.num_classes)
         losses = losses + torch.special.xlogy(soft, soft).sum(dim=1)
-    return losses
+    return losses, predicted
 
 
 def _mixed_images(data: ImageData, sources: _Sources, plan: MixPlan) -> Tensor:

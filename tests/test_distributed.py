@@ -164,7 +164,7 @@ def small_shards(monkeypatch):
 def test_two_processes_score_as_one_and_the_first_goes_on_to_search(image_folder, tmp_path, small_shards, capsys):
     """A streamed set with a file that nobody can read: every image scored once, the same bytes at the end."""
     folder = image_folder(per_class=17, sizes=((16, 16),), truncated=("train/bee/3.png",))
-    command = [*SEARCH, "--data", folder, "--out"]
+    command = [*SEARCH, "--scoring.baselines", "--data", folder, "--out"]
     assert two_scorers.main([*map(str, command), str(tmp_path / "one")]) == 0
     scorer = ["--scorer", tmp_path / "one" / "scorer.pt"]
     process = torchrun(tmp_path / "log", ROOT / "tests" / "two_scorers.py", *command, tmp_path / "two", *scorer)
@@ -173,7 +173,7 @@ def test_two_processes_score_as_one_and_the_first_goes_on_to_search(image_folder
     for name in ("scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     bills = [json.loads((run / "cost.json").read_text())["stages"] for run in (one, two)]
-    assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * 3
+    assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * (3 + 1)
     said = (tmp_path / "log").read_text()
     assert said.count("selection: ") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said
     assert not (two / "checkpoints").exists()

@@ -10,7 +10,8 @@ from scipy import stats
 
 from nas_kmix.sampling import select
 
-METHODS = ["interval", "top", "bottom", "random"]
+METHODS = ["interval", "top", "bottom", "coverage", "histogram", "random"]
+DRAWN_METHODS = METHODS[3:]
 SORTED_METHODS = METHODS[:3]
 RATIOS = [0.001, 0.05, 0.1, 0.25, 0.29, 0.5, 0.77, 1.0]
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -84,6 +85,7 @@ def test_select_is_the_brute_force_sort(method, balanced):
 @given(problems(), st.sampled_from(METHODS), st.integers(0, 3))
 def test_properties(problem, method, seed):
     scores, labels, ratio, interval, balanced = problem
+    scores = np.abs(scores) if method == "histogram" else scores
     before = scores.copy(), labels.copy()
     scores.flags.writeable = labels.flags.writeable = False
     options = {"method": method, "interval": interval, "balanced": balanced}
@@ -93,7 +95,7 @@ def test_properties(problem, method, seed):
     assert chosen[0] >= 0 and chosen[-1] < len(scores)
     for members in groups(labels, balanced):
         assert np.isin(chosen, members).sum() == quota(ratio, len(members))
-    if method != "random":
+    if method in SORTED_METHODS:
         assert chosen.tolist() == brute_force(scores, labels, ratio, **options)
     assert np.array_equal(before[0], scores) and np.array_equal(before[1], labels)
     everything = select(scores, labels, 1.0, **options, rng=rng(seed))
@@ -145,13 +147,14 @@ def test_scores_of_other_types_rank_alike(method, dtype):
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-def test_random_follows_its_generator(balanced):
+@pytest.mark.parametrize("method", DRAWN_METHODS)
+def test_draws_follow_their_generator(method, balanced):
     scores, labels = np.arange(200.0), uneven_labels(200)
-    draws = [select(scores, labels, 0.2, method="random", balanced=balanced, rng=rng(s)) for s in (0, 0, 1)]
+    draws = [select(scores, labels, 0.2, method=method, balanced=balanced, rng=rng(s)) for s in (0, 0, 1)]
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
     shared = rng(0)
-    first, second = (select(scores, labels, 0.2, method="random", rng=shared) for _ in range(2))
+    first, second = (select(scores, labels, 0.2, method=method, rng=shared) for _ in range(2))
     assert not np.array_equal(first, second)
 
 
@@ -166,6 +169,56 @@ def test_random_is_balanced_and_takes_every_index_equally_often():
         # drawn without replacement, the counts vary by a factor (1 - ratio) N / (N - 1) less
         spread = ((hits[members] - 0.1 * rounds) ** 2).sum() / (0.1 * rounds * 0.9) * (size - 1) / size
         assert 1e-4 < stats.chi2(size - 1).sf(spread) < 1 - 1e-4
+
+
+def quotas_of_strata(scores, count, drop):
+    """How many each stratum of Zheng et al. gives: one more for each in turn that has some left, smallest first."""
+    kept = sorted(scores)[: max(count, len(scores) - math.floor(drop * len(scores) + 0.5))]
+    strata = min(50, count)
+    edges = [kept[0] + (kept[-1] - kept[0]) * s / strata for s in range(1, strata)]
+    sizes = [0] * strata
+    for score in kept:
+        sizes[sum(score >= edge for edge in edges) if kept[0] < kept[-1] else 0] += 1
+    given, left = {}, count
+    for done, s in enumerate(sorted(range(strata), key=lambda s: sizes[s])):
+        given[s] = min(sizes[s], left // (strata - done))
+        left -= given[s]
+    return kept, edges, given
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("ratio", [0.01, 0.05, 0.4, 1.0])
+def test_coverage_takes_from_every_stratum_but_the_hardest(ratio, drop):
+    scores = rng(5).gamma(2.0, size=400)
+    chosen = select(scores, np.zeros(400), ratio, method="coverage", drop_hardest=drop, rng=rng())
+    kept, edges, given = quotas_of_strata(scores.tolist(), quota(ratio, 400), drop)
+    assert scores[chosen].max() <= kept[-1]
+    taken = [sum(score >= edge for edge in edges) for score in scores[chosen]]
+    assert [taken.count(s) for s in range(len(given))] == [given[s] for s in range(len(given))]
+    assert sum(given.values()) == len(chosen) == quota(ratio, 400)
+
+
+def test_coverage_spreads_where_random_follows_the_crowd():
+    scores = np.concatenate([rng(1).random(900) * 0.1, rng(2).random(100)])
+    options = {"ratio": 0.05, "rng": rng(), "balanced": False}
+    spread = select(scores, np.zeros(1000), method="coverage", drop_hardest=0.0, **options)
+    crowd = select(scores, np.zeros(1000), method="random", **options)
+    assert np.mean(scores[spread] > 0.1) > 0.5 > 0.2 > np.mean(scores[crowd] > 0.1)
+
+
+def test_histogram_draws_with_the_probabilities_of_its_bins():
+    """Counts of 4,000 draws of one image, against P1 computed bin by bin."""
+    scores = np.array([0.0, 1e-3, 1.1e-3] + [0.11 + 0.001 * i for i in range(12)] + [2.0, 2.1, 2.2])
+    bins = [[0, 1, 2], list(range(3, 15)), [15, 16, 17]]
+    expected = np.zeros(18)
+    for members in bins:
+        expected[members] = (12 - len(members) + 1) / len(members)
+    expected /= expected.sum()
+    shared, hits = rng(0), np.zeros(18)
+    for _ in range(4_000):
+        hits[select(scores, np.zeros(18), 1 / 18, method="histogram", rng=shared)] += 1
+    assert stats.chisquare(hits, expected * 4_000).pvalue > 1e-3
+    assert hits[:3].sum() + hits[15:].sum() > 0.9 * 4_000
 
 
 SCORES, LABELS = np.arange(8.0), np.array([0, 1] * 4)
@@ -187,7 +240,10 @@ SCORES, LABELS = np.arange(8.0), np.array([0, 1] * 4)
         ("interval", {"interval": 0}),
         ("interval", {"interval": -4}),
         ("method", {"method": "median"}),
-        ("rng", {"method": "random"}),
+        *(("rng", {"method": method}) for method in DRAWN_METHODS),
+        ("drop_hardest", {"drop_hardest": 1.0}),
+        ("drop_hardest", {"drop_hardest": -0.1}),
+        ("histogram", {"scores": SCORES - 1.0, "method": "histogram"}),
     ],
 )
 @pytest.mark.parametrize("balanced", [True, False])

@@ -31,6 +31,7 @@ __all__ = [
     "PyramidNet",
     "SmallResNet",
     "build_backbone",
+    "last_linear",
     "pyramid_widths",
 ]
 
@@ -110,3 +111,8 @@ def build_backbone(
         # Not torch.manual_seed: that would also reseed every GPU, and fork_rng restores only the CPU here.
         torch.default_generator.manual_seed(seed)
         return BACKBONES[name](num_classes=num_classes, stem=stem, drop=drop)
+
+
+def last_linear(network: nn.Module) -> nn.Linear:
+    """The layer that turns features into logits."""
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]

@@ -139,7 +139,8 @@ def _list_bad_images(data: ImageData, run: Run) -> None:
 def _reliability(table: ScoreTable, measure: str) -> str:
     value, draws = table.reliability(measure), table.losses.shape[1]
     if math.isnan(value):
-        return f"unknown: {draws} draws of {len(table.index)} images are too few, or their {measure} is all the same"
+        few = f"{draws} draws of {len(table.index)} images are too few, or their {measure} is all the same"
+        return f"unknown: {'no draws of mixes are behind ' + measure if measure in table.columns else few}"
     name = measure.upper() if measure == "cv" else measure
     return (
         f"{value:.2f} of the {name} ranking over {draws} draws "

@@ -20,6 +20,7 @@ from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.proxy import ProxyConfig, smallest_ratio
+from nas_kmix.scores import COLUMNS
 from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
 
 ALL_IMAGES = Path("none")  # what --proxy means by it
@@ -167,6 +168,10 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
     if config.export_list is not None and config.export_list.is_dir():
         raise ValueError(f"--export-list {config.export_list} is a folder; name a file.")
+    selection, stops = config.selection, config.stop_after in ("scorer", "scores")
+    selects = selection.method != "random" and not stops and not set(given) & {"scores", "proxy"}
+    if selects and selection.measure in COLUMNS and not config.scoring.baselines:
+        raise ValueError(f"--measure {selection.measure} needs --scoring.baselines, which measures it.")
     for flag, path in paths.items():
         if path != ALL_IMAGES and not path.is_file():
             raise ValueError(f"--{flag} {path}: there is no such file.")

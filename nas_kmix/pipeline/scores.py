@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nas_kmix.baselines import measure_baselines
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key
 from nas_kmix.engine.run import Run, checkpoint_name
@@ -50,7 +51,8 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
     with run.resumed(checkpoint_name(NAME), key) as state:
         if state is not None:
             rows = [state[name].numpy() for name in ("index", "label", "losses")]
-            tables = [ScoreTable(*rows, key, bad=dict(state["bad"])).checked()]
+            columns = {name: values.numpy() for name, values in state["columns"].items()}
+            tables = [ScoreTable(*rows, key, dict(state["bad"]), columns).checked()]
             done = tables[0].index
             data.bad.add(state["bad"])
     wanted = np.setdiff1d(data.good(), done)
@@ -65,14 +67,20 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
             if run.checkpoint_due():
                 table = ScoreTable.merge(tables)
                 rows = {name: torch.from_numpy(getattr(table, name)) for name in ("index", "label", "losses")}
-                run.save_checkpoint(checkpoint_name(NAME), key, {**rows, "bad": dict(data.bad)})
+                columns = {name: torch.from_numpy(values) for name, values in table.columns.items()}
+                state = {**rows, "columns": columns, "bad": dict(data.bad)}
+                run.save_checkpoint(checkpoint_name(NAME), key, state)
                 run.raise_if_stopping()
 
         if len(wanted):
             options = {"compute": run.compute, "world": run.world, "on_shard": on_shard}
             score_dataset(model, view, config, indices=wanted, **options)
         progress.close()
-    table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
+        table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
+        if config.baselines and run.world.main:
+            others = measure_baselines(model, view, table.index, seed=config.seed, compute=run.compute)
+            cost.images_forward += len(table.index)
+            table = replace(table, columns={**table.columns, **others})
     if run.world.main:
         table.save(path)
     return table

@@ -22,12 +22,12 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.sampling import select
+from nas_kmix.scores import TITLES as MEASURES
 from nas_kmix.scores import ScoreTable, verdict
 from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
 THUMBNAIL = 96  # pixels at most
-MEASURES = {"cv": "CV", "mean": "mean loss", "std": "standard deviation"}
 
 
 def section(record: Record) -> Markup:
@@ -78,8 +78,11 @@ def _measure(record: Record) -> str:
 
 def _summary(record: Record) -> Markup:
     proxy = record.proxy
-    how = f"{proxy.method} sampling of the highest {MEASURES.get(proxy.measure, proxy.measure)}"
+    title = MEASURES.get(proxy.measure, proxy.measure)
+    how = f"{proxy.method} sampling of the highest {title}"
     how = {
+        "coverage": f"equally many from every range of the {title}, without the hardest {percent(proxy.drop_hardest)}",
+        "histogram": f"a sample that prefers both tails of the {title}",
         "random": "a random sample",
         "bottom": how.replace("highest", "lowest"),
         "interval": f"{how}, every {proxy.interval}th in rank",
@@ -148,7 +151,8 @@ def _overlap(record: Record) -> Markup:
         same = int(np.isin(scores.index[chosen], proxy.indices).sum())
         return f"{same:,}", percent(same / len(proxy.indices))
 
-    for measure, name in MEASURES.items():
+    for measure in scores.measures:
+        name = MEASURES[measure]
         for method in ("top", "interval", "bottom"):
             every = f" at interval {proxy.interval}" if method == "interval" else ""
             end = "lowest" if method == "bottom" else "highest"

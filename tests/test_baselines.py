@@ -1,0 +1,195 @@
+"""The measures of other methods against slow loops in NumPy, and their way through scoring into the table."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from processes import command
+from torch.nn import functional as F
+
+import search
+from nas_kmix import scoring
+from nas_kmix.backbones import BACKBONES, build_backbone, last_linear
+from nas_kmix.baselines import MASKS, PASSES, el2n, entropy, mc_dropout, measure_baselines, pick_order
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.sources import Source
+from nas_kmix.proxy import ProxyConfig, make_proxy
+from nas_kmix.sampling import select
+from nas_kmix.scores import COLUMNS, TITLES, ScoreTable
+from nas_kmix.scoring import ScoringConfig, score_dataset
+
+CLASSES, SIZE = 5, 12
+CONFIG = ScoringConfig(draws=4, baselines=True)
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, size=(40, SIZE, SIZE, 3), dtype=np.uint8)
+    source = Source("generated", "train", rng.integers(0, CLASSES, size=40), tuple("abcde"), arrays=pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return ImageData(source, SIZE, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"), images)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = build_backbone("tiny", num_classes=CLASSES, seed=1)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20.0)
+    return model
+
+
+def softmax(logits):
+    powers = [math.exp(value - max(logits)) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def slow_entropy(probabilities):
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def slow_logits(features, head):
+    weight, bias = head.weight.tolist(), head.bias.tolist()
+    return [sum(w * x for w, x in zip(row, features, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
+
+
+def test_entropy_and_el2n():
+    probabilities = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    np.testing.assert_allclose(entropy(probabilities), [slow_entropy(row) for row in probabilities.tolist()], rtol=1e-6)
+    expected = [math.sqrt(2), math.sqrt(0.5), math.sqrt(0.04 + 0.09 + 0.25)]
+    np.testing.assert_allclose(el2n(probabilities, torch.tensor([1, 0, 2])), expected, rtol=1e-6)
+
+
+def test_dropout_measures_are_those_of_networks_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(6, 4)
+    features = 3 * torch.randn(9, 6, generator=generator)
+    masks = (torch.rand(7, 6, generator=generator) < 0.5) * 2.0
+    bald, ratio = mc_dropout(features, head, masks)
+    for row, x in enumerate(features.tolist()):
+        predictions = [
+            softmax(slow_logits([a * b for a, b in zip(x, mask, strict=True)], head)) for mask in masks.tolist()
+        ]
+        mean = [sum(p[c] for p in predictions) / 7 for c in range(4)]
+        expected = slow_entropy(mean) - sum(map(slow_entropy, predictions)) / 7
+        votes = [max(range(4), key=p.__getitem__) for p in predictions]
+        assert bald[row].item() == pytest.approx(expected, abs=1e-5)
+        assert ratio[row].item() == pytest.approx(1 - max(map(votes.count, votes)) / 7, abs=1e-6)
+    assert ratio.max() > 0.2  # else the test says nothing
+
+
+@torch.no_grad()
+def test_networks_that_agree_have_no_bald():
+    features = torch.rand(5, 3)
+    bald, ratio = mc_dropout(features, torch.nn.Linear(3, 4), torch.ones(6, 3))
+    assert bald.max() < 1e-6 and ratio.max() < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_k_centre_picks_the_farthest_by_brute_force(n):
+    features = np.random.default_rng(n).normal(loc=5.0, size=(n, 4)).astype(np.float32)
+    points = features.astype(np.float64).tolist()
+    center = np.mean(points, axis=0)
+    picked = [min(range(n), key=lambda i: math.dist(points[i], center))]
+    while len(picked) < n:
+        rest = [i for i in range(n) if i not in picked]
+        picked.append(max(rest, key=lambda i: min(math.dist(points[i], points[p]) for p in picked)))
+    assert np.argsort(pick_order(torch.from_numpy(features))).tolist() == picked
+
+
+def test_k_centre_leaves_copies_for_last():
+    features = torch.from_numpy(np.repeat(np.random.default_rng(0).normal(size=(10, 3)), 3, axis=0)).float()
+    order = pick_order(features)
+    assert sorted(order) == list(range(30))
+    assert sorted(np.argsort(order)[:10] // 3) == list(range(10))
+
+
+@torch.no_grad()
+def test_all_follow_from_one_pass(model, data):
+    indices = np.array([2, 3, 17, 31, 39])
+    model.train()
+    found = measure_baselines(model, data, indices, seed=3)
+    assert model.training and not last_linear(model)._forward_pre_hooks
+    model.eval()
+    with torch.no_grad():
+        images = data.normalise(data.images[indices])
+        features = model.features(images).mean(dim=(2, 3))
+        probabilities = F.softmax(model(images), dim=1)
+    keep = np.random.default_rng([3, MASKS]).random((PASSES, features.shape[1])) >= 0.5
+    bald, ratio = mc_dropout(features, model.classifier, torch.from_numpy(keep) * 2.0)
+    with torch.no_grad():
+        expected = {
+            "entropy": entropy(probabilities),
+            "el2n": el2n(probabilities, torch.from_numpy(data.labels[indices])),
+            "bald": bald,
+            "variation_ratio": ratio,
+            "k_centre": -torch.from_numpy(pick_order(features)),
+        }
+    assert found.keys() == expected.keys() == set(COLUMNS) - {"mixed_entropy"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values.double(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_last_layer_of_every_backbone_gives_its_classes():
+    for name in BACKBONES:
+        stem = "imagenet" if name.startswith("resnet") else "cifar"
+        assert last_linear(BACKBONES[name](num_classes=7, stem=stem)).out_features == 7
+
+
+@pytest.mark.parametrize("loss", ["mixed", "anchor"])
+def test_entropy_under_mixing_is_that_of_the_mean_prediction(model, data, loss, monkeypatch):
+    monkeypatch.setattr(scoring, "IMAGES_PER_SHARD", 9)
+    config = ScoringConfig(draws=4, baselines=True, batch_size=7, loss=loss)
+    table = score_dataset(model, data, config)
+    np.testing.assert_array_equal(table.losses, score_dataset(model, data, replace(config, baselines=False)).losses)
+    for index in (0, 23):
+        mixes, _ = scoring.redraw(table, data, index)
+        with torch.no_grad():
+            predictions = F.softmax(model(data.normalise(mixes)), dim=1).tolist()
+        mean = [sum(p[c] for p in predictions) / 4 for c in range(CLASSES)]
+        assert table.columns["mixed_entropy"][index] == pytest.approx(slow_entropy(mean), rel=1e-4)
+
+
+def test_residuals_do_not_depend_on_the_mean_of_their_class():
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1, 2], [200, 50, 1])
+    losses = rng.gamma(3.0, size=(251, 10)) * rng.uniform(1, 3, size=(251, 1)) + label[:, None]
+    table = ScoreTable(np.arange(251), label, losses.astype(np.float32))
+    for c in (0, 1):
+        rows = label == c
+        slope, at_zero = np.polyfit(table.mean[rows], table.cv[rows], 1)
+        np.testing.assert_allclose(table.residual[rows], table.cv[rows] - slope * table.mean[rows] - at_zero, atol=1e-9)
+        assert abs(np.corrcoef(table.residual[rows], table.mean[rows])[0, 1]) < 1e-6 < abs(slope)
+    assert abs(table.residual[250]) < 1e-12
+
+
+def test_columns_are_saved_merged_hashed_and_selected_by(data, model, tmp_path):
+    whole = score_dataset(model, data, CONFIG)
+    parts = [score_dataset(model, data, CONFIG, indices=part) for part in (np.arange(20, 40), np.arange(20))]
+    merged = ScoreTable.merge(parts)
+    np.testing.assert_allclose(merged.columns["mixed_entropy"], whole.columns["mixed_entropy"], rtol=1e-4)
+    whole.save(tmp_path / "scores.npz")
+    assert ScoreTable.load(tmp_path / "scores.npz") == whole
+    other = ScoreTable(whole.index, whole.label, whole.losses, whole.key, {}, {"mixed_entropy": np.zeros(40)})
+    assert other.hash() != whole.hash()
+    proxy = make_proxy(data, whole, ProxyConfig(ratio=0.2, measure="mixed_entropy", method="top", balanced=False))
+    best = np.argsort(-whole.columns["mixed_entropy"])[:8]
+    assert proxy.indices.tolist() == sorted(best.tolist())
+    assert math.isnan(whole.reliability("mixed_entropy"))
+    with pytest.raises(ValueError, match=r"no bald.*--scoring\.baselines"):
+        whole.measure("bald")
+    assert set(whole.measures) == set(TITLES) - set(COLUMNS) | {"mixed_entropy"}
+
+
+def test_a_search_by_every_measure(npz, tmp_path):
+    flags = ["--stop-after", "proxy", "--scoring.baselines"]
+    table = search.run(search.parse([*command(npz, tmp_path / "a"), *flags])).table
+    assert set(table.measures) == set(TITLES)
+    for measure in TITLES:
+        flags = ["--measure", measure, "--scores", str(tmp_path / "a" / "scores.npz"), "--stop-after", "proxy"]
+        proxy = search.run(search.parse([*command(npz, tmp_path / measure), *flags])).proxy
+        assert proxy.indices.tolist() == select(table.measure(measure), table.label, 0.4).tolist()
+    with pytest.raises(ValueError, match=r"--measure bald needs --scoring\.baselines"):
+        search.run(search.parse([*command(npz, tmp_path / "b"), "--measure", "bald"]))
