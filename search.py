@@ -1,13 +1,13 @@
-"""Search an architecture on a proxy dataset: images in, `genotype.json` out.
+"""Search for an architecture on a proxy dataset: images in, `genotype.json` out.
 
     python search.py --out runs/digits                                # handwritten digits, half a minute on two cores
     python search.py --preset cpu --data cifar100 --out runs/c100     # a small scorer and supernet
     python search.py --preset paper --data cifar100 --out runs/paper  # the paper's settings, for a GPU
     python search.py --preset paper --data cifar100 --stop-after proxy --export-list proxy.tsv
 
-Four stages, each ending in one file that the next one reads: scorer.pt, scores.npz, proxy.json, genotype.json. The
-same command again resumes or skips, stage by stage; --scorer, --scores and --proxy start later in the chain. Under
-torchrun all processes train the scorer and score; then those but the first leave it to search on its device.
+Each of the four stages writes one file that the next one reads: scorer.pt, scores.npz, proxy.json, genotype.json. Run
+the same command again to resume; finished stages are skipped. --scorer, --scores and --proxy start from the results of
+another run. Under torchrun all processes train the scorer and score; the first one then searches alone.
 """
 
 from __future__ import annotations

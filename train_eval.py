@@ -1,14 +1,14 @@
-"""Train or evaluate the network of a genotype, or a backbone: images in, `last.pt`, `best.pt` and `metrics.csv` out.
+"""Train or evaluate a backbone or the network of a genotype: images in, `last.pt`, `best.pt` and `metrics.csv` out.
 
     python train_eval.py --genotype runs/digits/genotype.json --out runs/digits-net      # digits, a minute on a laptop
     python train_eval.py --preset cpu --genotype PC_DARTS_cifar --data cifar100 --out runs/net
     python train_eval.py --preset cifar --genotype runs/c100/genotype.json --data cifar100 --out runs/full  # for a GPU
     python train_eval.py --preset imagenet --genotype PC_DARTS_image --data /data/imagenet --max-macs 600M --out runs/in
-    python train_eval.py --preset pyramidnet110-cifar100-dcutmix --out runs/cell  # a cell of the paper's tables
+    python train_eval.py --preset pyramidnet110-cifar100-dcutmix --out runs/cell  # a row of the paper's tables
     python train_eval.py --eval-only runs/net/best.pt --data cifar100
 
-The same command again resumes. `best.pt` is the epoch with the highest accuracy on the split `val`, or on a held-out
-share of the training images where there is none; test images are only reported on. The last line is JSON.
+Run the same command again to resume. `best.pt` holds the epoch with the highest accuracy on the val split or, without
+one, on held-out training images; test accuracy is only reported. The last line of the output is JSON.
 """
 
 from __future__ import annotations

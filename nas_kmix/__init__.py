@@ -1,6 +1,6 @@
-"""From images to a proxy dataset: K-image mixing, scores of how informative an image is, and a selection by them.
+"""From images to a proxy dataset: mix K images, score how informative each image is, and select by score.
 
-The whole is `search.py`, whose stages lie in `pipeline`. The parts can be used alone:
+`search.py` runs all of it, stage by stage (`pipeline`). The parts can also be used alone:
 
     from nas_kmix.mixing import DCutMix, DMixup
     from nas_kmix.scoring import ScoringConfig, score_dataset

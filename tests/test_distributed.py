@@ -232,7 +232,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     process.terminate()  # as a job scheduler ends a job
     assert ended(process, log) != 0
     said = log.read_text()
-    assert said.count("finishing the step") == 1 and "stopped by SIGTERM; the same command goes on from here" in said
+    assert said.count("finishing the step") == 1 and "stopped by SIGTERM; run the same command again to resume" in said
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
 
 

@@ -78,7 +78,7 @@ def test_a_signal_from_outside_saves_and_ends(signum, stage, server, npz, tmp_pa
     os.kill(process.pid, signum)
     assert ended(process) == 128 + signum
     said = log.read_text()
-    assert f"stopped by {signum.name}; the same command goes on from here" in said and "Traceback" not in said
+    assert f"stopped by {signum.name}; run the same command again to resume" in said and "Traceback" not in said
     assert (folder / "checkpoints" / f"{stage}.pt").exists()
     assert_whole(folder)
 

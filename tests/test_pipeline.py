@@ -224,7 +224,7 @@ def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished
     genotype, *others = ended.out.splitlines()[-6:]
     assert Genotype.from_text(genotype) == Genotype.load(folder / "genotype.json") and ended.err == ""
     reliability = ScoreTable.load(folder / "scores.npz").reliability()
-    expected = ("genotype.json", "proxy.json", f"{reliability:.2f} of the CV", "search", "nas_kmix.analysis.cells")
+    expected = ("genotype.json", "proxy.json", f"{reliability:.2f} for the CV", "search", "nas_kmix.analysis.cells")
     for line, words in zip(others, expected, strict=True):
         assert words in line
 
@@ -254,7 +254,7 @@ def test_the_next_command_is_without_what_a_search_replaces():
 def test_the_same_command_skips_every_stage(copy, npz):
     before, costs = files_of(copy), costs_of(copy)
     ended = completed(command(npz, copy))
-    assert ended.out.count("fits, skipped") == 4
+    assert ended.out.count("is up to date, skipped") == 4
     after = files_of(copy)
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == {"cost.json"}
@@ -281,7 +281,9 @@ def test_another_setting_is_refused_with_a_remedy_that_works(flags, file, differ
     changed = {name for name, content in files_of(copy).items() if content != before.get(name)}
     assert changed <= {"cost.json"}  # config.json still tells how the results were made
 
-    remedy = shlex.split(re.search(r"the same command with (--out .*?)( reuses the stages before it)?\.\n", message)[1])
+    remedy = shlex.split(
+        re.search(r"the same command with (--out .*?)( to reuse the stages before it)?\.\n", message)[1]
+    )
     assert remedy[2:] == ([f"--{Path(reused).stem}", str(copy / reused)] if reused else [])
     folder = Path(remedy[1])
     completed([*command(npz, folder, *flags), *remedy[2:]])
@@ -298,7 +300,7 @@ def test_other_data_are_refused(copy, tmp_path):
 
 def test_device_precision_and_workers_are_no_settings_of_a_stage(copy, npz):
     ended = completed(command(npz, copy, "--amp", "bf16", "--no-channels-last", "-j", 1, "--scoring.batch-size", 7))
-    assert ended.out.count("fits, skipped") == 4
+    assert ended.out.count("is up to date, skipped") == 4
 
 
 def test_one_search_is_not_overwritten_by_several(copy, npz):
@@ -374,7 +376,7 @@ def test_a_given_file_without_its_bill_is_used_with_a_warning(finished, npz, tmp
 
 def test_no_proxy_searches_on_every_image(npz, tmp_path):
     ended = completed(command(npz, tmp_path, "--proxy", "none", "--method", "random", *ONE_STEP))
-    assert "no effect of" in ended.out and "--method" in ended.out
+    assert "these flags have no effect: " in ended.out and "--method" in ended.out
     assert results_of(tmp_path) == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
     assert costs_of(tmp_path)["search"]["images_forward"] == 2 * 8  # a batch of either half
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
@@ -385,7 +387,7 @@ def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, finis
     before = {name: (copy / name).read_bytes() for name in ("config.json", "env.json")}
     moved = shutil.copy(npz, copy.parent / "moved.npz")
     ended = completed(command(npz, copy, "--stop-after", "scorer", "--arch-steps", 77, "--ratio", ".9"))
-    assert "fits, skipped" in ended.out
+    assert "is up to date, skipped" in ended.out
     assert {name: (copy / name).read_bytes() for name in before} == before
     completed(command(moved, copy, "--stop-after", "scorer", "--arch-steps", 77))
     config = json.loads(before["config.json"])
@@ -442,7 +444,7 @@ def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz
         assert [row["stage"] for row in csv.DictReader(file)] == ["search/seed-0", "search/seed-1", "search/seed-2"]
 
     before = {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"}
-    assert completed(argv).out.count("fits, skipped") == 1
+    assert completed(argv).out.count("is up to date, skipped") == 1
     assert {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"} == before
 
 
@@ -452,7 +454,7 @@ def test_a_search_in_epochs_is_one_in_steps(finished, npz, tmp_path):
     unset = ["--rest-steps", "None", "--arch-steps", "None", "--record-every", "None"]
     epochs = [*unset, "--epochs", 3, "--frozen-epochs", 1]
     ended = completed(command(npz, tmp_path, *proxy, *epochs))
-    assert "2 steps of the weights alone, then 4 of weights and architecture" in ended.out
+    assert "2 steps on the weights alone, then 4 on weights and architecture" in ended.out
     assert Genotype.load(tmp_path / "genotype.json") == Genotype.load(finished[0] / "genotype.json")
     same = ["--rest-steps", 2, "--arch-steps", 4, "--record-every", 2]
     assert "search: " in completed(command(npz, tmp_path, *proxy, *same)).out, "the same search by another name"
@@ -486,9 +488,12 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
     )
     monkeypatch.setattr(SuperNet, "genotype", lambda self, edges_by: pools)
     ended = completed(command(npz, tmp_path, *proxy))
-    assert "warning: the architecture moves after 2 steps of the weights; before about 1,000" in ended.out
+    assert "warning: the architecture moves after 2 steps on the weights; before about 1,000" in ended.out
     assert "the 2 records before the last share 16.0 of 16 edges with the genotype" in ended.out
-    assert "0 are skip connections and 8 are pools; the search has collapsed" in ended.out
+    assert (
+        "the search has collapsed: of the normal cell's 8 operations 0 are skip connections and 8 are pools"
+        in ended.out
+    )
     rested = completed(command(npz, tmp_path / "rested", *proxy, *ONE_STEP, "--arch-steps", 0, "--rest-steps", 1))
     assert "the architecture moves" not in rested.out, "where it never moves there is nothing to warn of"
 

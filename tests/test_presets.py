@@ -118,7 +118,7 @@ def test_a_cell_is_one_line_and_resumes(tiny, tmp_path):
 
 def test_an_unknown_preset_is_named(capsys):
     assert train_eval.main(["--preset", "table9"]) == 2
-    assert "no --preset table9; there are quick, cpu" in capsys.readouterr().err
+    assert "no --preset table9; choose one of quick, cpu" in capsys.readouterr().err
 
 
 def test_stopped_and_resumed_a_network_that_drops_ends_the_same(tiny, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_it_is_made_once_and_skipped_afterwards(alone, tmp_path, capsys):
     assert bill(folder)["images_forward"] == bill(folder)["images_backward"] == sum(PERIODS)
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert obtained(copy) == found and left_in(copy) == left_in(folder)
-    assert f"toy: {copy / 'toy.json'} fits, skipped" in capsys.readouterr().out
+    assert f"toy: {copy / 'toy.json'} is up to date, skipped" in capsys.readouterr().out
     assert bill(copy) == {**bill(folder), "skipped": True}
 
 
@@ -148,7 +148,7 @@ def test_a_given_result_is_taken_whatever_its_key_and_billed_with_its_cost(alone
     assert left_in(tmp_path / "a") == {} and bill(tmp_path / "a") == {**bill(folder), "skipped": True}
     shutil.copy(folder / "toy.json", tmp_path / "toy.json")
     assert obtained(tmp_path / "b", given=tmp_path / "toy.json") == found
-    assert "no readable cost.json, so what toy.json cost is not billed" in capsys.readouterr().out
+    assert "no readable cost.json, so the cost of toy.json is not billed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", range(1, sum(PERIODS) + 1))

@@ -129,7 +129,7 @@ def test_images_that_are_too_small_are_refused_with_the_flag(tmp_path, capsys):
     path = tmp_path / "small.npz"
     np.savez(path, train_images=draw_pixels(4, 28, 28, 3), train_labels=np.arange(4) % 2)
     assert train_eval.main([*SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "images are of 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
+    assert "images have 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
     assert run(path, tmp_path / "run", "--image-size", 32, "--epochs", 1)["epochs"] == 1
 
 

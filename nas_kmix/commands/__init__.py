@@ -1,1 +1,1 @@
-"""What search.py and train_eval.py run: flags in, a run folder and a summary out."""
+"""The commands behind search.py and train_eval.py: flags in, a run folder and a summary out."""

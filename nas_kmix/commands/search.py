@@ -1,4 +1,4 @@
-"""The command search.py: the stages in their order, and what is said and written around them."""
+"""The command search.py: run the stages in order, and print and write what goes with them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from nas_kmix.scores import ScoreTable, verdict
 
 STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
 RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
-COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # runs, in TensorBoard
-PICTURES = 5  # of the architecture, in TensorBoard over a search
+COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # of runs, by TensorBoard
+PICTURES = 5  # of the architecture, shown by TensorBoard during a search
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with; later stages are None where `--stop-after` cut it short."""
+    """What a run produced; None for stages that it did not reach or need."""
 
     folder: Path
     table: ScoreTable | None = None
@@ -43,7 +43,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Go through the stages in `config.out`, skipping those whose file is there and fits.
+    """Run the stages in the folder `config.out`, skipping those whose results are up to date.
 
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
@@ -75,7 +75,7 @@ def run(config: Config) -> Result:
 
 
 def _stages(config: Config, data: ImageData, run: Run) -> Result:
-    """Scorer, scores, proxy, genotype: each given, found or made, until `--stop-after`."""
+    """Scorer, scores, proxy, genotype: each is given, found or made, up to `--stop-after`."""
     result, given = Result(run.folder), config.given
     if config.uses_scores:
         trained = None
@@ -90,7 +90,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     if not run.go_on_alone():
         return result
     if given.proxy is not None and (flags := without_effect(config)):
-        run.say(f"the proxy is given by --proxy {given.proxy}, so there is no effect of {', '.join(flags)}")
+        run.say(f"with --proxy {given.proxy} these flags have no effect: {', '.join(flags)}")
     if given.proxy == ALL_IMAGES:
         halves = search.Halves.of_all_images(data, config.selection.arch_share, seed=config.seed)
     else:
@@ -111,7 +111,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
 
 
 def _show_architectures(run: Run) -> None:
-    """Have TensorBoard show the architecture after the first record, the last, and now and then between them."""
+    """Show the architecture in TensorBoard after the first record, the last, and a few in between."""
 
     def show(name: str, step: int, tables: Sequence[Mapping[str, Tensor]], genotype: Genotype, *, records: int) -> None:
         if len(tables) == records or (len(tables) - 1) % max(1, records // PICTURES) == 0:
@@ -133,23 +133,23 @@ def _report_is_old(run: Run) -> bool:
 def _list_bad_images(data: ImageData, run: Run) -> None:
     if run.world.main and (count := BadFileList([data]).write(run.folder)):
         path = run.path(bad_files.FILE)
-        run.say(f"warning: {count} files cannot be read and are left out; they are listed in {path}")
+        run.say(f"warning: {count} files cannot be read and are left out; {path} lists them")
 
 
 def _reliability(table: ScoreTable, measure: str) -> str:
     value, draws = table.reliability(measure), table.losses.shape[1]
     if math.isnan(value):
-        few = f"{draws} draws of {len(table.index)} images are too few, or their {measure} is all the same"
+        few = f"{draws} draws of {len(table.index)} images are too few, or all have the same {measure}"
         return f"unknown: {'no draws of mixes are behind ' + measure if measure in table.columns else few}"
     name = measure.upper() if measure == "cv" else measure
     return (
-        f"{value:.2f} of the {name} ranking over {draws} draws "
-        f"({verdict(value)}; new draws would repeat a ranking of 1.00)"
+        f"{value:.2f} for the {name} ranking over {draws} draws "
+        f"({verdict(value)}; at 1.00, new draws give the same ranking)"
     )
 
 
 def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
-    """The last lines of a run."""
+    """The summary that a run ends with."""
     lines = []
     folder = result.folder
     if result.genotype is not None:
@@ -174,7 +174,7 @@ def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
 
 
 def rest_of(argv: Sequence[str]) -> list[str]:
-    """The flags of a command that ended with its proxy, without those that a search on it replaces."""
+    """The flags of a command that stopped at its proxy, without those that the search on this proxy replaces."""
     replaced = ("--stop-after", "--export-list", "--out", "--scorer", "--scores", "--proxy")
     rest, skip = [], False
     for argument in argv:
@@ -193,14 +193,14 @@ REUSE = {scores.NAME: ("scorer", scorer.FILE), proxy.NAME: ("scores", scores.FIL
 
 
 def _remedy(config: Config, error: StageMismatchError) -> str:
-    """How to go on where a file of other settings is in the way, keeping the stages before it."""
+    """How to go on if a file made with other settings is in the way, without losing the stages before it."""
     flag, name = REUSE.get(error.stage, ("", ""))
     given = getattr(config.given, flag) if flag else None
     earlier = given or config.out / name
     reuse = f" --{flag} {earlier}" if flag and earlier.exists() else ""
     return (
-        f"Start over with --fresh, or keep it: the same command with --out {config.out}-2{reuse}"
-        f"{' reuses the stages before it' if reuse else ''}."
+        f"Start over with --fresh, or keep the file and run the same command with --out {config.out}-2{reuse}"
+        f"{' to reuse the stages before it' if reuse else ''}."
     )
 
 

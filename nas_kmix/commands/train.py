@@ -1,4 +1,4 @@
-"""The command train_eval.py: train a network or evaluate a checkpoint, and what is said and written around it."""
+"""The command train_eval.py: train a network or evaluate a checkpoint, and print and write what goes with it."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits
 
 STAGES = (network.NAME, network.EVALUATION)
 RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
-SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # px that they take
-COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # runs, in TensorBoard
+SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # side in pixels
+COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # of runs, by TensorBoard
 
 Flat = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
 class Config(NetworkTraining):
-    """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
+    """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
     preset: str = "quick"
-    """quick: digits in a minute | cpu: small and short | cifar, imagenet: PC-DARTS's, for GPUs | a cell of the paper's
-    tables, e.g. pyramidnet110-cifar100-dcutmix; an unknown name lists them all."""
+    """quick: digits in a minute | cpu: small and short | cifar, imagenet: PC-DARTS's settings, for GPUs |
+    a row of the paper's tables, e.g. pyramidnet110-cifar100-dcutmix; an unknown name lists them all."""
     out: Path = Path("runs/train")
     """The run folder."""
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     skip_bad: bool = False
-    """Leave out image files that cannot be read, count and list them; otherwise the first one ends the command."""
+    """Leave out unreadable image files and list them; otherwise the first one stops the command."""
     report: bool = True
-    """Write the run as a page, report.html, at its end."""
+    """Write report.html, a page about the run, at the end."""
     eval_only: Path | None = None
-    """Evaluate this last.pt, best.pt or scorer.pt on the splits val and test of --data, and train nothing."""
+    """Evaluate this last.pt, best.pt or scorer.pt on the val and test splits of --data, without training."""
     export: Path | None = None
-    """Also write the network there as a torch.export program for batches of any size."""
+    """Also write the network to this file as a torch.export program for any batch size."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
 
@@ -75,7 +75,7 @@ PRESETS: dict[str, Config] = {
         recipe=Recipe(grad_clip=5.0),
         device=DeviceConfig(channels_last=True),
     ),
-    # To compare genotypes on a laptop: too short for drop-path and cutout to help.
+    # For comparing genotypes on a laptop: too short for drop-path and cutout to help.
     "cpu": Config(
         preset="cpu",
         network=NetworkConfig(channels=8, layers=8),
@@ -103,7 +103,7 @@ PRESETS: dict[str, Config] = {
         recipe=Recipe(nesterov=False, warmup_epochs=5, grad_clip=5.0, label_smoothing=0.1),
     ),
 }
-PRESETS |= {  # the paper's Tables 1-3; as there, all training images are trained on and no epoch is chosen
+PRESETS |= {  # the rows of the paper's tables, which train on all training images and select no epoch
     name: Config(
         preset=name,
         val_share=0.0,
@@ -174,7 +174,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
-    """Nothing is written but what --export asks for."""
+    """Evaluate the file of --eval-only; write nothing but the file of --export."""
     compute = pick_compute(config.device)
     with joined(compute.device) as world:
         trained = load_classifier(config.eval_only)
@@ -187,8 +187,8 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
         for split, part in evaluated.items():
             here = sets[split].data.class_names
             _say(
-                f"{split}: {len(part.indices)} images; {len(set(here) & set(names))} of its {len(here)} classes are "
-                f"among the {len(names)} of the network",
+                f"{split}: {len(part.indices)} images; the network's {len(names)} classes include "
+                f"{len(set(here) & set(names))} of its {len(here)}",
                 world,
             )
         model = compute.layout(trained.model.to(compute.device))
@@ -224,12 +224,12 @@ def _speed(run: Run) -> dict[str, float]:
 def _check_flags(config: Config) -> None:
     """Refuse flags that contradict each other."""
     if config.preset not in PRESETS:
-        raise ValueError(f"there is no --preset {config.preset}; there are {', '.join(PRESETS)}.")
+        raise ValueError(f"there is no --preset {config.preset}; choose one of {', '.join(PRESETS)}.")
     settings = config.network
     if config.eval_only is None and (settings.genotype is None) == (settings.backbone is None):
-        raise ValueError("Give one of --genotype FILE|NAME|TEXT and --backbone NAME: that is what is trained.")
+        raise ValueError("Give either --genotype FILE|NAME|TEXT or --backbone NAME: the network to train.")
     if config.eval_only is not None and (settings.genotype, settings.backbone, settings.max_macs) != (None, None, None):
-        raise ValueError("--eval-only reads the network from its file; leave --genotype, --backbone, --max-macs out.")
+        raise ValueError("--eval-only reads the network from its file; leave out --genotype, --backbone, --max-macs.")
     if config.eval_only is not None and config.eval_only.is_dir():
         raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
     if config.export is not None and config.export.is_dir():
@@ -242,7 +242,7 @@ def _check_flags(config: Config) -> None:
         )
     if config.mix.mix == "manifold_mixup" and (settings.backbone is None or config.recipe.accumulate > 1):
         raise ValueError(
-            "--mix manifold_mixup mixes within a --backbone, a whole batch at once: leave --accumulate at 1."
+            "--mix manifold_mixup mixes a whole batch inside a --backbone: give one, and leave --accumulate at 1."
         )
     if not 0.0 <= config.val_share < 1.0:
         raise ValueError(f"--val-share must be at least 0 and below 1, not {config.val_share}.")
@@ -255,7 +255,7 @@ def _check_flags(config: Config) -> None:
 def _check_processes(config: Config, run: Run) -> None:
     device = run.compute.device
     if config.sync_batchnorm and device.type != "cuda":
-        raise ValueError(f"--sync-batchnorm needs CUDA devices, this is {device.type}; leave it out.")
+        raise ValueError(f"--sync-batchnorm needs CUDA devices, but this is {device.type}; leave it out.")
     config.mix.check_processes(run.world.size)
 
 
@@ -263,8 +263,8 @@ def _check_size(config: Config, data: ImageData) -> None:
     smallest = 0 if config.network.genotype is None else SMALLEST[data.stem]
     if data.image_size < smallest:
         raise ValueError(
-            f"The images are of {data.image_size} px, but a genotype's {data.stem} network takes {smallest} or "
-            f"more; use --image-size {smallest}."
+            f"The images have {data.image_size} px, but a genotype's {data.stem} network takes {smallest} px "
+            f"or more; use --image-size {smallest}."
         )
 
 

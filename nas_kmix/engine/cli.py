@@ -1,4 +1,4 @@
-"""What the command lines share: presets that give flags their defaults, and expected failures as one sentence."""
+"""What the command lines share: presets as the defaults of flags, and expected failures told in one sentence."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Config = TypeVar("Config")
 
 
 def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str | None) -> Config:
-    """Flags to a config; `--preset` is read first and gives the other flags their defaults, by default `quick`."""
+    """Parse flags into a config; `--preset` (default: `quick`) is read first and sets the other flags' defaults."""
     preset = "quick"
     for i, argument in enumerate(argv):
         if argument == "--preset" and i + 1 < len(argv):
             preset = argv[i + 1]
         elif argument.startswith("--preset="):
             preset = argument.split("=", 1)[1]
-    default = presets.get(preset, presets["quick"])  # tyro itself complains of a preset that does not exist
+    default = presets.get(preset, presets["quick"])  # an unknown preset is refused later, with its name
     return tyro.cli(type(default), args=argv, default=default, description=description)
 
 
@@ -34,7 +34,7 @@ def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], s
     """Do the work; an expected failure becomes one sentence on stderr. No worker process outlives it.
 
     Returns 0, 1 (a full disk, no memory, a lost worker, a loss that is not finite), 2 (bad usage), 130 or 143
-    (signals). `remedy` tells what to do about a file of other settings.
+    (signals). `remedy` says what to do about a file made with other settings.
     """
     try:
         try:
@@ -42,11 +42,11 @@ def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], s
         finally:
             end_workers()
     except StoppedError as stopped:
-        place = "here" if stopped.saved else "the last checkpoint"
-        print(f"stopped by {stopped}; the same command goes on from {place}", file=sys.stderr)
+        place = "" if stopped.saved else " from the last checkpoint"
+        print(f"stopped by {stopped}; run the same command again to resume{place}", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped at once; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
     except StageMismatchError as error:
         print(f"error: {error} {remedy(error)}", file=sys.stderr)

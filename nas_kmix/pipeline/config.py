@@ -1,4 +1,4 @@
-"""Everything that a search can be told: its flags, their presets, and which of them contradict each other."""
+"""The settings of a search: its flags, their presets, and the checks for flags that contradict each other."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ from nas_kmix.proxy import ProxyConfig, smallest_ratio
 from nas_kmix.scores import COLUMNS
 from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
 
-ALL_IMAGES = Path("none")  # what --proxy means by it
+ALL_IMAGES = Path("none")  # `--proxy none`: no proxy, search on all images
 Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
 
 
 @dataclass(frozen=True)
 class Given:
-    """Results of another run, from which this one goes on; at most one of them."""
+    """Results of another run to start from; at most one."""
 
     scorer: Path | None = None
-    """Use this scorer.pt of another run."""
+    """Use the scorer.pt of another run."""
     scores: Path | None = None
-    """Use this scores.npz of another run on the same data."""
+    """Use the scores.npz of another run on the same data."""
     proxy: Path | None = None
-    """Use this proxy.json, made from any copy of the data; `none` searches on all images."""
+    """Use this proxy.json, made on any copy of the data; `none` searches on all images."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that can be set. `--preset` chooses the values shown here; other flags change single ones."""
+    """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
     preset: Literal["quick", "cpu", "gpu", "paper", "imagenet"] = "quick"
-    """quick: digits in half a minute | cpu: a small scorer and supernet | gpu: larger ones, in steps that one
-    GPU replays | paper: the paper's | imagenet: 224 px."""
+    """quick: digits, half a minute | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
+    paper: the paper's settings | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
     seed: int = 0
     """Seed of every stage."""
     stop_after: Literal["scorer", "scores", "proxy"] | None = None
-    """End with that file."""
+    """Stop once this result exists."""
     given: Annotated[Given, Flat] = field(default_factory=Given)
     export_list: Path | None = None
-    """Also write the proxy as lines `path-or-index, label, class name`, for other trainers."""
+    """Also write the proxy to this file, one line `path-or-index, label, class name` per image, for other trainers."""
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     report: bool = True
-    """Draw the architecture for TensorBoard during the search, and write the run as a page, report.html, at its end."""
+    """Show the architecture in TensorBoard during the search, and write the page report.html at the end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     augmentation: Annotated[Augmentation, Flat] = field(default_factory=Augmentation)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
@@ -75,7 +75,7 @@ class Config:
         return self.selection.method != "random" or self.stop_after in ("scorer", "scores")
 
     def spread(self) -> Config:
-        """The same with the parts of all stages complete: with what they have in common, seed and augmentation."""
+        """The same config, with the shared seed and augmentation copied into the config of every stage."""
         common = {"seed": self.seed, "augmentation": self.augmentation}
         return replace(
             self,
@@ -87,7 +87,7 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    # To see all of it work: a minute on two cores. The ranking is mostly noise, and the genotype is of no use.
+    # Shows that everything works, in half a minute on two cores. The ranking is mostly noise, the genotype useless.
     "quick": Config(
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
@@ -102,7 +102,7 @@ PRESETS: dict[str, Config] = {
         device=DeviceConfig(channels_last=True),
     ),
     # CIFAR-100 without a GPU: 25 minutes on one thread at --ratio 0.05, with a scorer of 46 % accuracy
-    # (studies/first_run). To compare proxies with each other, not with published genotypes.
+    # (studies/first_run). For comparing proxies with each other, not with published genotypes.
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),
@@ -131,7 +131,7 @@ PRESETS: dict[str, Config] = {
     # PyramidNet-110 for 300 epochs (the paper's Table 1: 16.95 % top-1 error) and PC-DARTS for 50 (Table 5). For a GPU.
     "paper": Config(preset="paper", input=DataConfig(data="cifar100")),
     # PC-DARTS's ImageNet search (section 4.3): 10 % of each class for the weights, 2.5 % for the architecture. The
-    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs, which share the scorer alone.
+    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs, which share all but the search.
     "imagenet": Config(
         preset="imagenet",
         input=DataConfig(data="imagenet", image_size=224),
@@ -154,16 +154,14 @@ def check_flags(config: Config) -> None:
     paths = {flag: path for flag, path in vars(config.given).items() if path is not None}
     order, given = ("scorer", "scores", "proxy"), list(paths)
     if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} both start the chain; give the later one only.")
+        raise ValueError(f"--{given[0]} and --{given[1]} both start the chain; give only the later one.")
     if config.given.proxy == ALL_IMAGES and (config.stop_after is not None or config.export_list is not None):
         flag = "--stop-after" if config.stop_after is not None else "--export-list"
-        raise ValueError(f"--proxy none makes no proxy, so {flag} means nothing with it; leave one of them out.")
+        raise ValueError(f"--proxy none makes no proxy, so {flag} has no effect; leave one of them out.")
     if given and config.stop_after is not None and order.index(config.stop_after) < order.index(given[0]):
         raise ValueError(f"--{given[0]} starts after --stop-after {config.stop_after}; leave one of them out.")
     if config.selection.method == "random" and given in (["scorer"], ["scores"]):
-        raise ValueError(
-            f"--method random uses no scores, so --{given[0]} means nothing with it; leave one of them out."
-        )
+        raise ValueError(f"--method random uses no scores, so --{given[0]} has no effect; leave one of them out.")
     if config.export_list is not None and config.stop_after in ("scorer", "scores"):
         raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
     if config.export_list is not None and config.export_list.is_dir():
@@ -177,7 +175,7 @@ def check_flags(config: Config) -> None:
             raise ValueError(f"--{flag} {path}: there is no such file.")
         if config.fresh and path.parent.resolve() == config.out.resolve():
             raise ValueError(
-                f"--fresh would remove the file of --{flag}; leave one of them out, or take another --out."
+                f"--fresh would remove the file of --{flag}; leave one of them out, or choose another --out."
             )
     preset = PRESETS[config.preset].search
     for name, steps in (("epochs", ("rest_steps", "arch_steps")), ("frozen_epochs", ("rest_steps",))):
@@ -190,7 +188,7 @@ def check_flags(config: Config) -> None:
 
 
 def without_effect(config: Config) -> list[str]:
-    """The selection's flags that were changed although the proxy is given; all images are still divided into halves."""
+    """The selection flags that were changed but have no effect on a given proxy; `none` still uses --arch-share."""
     preset = PRESETS[config.preset].selection
     used = {"seed", "arch_share"} if config.given.proxy == ALL_IMAGES else {"seed"}
     names = [f.name for f in fields(preset) if f.name not in used]
@@ -199,10 +197,10 @@ def without_effect(config: Config) -> list[str]:
 
 
 def check_later_stages(config: Config, data: ImageData) -> None:
-    """Refuse what a later stage would refuse before the first one has spent hours."""
+    """Refuse now what a later stage would refuse after the first one has spent hours."""
     scores_anew = config.uses_scores and config.given.scores is None and config.stop_after != "scorer"
     if scores_anew and config.scoring.k > len(data):
-        raise ValueError(f"--scoring.k {config.scoring.k} images cannot be mixed: --data has {len(data)}.")
+        raise ValueError(f"--scoring.k {config.scoring.k} is more than the {len(data)} images of --data.")
     if not data.resident:
         batches = [config.scorer.optim.batch_size, EVALUATION_BATCH, IMAGES_PER_SHARD] if config.uses_scores else []
         batches += [2 * config.search.batch_size] if config.stop_after is None else []  # of each half
@@ -219,7 +217,7 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if size % multiple or size < multiple:
         nearest = max(multiple, round(size / multiple) * multiple)
         raise ValueError(
-            f"The supernet halves its images several times, so {size} px must be a multiple of {multiple}; "
+            f"The supernet halves its images several times: the side must be a multiple of {multiple} px, not {size}; "
             f"use {flag} {nearest}."
         )
     if size > data.image_size:

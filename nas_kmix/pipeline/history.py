@@ -1,4 +1,4 @@
-"""What a search leaves of its course: `genotypes.jsonl`, a line per record, and `alphas.npz`, the tables of each."""
+"""The history of a search: `genotypes.jsonl`, one line per record, and `alphas.npz`, the tables of every record."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nas_kmix.engine import files
 FILES = ("genotypes.jsonl", "alphas.npz")
 
 Row = Mapping[str, Any]
-"""A record: steps and architecture steps so far, the genotype as JSON, how sure that is, and its tables."""
+"""A record: steps and architecture steps so far, the genotype as JSON, its diagnostics and its tables."""
 
 
 def row_of(search: Search, edges_by: EdgesBy) -> Row:
-    """The record of the present state."""
+    """The record of the current state."""
     return {
         "step": search.steps_done,
         "arch_step": search.steps_done - search.config.rest_steps,

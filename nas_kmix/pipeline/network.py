@@ -1,7 +1,7 @@
 """The last stage: train a genotype's network, or a backbone. Images in, `last.pt` and `best.pt` out.
 
-`last.pt` is both the result and the state to resume from: it counts as found once its last epoch is in it. `best.pt` is
-the epoch with the highest accuracy on val.
+`last.pt` is both the result and the state to resume from: it counts as found once it holds the last epoch. `best.pt`
+holds the epoch with the highest val accuracy.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from nas_kmix.splits import Evaluated, Part, evaluate_all
 
 NAME = "train"
 FILE = "last.pt"
-EVALUATION = "evaluation"  # is billed apart
+EVALUATION = "evaluation"  # billed separately
 FILES = (FILE, BEST)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What is trained. The defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2).
+    """The network to train. The defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2).
 
-    Most fields are in no key, because the description of the network that they make is.
+    Most fields are not in the key: the description of the network that they define is.
     """
 
     genotype: str | None = field(default=None, metadata=NOT_IN_KEY)
     """A file (JSON or legacy text), the name of a published genotype, or the text itself."""
     backbone: str | None = field(default=None, metadata=NOT_IN_KEY)
-    """Instead of a genotype: a network of `nas_kmix.backbones`, e.g. pyramidnet110."""
+    """Train this network of `nas_kmix.backbones` instead of a genotype's, e.g. pyramidnet110."""
     stochastic_depth: float = 0.0
-    """Of a backbone: probability that a batch skips the last residual path, linear over the depth (Huang et al.)."""
+    """Backbones: probability that a batch skips the last residual path, growing linearly with depth (Huang et al.)."""
     drop_block: float = 0.0
-    """Of a backbone: probability that a value of the last stage is dropped, in squares (Ghiasi et al.)."""
+    """Backbones: probability that DropBlock drops a value of the last stage (Ghiasi et al.)."""
     block_size: int = 3
-    """Side of those squares in pixels, odd."""
+    """Side of DropBlock's squares in pixels, odd."""
     channels: int = field(default=36, metadata=NOT_IN_KEY)
-    """Width of the first cell's nodes."""
+    """Channels of the first cell's nodes."""
     layers: int = field(default=20, metadata=NOT_IN_KEY)
-    """Cells."""
+    """Number of cells."""
     auxiliary: bool = field(default=True, metadata=NOT_IN_KEY)
-    """Train with a second classifier on the cell at two thirds of the depth."""
+    """Train with an auxiliary head at two thirds of the depth."""
     max_macs: str | None = field(default=None, metadata=NOT_IN_KEY)
-    """Take the most channels, an even number, that cost at most so many multiply-adds, e.g. 600M."""
+    """Choose the largest even number of channels that costs at most this many multiply-adds, e.g. 600M."""
     macs_convention: Literal["strict", "published"] = field(default="strict", metadata=NOT_IN_KEY)
-    """How --max-macs counts: convolutions and linear layers, or BatchNorms and ReLUs too as in the papers' tables."""
+    """What --max-macs counts: convolutions and linear layers, or BatchNorm and ReLU too, as the papers' tables do."""
 
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --training.epochs
@@ -73,11 +73,11 @@ class NetworkTraining:
     """Everything that a trained network depends on."""
 
     seed: int = 0
-    """Seed of the weights, the order of the images, their augmentation, and which ones are held out."""
+    """Seed of the initial weights, the order of the images, their augmentation and the held-out split."""
     val_share: float = 0.1
-    """Share of each class's training images to hold out where the data has no split `val`; 0 chooses no best epoch."""
+    """Share of each class's training images to hold out if the data has no val split; 0 selects no best epoch."""
     train_images: int | None = None
-    """Train on so many images only, drawn by class from those that are not held out."""
+    """Train on only this many images, drawn class by class from those that are not held out."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     network: Annotated[NetworkConfig, Flat] = field(default_factory=NetworkConfig)
@@ -86,14 +86,14 @@ class NetworkTraining:
     mix: Annotated[MixConfig, Flat] = field(default_factory=MixConfig)
     augmentation: Annotated[Augmentation, Flat] = field(default_factory=Augmentation)
     sync_batchnorm: bool = False
-    """Under torchrun, take BatchNorm's statistics over the batches of all processes."""
+    """Under torchrun, compute BatchNorm's statistics over the batches of all processes."""
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
 def build(config: NetworkConfig, data: ImageData, *, seed: int) -> nn.Module:
-    """The network with the weights that the seed gives it."""
+    """Build the network, with initial weights from the seed."""
     if config.genotype is None:
         shape = {"num_classes": data.num_classes, "stem": data.stem}
         drop = Drop(config.stochastic_depth, config.drop_block, config.block_size)
@@ -108,7 +108,7 @@ def build(config: NetworkConfig, data: ImageData, *, seed: int) -> nn.Module:
 
 
 def describe(model: nn.Module, config: NetworkConfig, data: ImageData) -> dict[str, Any]:
-    """The network as plain data, from which its file builds it again."""
+    """The network as plain data, from which a checkpoint rebuilds it."""
     if config.genotype is not None:
         return model.description()
     return {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
@@ -118,7 +118,7 @@ def describe(model: nn.Module, config: NetworkConfig, data: ImageData) -> dict[s
 
 
 def key(config: NetworkTraining, model: nn.Module, training: Part, evaluated: Evaluated, bad: BadFileList) -> Key:
-    """What the trained network depends on: all settings by their effect, the network, and the images of every split."""
+    """What the trained network depends on: settings that take effect, the network, and the images of every split."""
     settings = identity(_resolved(config)) | {"network": describe(model, config.network, training.data)}
     if _photographs(training):
         settings["crops"] = "photographs"
@@ -137,7 +137,7 @@ def load(
     run: Run,
     key: Key | None,
 ) -> Trained | None:
-    """The network of a training that is finished, with the weights that were evaluated; None for an unfinished one."""
+    """The network of a finished training, with the weights that were evaluated; None for an unfinished one."""
     state = files.load_tensors(path)
     check_key(path, state.get("key"), key)
     with files.damage_named(path, "remove it, or use --fresh"):
@@ -159,7 +159,7 @@ def make(
     run: Run,
     key: Key,
 ) -> Trained:
-    """Train, from the start or from `path`, and evaluate after every `eval_every` epochs."""
+    """Train from scratch or resume from `path`, and evaluate every `eval_every` epochs."""
     data = training.data
     content = {
         "format": BACKBONE_FORMAT if config.network.genotype is None else NETWORK_FORMAT,
@@ -198,7 +198,7 @@ def make(
 
 
 def _resolved(config: NetworkTraining) -> NetworkTraining:
-    """The settings that act, without a command's own: a backbone has no paths to drop."""
+    """The settings that take effect, without those of the command; a backbone has no drop-path."""
     settings = {field.name: getattr(config, field.name) for field in fields(NetworkTraining)}
     if config.network.backbone is not None:
         settings["recipe"] = replace(config.recipe, drop_path=0.0)
@@ -206,5 +206,5 @@ def _resolved(config: NetworkTraining) -> NetworkTraining:
 
 
 def _photographs(training: Part) -> bool:
-    """Whether whole photographs are cropped, not the centre squares that they are reduced to."""
+    """Whether training crops come from whole photographs instead of their centre squares."""
     return not training.data.resident and training.data.stem == "imagenet"

@@ -2,10 +2,10 @@
 
 In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history beside it.
 
-The bilevel steps themselves are in `darts_space.bilevel`. Here their batches are read, augmented and, with
-`search_size`, averaged to fewer pixels. First the weights move alone, then the architecture too. From then on the
-genotype and the four architecture tables are recorded (`history`) every `record_every` steps, and `run.on_record` is
-told of the search's name, the step, the tables so far, the genotype, and the number of records that there will be.
+`darts_space.bilevel` takes the bilevel steps. This module reads their batches, augments them and, with `search_size`,
+averages them to fewer pixels. First the weights move alone, then the architecture too. From then on `history` records
+the genotype and the four architecture tables every `record_every` steps, and `run.on_record` receives the search's
+name, the step, the tables so far, the genotype, and the total number of records.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from nas_kmix.pipeline.stage import Key
 from nas_kmix.sampling import split_by_class
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
-LAST_RECORDS = 4  # that are compared with the genotype in the end
+LAST_RECORDS = 4  # how many records the final genotype is compared with
 TURN = 1000
-"""Steps of the weights before which the gradient of alpha points at pools (studies/search_quality)."""
+"""Steps on the weights before which the gradient of alpha favours pools (studies/search_quality)."""
 
 
 @dataclass(frozen=True)
@@ -49,51 +49,51 @@ class SearchConfig:
     """The supernet and its bilevel search. Defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2)."""
 
     rest_steps: int | None = None
-    """First steps, which move the weights alone. Default: --frozen-epochs."""
+    """Steps that train the weights alone, before the architecture moves. Default: --frozen-epochs."""
     arch_steps: int | None = None
-    """Steps after them, which move the architecture too. Default: the other --epochs."""
+    """Steps that then train weights and architecture. Default: the rest of --epochs."""
     epochs: int = field(default=50, metadata=NOT_IN_KEY)  # these two act through the steps
-    """Length of a search that is measured in epochs of the weights' half."""
+    """Length of the search in epochs of the weights' half, unless the steps are given."""
     frozen_epochs: int | None = field(default=None, metadata=NOT_IN_KEY)
-    """Its first epochs, which move the weights alone; at most half of --epochs. Default: 15."""
+    """First epochs, which train the weights alone; at most half of --epochs. Default: 15."""
     batch_size: int = 256
-    """Images per step and half; a smaller half is one batch."""
+    """Images per step from each half; a smaller half is one batch."""
     search_size: int | None = None
-    """Side in pixels to which the augmented images are averaged. Default: the images' own."""
+    """Side in pixels to which augmented images are downsampled by averaging. Default: their own."""
     lr: float | None = None
-    """SGD's first learning rate. Default: 0.1 from batch 256 up (imagenet: 0.5 from 1024 up), in proportion below."""
+    """SGD's initial learning rate. Default: 0.1 from batch size 256 up (imagenet: 0.5 from 1024), scaled down below."""
     full_lr: Annotated[float, tyro.conf.Suppress] = field(default=0.1, metadata=NOT_IN_KEY)  # it acts through lr
     full_batch: Annotated[int, tyro.conf.Suppress] = field(default=256, metadata=NOT_IN_KEY)
-    """Images in a batch from which `full_lr` holds; a given `lr` holds for any batch."""
+    """Batch size from which `full_lr` holds; a given `lr` holds for any batch size."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """SGD's learning rate over all steps: half a cosine to zero, or constant."""
+    """SGD's learning-rate schedule: half a cosine to zero over all steps, or constant."""
     warmup_epochs: int = 0
-    """First epochs in which the learning rate rises; at most half of --epochs."""
+    """Epochs of learning-rate warm-up; at most half of --epochs."""
     channels: int = 16
-    """Width of the first cell's nodes."""
+    """Channels of the first cell's nodes."""
     layers: int = 8
-    """Cells."""
+    """Number of cells."""
     partial: int = 4
-    """K, one channel in K goes through the operations (4 on CIFAR, 2 on ImageNet; 1 with plain sums is DARTS)."""
+    """K: one channel in K enters the operations (CIFAR 4, ImageNet 2; 1 without edge normalisation is DARTS)."""
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     edges_by: EdgesBy = "alpha-beta"
     """What chooses the two inputs of a node: alpha alone, or its product with beta as in PC-DARTS."""
     arch_lr: float = 6e-4
-    """Adam's learning rate of alpha and beta."""
+    """Adam's learning rate for alpha and beta."""
     arch_grad_clip: float | None = None
-    """Clip the norm of the gradient of alpha and beta to this. Default: no clipping."""
+    """Clip the gradient norm of alpha and beta to this value. Default: no clipping."""
     unrolled: bool = False
-    """Second-order architecture gradient (DARTS); costs about three times as much."""
+    """Use DARTS's second-order architecture gradient, at about three times the cost."""
     record_every: int | None = None
     """Steps between rows of the log and, once the architecture moves, of genotypes.jsonl. Default: an epoch."""
     seeds: int = 1
-    """Searches on the same proxy; genotype.json is then the one that shares most edges with the others."""
+    """Number of searches on the same proxy; genotype.json is the one that shares most edges with the others."""
     cuda_graphs: bool = field(default=False, metadata=NOT_IN_KEY)
-    """On a GPU, record a step once and replay it: nine times as fast for a small supernet. First order, no fp16."""
+    """On a GPU, record a step once, then replay it: nine times as fast for a small supernet. First order, no fp16."""
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
     seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Seed of the weights, the batches and their augmentation; several searches count on from it."""
+    """Seed of the initial weights, batches and augmentation; several searches count up from it."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "seeds", "record_every"):
@@ -102,11 +102,11 @@ class SearchConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
 
     def _at_most_half(self, wanted: int) -> int:
-        """Epochs of a preset for a long search, where `--epochs` cuts it short."""
+        """The `wanted` epochs of a preset, cut to half the search where `--epochs` makes it short."""
         return wanted if wanted < self.epochs else self.epochs // 2
 
     def bilevel(self, amp: str, epoch_steps: int) -> BilevelConfig:
-        """The part that `darts_space` reads, for epochs of so many steps. Raises ValueError for what is no search."""
+        """The settings of `darts_space`, for epochs of `epoch_steps` steps. Raises ValueError if they are invalid."""
         frozen = min(15, self.epochs // 2) if self.frozen_epochs is None else self._at_most_half(self.frozen_epochs)
         return BilevelConfig(
             rest_steps=frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
@@ -147,7 +147,7 @@ class Halves:
             raise ValueError("The proxy leaves no image for the architecture; raise --ratio or --arch-share.")
 
     def epoch_steps(self, batch_size: int) -> int:
-        """Steps in which the weights' half is passed over once."""
+        """Steps per epoch of the weights' half."""
         return math.ceil(len(self.weights) / batch_size)
 
     @staticmethod
@@ -162,16 +162,16 @@ class Halves:
 
 
 def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, run: Run) -> None:
-    """Log the steps as they were resolved, and warn where the architecture moves too early."""
+    """Log the resolved numbers of steps, and warn if the architecture moves too early."""
     size = config.search_size or data.image_size
     run.say(
-        f"search: {bilevel.rest_steps} steps of the weights alone, then {bilevel.arch_steps} of weights and "
-        f"architecture, {config.batch_size} images a step at {size} px"
+        f"search: {bilevel.rest_steps} steps on the weights alone, then {bilevel.arch_steps} on weights and "
+        f"architecture; {config.batch_size} images of {size} px per step"
     )
     if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
         run.say(
-            f"warning: the architecture moves after {bilevel.rest_steps} steps of the weights; before about {TURN:,} "
-            "its gradient points at pools, whatever the images. Raise --rest-steps."
+            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; before about {TURN:,} "
+            "its gradient favours pools, whatever the images. Raise --rest-steps."
         )
 
 
@@ -185,7 +185,7 @@ def search_once(
     run: Run,
     key: Key,
 ) -> Genotype:
-    """The genotype after the last step, which is written to `path`, and the history beside it."""
+    """Search, and write the genotype after the last step to `path`, with the history beside it."""
     epoch_steps = halves.epoch_steps(config.batch_size)
     bilevel = config.bilevel(run.compute.amp, epoch_steps)
     supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
@@ -202,7 +202,7 @@ def search_once(
 
 
 def _periods(steps: int, every: int) -> list[int]:
-    """`steps` cut after every so many."""
+    """`steps` cut into periods of `every` steps; the last may be shorter."""
     return [min(every, steps - start) for start in range(0, steps, every)]
 
 
@@ -217,8 +217,8 @@ def _say_how_sure(genotype: Genotype, rows: Sequence[history.Row], name: str, ru
     if genotype.collapsed:
         skips, pools = genotype.skip_connections()[0], genotype.pools()[0]
         run.say(
-            f"warning: of the 8 operations of the normal cell {skips} are skip connections and {pools} are pools; the "
-            "search has collapsed. A longer rest of the architecture (--rest-steps) or fewer --arch-steps help."
+            f"warning: the search has collapsed: of the normal cell's 8 operations {skips} are skip connections and "
+            f"{pools} are pools. Raise --rest-steps, which keep the architecture fixed, or lower --arch-steps."
         )
 
 
@@ -237,16 +237,16 @@ class _Searching:
     rows: list[history.Row] = field(default_factory=list)
 
     def start(self, period: int) -> None:
-        """A period has nothing of its own: the rate is set step by step."""
+        """Nothing to set: the learning rate changes step by step."""
 
     def batches(self, period: int, first_step: int) -> Iterator[tuple[Batch, Batch]]:
-        """Pairs of full batches, one of each half, from one shuffled pass after the other."""
+        """Pairs of full batches, one from each half, over successive shuffled passes."""
         first, steps = self.search.steps_done, self.periods[period] - first_step
         seed, size = self.config.seed, self.config.batch_size
         weight_plan = step_batches(self.halves.weights, size, first, steps, seed=(seed, WEIGHT_ORDER))
         arch_plan = step_batches(self.halves.arch, size, first, steps, seed=(seed, ARCH_ORDER))
         if self.search.resting:
-            arch_plan = [indices[:0] for indices in arch_plan]  # not looked at, so not read either
+            arch_plan = [indices[:0] for indices in arch_plan]  # not used while the architecture rests, so not read
         return zip(self.data.batches(weight_plan), self.data.batches(arch_plan), strict=True)
 
     def step(self, batch: tuple[Batch, Batch], period: int, step: int, meter: Meter) -> int:
@@ -263,10 +263,10 @@ class _Searching:
         return n * (4 if self.config.unrolled and not resting else 1) + len(val.labels)
 
     def _prepared(self, batch: Batch, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented float images of the search's size, and labels."""
+        """Augmented float images at the search's size, and labels."""
         if len(batch.labels) == 0:
             raise ValueError(
-                f"{self.data.source.name}: not one file of a batch can be read any more; the first is "
+                f"{self.data.source.name}: no file of a batch can be read any more; the first is "
                 f"{self.data.bad.first()}"
             )
         images = augment_batch(batch.images, self.data, self.config.augmentation, rng=np.random.default_rng(seed))

@@ -1,6 +1,6 @@
 """Stage three: select the proxy dataset. Scores in, `proxy.json` out.
 
-The selection itself is in `nas_kmix.proxy`, and the file applies to any copy of its data set.
+`nas_kmix.proxy` selects the images; the file applies to any copy of their dataset.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def make(
         manifest = make_proxy(data, table, config)
     manifest.save(path)
     weights, arch = len(manifest.weights), len(manifest.arch)
-    run.say(f"selection: {len(manifest.indices)} images, {weights} for weights, {arch} for alpha")
+    run.say(f"selection: {len(manifest.indices)} images, {weights} for the weights, {arch} for the architecture")
     many = np.bincount(data.labels, minlength=data.num_classes) > 1
     single = np.flatnonzero(many & (np.bincount(manifest.labels, minlength=data.num_classes) == 1))
     if len(single):
         run.say(
-            f"warning: {len(single)} classes have a single image in the proxy, which goes to the weights "
-            f"(first: {data.class_names[single[0]]}); a larger --ratio gives the architecture some too"
+            f"warning: {len(single)} classes have a single image in the proxy, which trains the weights "
+            f"(first: {data.class_names[single[0]]}); raise --ratio to give the architecture some too"
         )
     return manifest

@@ -1,7 +1,7 @@
 """Stage one: train the classifier whose losses will score the images. Images in, `scorer.pt` out.
 
-The paper trains PyramidNet-110 with DCutMix (Table 1); a small network for few epochs gives a scorer that a laptop
-can afford. What it costs is billed like every other stage.
+The paper trains PyramidNet-110 with DCutMix (Table 1); a laptop can afford a small network for a few
+epochs. Its cost is billed like that of every other stage.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ FILE = "scorer.pt"
 FORMAT = "nas_kmix/classifier"
 
 Scorer = tuple[nn.Module, ImageData]
-"""The network, and the images normalised as it was trained with."""
+"""The network, and the images with the normalisation that it was trained with."""
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """The classifier that scores, and how it is trained (the paper's Table 1: PyramidNet-110 with DCutMix)."""
+    """The classifier that scores images, and its training (in the paper's Table 1, PyramidNet-110 with DCutMix)."""
 
     backbone: str = "pyramidnet110"
-    """A name of `nas_kmix.backbones.BACKBONES`."""
+    """Name of a network in `nas_kmix.backbones.BACKBONES`."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     mix: Annotated[MixConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
@@ -67,7 +67,7 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
     mix = make_mix(config.mix, data.num_classes, model)
     options = {"mix": mix, "seed": config.seed, "run": run, "stage": NAME, "key": key}
     train(model, data, config.optim, config.augmentation, **options)
-    run.world.align_buffers(model)  # so that all processes score with one network
+    run.world.align_buffers(model)  # all processes must score with the same network
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(
             "scorer: the weights are not finite after the last step. Start again with --fresh and a lower --scorer.lr."
@@ -97,7 +97,7 @@ def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, 
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
     check_key(path, state.get("key"), key)
-    with files.damage_named(path, "train the scorer anew"):
+    with files.damage_named(path, "train the scorer again"):
         network, classes, constants = state["network"], tuple(state["class_names"]), constants_of(state)
         shape = {"num_classes": int(network["num_classes"]), "stem": network["stem"]}
     for name, wanted in (("num_classes", data.num_classes), ("stem", data.stem)):
@@ -108,14 +108,14 @@ def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, 
             )
     if classes != data.class_names:
         raise ValueError(f"{path} was trained on other classes than those of --data; leave out --scorer.")
-    with files.damage_named(path, "train the scorer anew"):
+    with files.damage_named(path, "train the scorer again"):
         model = build_backbone(network["backbone"], **shape, seed=0).to(compute.device)
         model.load_state_dict(state["model"])
     return compute.layout(model), replace(data, **constants)
 
 
 def constants_of(state: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """The normalisation that a checkpoint tells, as `mean` and `std`. Raises KeyError, TypeError and ValueError."""
+    """The normalisation that a checkpoint holds, as `mean` and `std`. Raises KeyError, TypeError and ValueError."""
     mean, std = (tuple(map(float, state[name])) for name in ("mean", "std"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)):
         raise ValueError(f"mean and std of the images cannot be {mean} and {std}")

@@ -1,6 +1,6 @@
 """Stage two: score all images by how much their losses vary under mixing. A scorer in, `scores.npz` out.
 
-The scoring itself is in `nas_kmix.scoring`; here it is billed, saved after some shards and resumed after the last.
+`nas_kmix.scoring` scores; this stage bills it, saves the shards that are done and resumes after them.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ def key(config: ScoringConfig, scorer: Scorer, data: ImageData) -> dict[str, Any
 def load(
     path: Path, config: ScoringConfig, scorer: Scorer | None, data: ImageData, *, run: Run, key: Key | None
 ) -> ScoreTable:
-    """The table in `path`; no scorer is needed where it was given."""
+    """The table in `path`; one that was given needs no scorer."""
     table = ScoreTable.load(path)
     check_key(path, table.key, key)
     if not table.belongs_to(data):
         if key is None:
-            raise ValueError(f"--scores {path} was made from other data than --data; score these images anew.")
+            raise ValueError(
+                f"--scores {path} was made from other data than --data; leave it out to score these images."
+            )
         raise ValueError(f"{path} is damaged: it has other images than --data; remove it.")
     data.bad.add(table.bad)
     return table
 
 
 def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, run: Run, key: Key) -> ScoreTable:
-    """Score all of `data`, going on after the shards that are done, and write `path`."""
+    """Score all of `data`, resuming after the shards that are done, and write `path`."""
     model, view = scorer
     tables: list[ScoreTable] = []
     done = np.empty(0, dtype=np.int64)

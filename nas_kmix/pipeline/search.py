@@ -23,10 +23,10 @@ FILE = "genotype.json"
 
 
 def key(config: SearchConfig, halves: Halves, data: ImageData) -> Key:
-    """What a search depends on, in values that are resolved: steps, for example, and not epochs."""
+    """What a search depends on, with settings resolved: steps, for example, instead of epochs."""
     epoch_steps = halves.epoch_steps(config.batch_size)
     resolved = asdict(config.bilevel("off", epoch_steps))
-    del resolved["amp"]  # a search may go on on another device
+    del resolved["amp"]  # a search may resume on another device
     resolved["record_every"] = config.record_every or epoch_steps
     resolved["search_size"] = config.search_size or data.image_size
     return stage_key(NAME, identity(config) | resolved, {"data": data.fingerprint, "proxy": halves.identity})
@@ -38,12 +38,12 @@ def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     check_key(path, files.read_json(path).get("provenance"), key)
     for name in history.FILES if config.seeds == 1 else ():
         if not path.with_name(name).exists():
-            run.say(f"warning: {path.with_name(name)} is gone; remove {path.name} to search anew and get both")
+            run.say(f"warning: {path.with_name(name)} is gone; remove {path.name} to search again and get both")
     return genotype
 
 
 def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key) -> Genotype:
-    """Search once, or once for each of the `seeds` and choose the genotype that is most like the others."""
+    """Search once; or search with several seeds, and choose the genotype that shares most edges with the others."""
     say_how_long(config.bilevel("off", halves.epoch_steps(config.batch_size)), config, data, run)
     if config.seeds == 1:
         return search_once(NAME, path, config, halves, data, run=run, key=key)
@@ -55,14 +55,15 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     chosen = int(np.argmax(shared))
     mean = shared[chosen] / (config.seeds - 1)
     run.say(
-        f"seeds: seed-{chosen} shares {mean:.1f} of its {GENOTYPE_EDGES} edges with each of the others, the most of all"
+        f"seeds: chose seed-{chosen}, which shares the most edges with the others, on average {mean:.1f} of "
+        f"{GENOTYPE_EDGES}"
     )
     genotypes[chosen].save(path, provenance={**key, "chosen": f"seed-{chosen}", "shared_edges": shared})
     return genotypes[chosen]
 
 
 class OneSeed:
-    """One of several searches, a stage of its own in the subfolder seed-N."""
+    """One of several searches, as a stage of its own in the subfolder seed-N."""
 
     key, load = staticmethod(key), staticmethod(load)
 

@@ -1,15 +1,15 @@
-"""The shape of every stage, and the one place where it is decided whether its result is given, found, or made.
+"""The interface of a stage, and the one place that decides whether its result is given, found, or made.
 
 A stage is a module, or an object, with two names and three functions:
 
     NAME = "scoring"       # in messages and keys; its own checkpoint is checkpoints/scoring.pt
     FILE = "scores.npz"    # its result in the run folder, which describes itself
     key(config, *inputs)                         # what the result depends on, see `engine.keys`
-    load(path, config, *inputs, run=, key=)      # read the file; refuse it where it was not made with `key`
+    load(path, config, *inputs, run=, key=)      # read the file; refuse it if it was made with another key
     make(path, config, *inputs, run=, key=)      # compute the result and write the file
 
-`config` is the stage's own part of the flags, `inputs` are results of stages before it. Resuming is the business of
-`make`: with `engine.loop`, or with `Run.resumed` and `Run.save_checkpoint`.
+`config` is the stage's own part of the flags; `inputs` are the results of earlier stages. Resuming is up to `make`,
+through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Key = Mapping[str, Any]
 
 
 class Stage(Protocol[Result]):
-    """What `obtain` asks of a stage; a module will do."""
+    """What `obtain` needs from a stage; a module will do."""
 
     NAME: str
     FILE: str
@@ -33,9 +33,9 @@ class Stage(Protocol[Result]):
     def key(self, config: Any, *inputs: Any) -> Key: ...
 
     def load(self, path: Path, config: Any, *inputs: Any, run: Run, key: Key | None) -> Result | None:
-        """The result in `path`, which need not be in the run folder; any key will do where `key` is None.
+        """Read the result in `path`, in the run folder or elsewhere; if `key` is None, any key will do.
 
-        None if the file is a state that `make` goes on from. Raises ValueError naming the file.
+        Returns None if the file is a state that `make` resumes from. Raises ValueError naming the file.
         """
 
     def make(self, path: Path, config: Any, *inputs: Any, run: Run, key: Key) -> Result: ...
@@ -44,19 +44,21 @@ class Stage(Protocol[Result]):
 def obtain(stage: Stage[Result], config: Any, *inputs: Any, run: Run, given: Path | None = None) -> Result:
     """The result of a stage: given by a path, found in the run folder, or made now.
 
-    What is given is billed with what it cost in its own run. What is found must have the stage's key. Raises
+    A given result is billed at its cost in its own run. A found one must have the stage's key. Raises
     ValueError (StageMismatchError for another key), StoppedError, NonFiniteLossError and OSError.
     """
     if given is not None:
         result = stage.load(given, config, *inputs, run=run, key=None)
         if not run.ledger.adopt_from_run(given, stage.NAME):
-            run.say(f"warning: {given.parent} has no readable cost.json, so what {given.name} cost is not billed here")
+            run.say(
+                f"warning: {given.parent} has no readable cost.json, so the cost of {given.name} is not billed here"
+            )
         return result
     path, key = run.path(stage.FILE), stage.key(config, *inputs)
     result = stage.load(path, config, *inputs, run=run, key=key) if path.exists() else None
     if result is not None:
-        run.say(f"{stage.NAME}: {path} fits, skipped")
+        run.say(f"{stage.NAME}: {path} is up to date, skipped")
     else:
         result = stage.make(path, config, *inputs, run=run, key=key)
-    run.remove_checkpoint(checkpoint_name(stage.NAME))  # perhaps that of a run that was killed just before this line
+    run.remove_checkpoint(checkpoint_name(stage.NAME))  # a run killed just before this line leaves one behind
     return result
