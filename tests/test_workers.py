@@ -179,7 +179,7 @@ def test_a_signal_ends_a_command_whose_workers_are_stuck(signum, images, tmp_pat
         assert process.poll() is None  # a slow disk looks like this
         process.send_signal(signum)
         said = assert_over(process, children, log, 128 + signum)
-    assert said == f"stopped by {signum.name}; the same command goes on from the last checkpoint"
+    assert said == f"stopped by {signum.name}; run the same command again to resume from the last checkpoint"
 
 
 def test_one_lost_worker_ends_a_job_of_two_processes(images, tmp_path):
