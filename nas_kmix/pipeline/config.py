@@ -110,7 +110,7 @@ PRESETS: dict[str, Config] = {
             "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4)
         ),
         search=SearchConfig(
-            rest_steps=1200, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant", layers=5,
+            rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
             edges_by="alpha", arch_lr=6e-3, record_every=25,
         ),
         device=DeviceConfig(channels_last=True),
