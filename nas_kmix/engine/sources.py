@@ -7,6 +7,7 @@ paths that `read` decodes one at a time. Only the named split is opened.
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -145,19 +146,33 @@ def open_source(data: str, root: Path, split: str, *, download: bool = True, own
         return _npz(path, split)
     if path.is_dir():
         return _folder(path, split, own_classes)
-    raise ValueError(
+    raise _missing(data)
+
+
+def _missing(data: str) -> ValueError:
+    return ValueError(
         f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a "
         f".npz file."
     )
 
 
+def located(data: str) -> str:
+    """`--data` for the record: the absolute path of a folder or file, so that it is found from another folder, too."""
+    return data if data == "digits" or data in CIFAR_CONSTANTS else os.path.abspath(os.path.expanduser(data))
+
+
 def splits_of(data: str) -> tuple[str, ...]:
-    """Which of train, val and test `--data` has, as far as names tell; `open_source` says what is wrong with it."""
+    """Which of train, val and test `--data` has, as far as names tell; `open_source` says what is wrong with it.
+
+    Raises ValueError where there is nothing of that name.
+    """
     splits, path = ("train", "val", "test"), Path(data)
     if data == "digits" or data in CIFAR_CONSTANTS:
         return ("train", "test")
     if path.is_dir():
         return tuple(split for split in splits if (path / split).is_dir())
+    if not path.exists():
+        raise _missing(data)
     names = files.npz_names(path)
     return tuple(split for split in splits if f"{split}_images" in names)
 
