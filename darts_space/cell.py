@@ -12,6 +12,7 @@ eight operations: the rows and columns of the alpha tables.
 from __future__ import annotations
 
 import reprlib
+from numbers import Integral
 from typing import Any
 
 PRIMITIVES = (
@@ -51,7 +52,11 @@ def edge_rows(states: tuple[int, ...]) -> list[int]:
 
 
 def checked_edges(cell: str, edges: Any) -> tuple[Edge, ...]:
-    """The eight edges of the "normal" or "reduce" cell as tuples; any flaw is a ValueError."""
+    """The eight edges of the "normal" or "reduce" cell as tuples; any flaw is a ValueError.
+
+    Pairs may be nested by node, and inputs be integers of any library.
+    """
+    edges = _without_nodes(edges)
     if not isinstance(edges, list | tuple) or len(edges) != 2 * NODES:
         found = len(edges) if isinstance(edges, list | tuple) else reprlib.repr(edges)
         raise ValueError(
@@ -69,14 +74,23 @@ def checked_edges(cell: str, edges: Any) -> tuple[Edge, ...]:
                 f"{where} has the operation {reprlib.repr(operation)}, which {reason}; use one of "
                 f"{', '.join(PRIMITIVES[1:])}."
             )
-        if type(source) is not int or not 0 <= source < 2 + position // 2:
+        if not isinstance(source, Integral) or isinstance(source, bool) or not 0 <= source < 2 + position // 2:
             raise ValueError(
                 f"{where} has the input {reprlib.repr(source)}; use an integer from 0 to {1 + position // 2}, a "
                 "state before the node."
             )
         if position % 2 == 1 and source == edges[position - 1][1]:
             raise ValueError(f"{where} has the input {source} like the edge before it; use two distinct inputs.")
-    return tuple((operation, source) for operation, source in edges)
+    return tuple((str(operation), int(source)) for operation, source in edges)
+
+
+def _without_nodes(edges: Any) -> Any:
+    """Eight pairs where four nodes of two pairs were given, anything else as it is."""
+    nested = isinstance(edges, list | tuple) and len(edges) == NODES
+    if nested and all(isinstance(node, list | tuple) and len(node) == 2 for node in edges):
+        pairs = [pair for node in edges for pair in node]
+        return pairs if all(isinstance(pair, list | tuple) for pair in pairs) else edges
+    return edges
 
 
 def checked_concat(cell: str, concat: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ chose them. The concat fields are always (2, 3, 4, 5): they are kept because eve
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import reprlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from darts_space.cell import CONCAT, NODES, PRIMITIVES, Edge, checked_concat, checked_edges
-from darts_space.legacy_text import TEXT_FORM, parse_call
+from darts_space.legacy_text import FIELDS, TEXT_FORM, calls_in, fields_in, lines_of_json, parse_call
 
 FORMAT = "darts_space/genotype"
 VERSION = 1
@@ -94,14 +95,13 @@ class Genotype:
                 f"The genotype JSON must have format {FORMAT!r} and version {VERSION}, but has {found}; "
                 "write it with Genotype.save of this version."
             )
-        fields = ("normal", "normal_concat", "reduce", "reduce_concat")
-        if missing := [field for field in fields if field not in document]:
+        if missing := [field for field in FIELDS if field not in document]:
             raise ValueError(f"The genotype JSON lacks {', '.join(missing)}; write it with Genotype.save.")
-        if unknown := sorted(set(document) - {"format", "version", "provenance", *fields}):
+        if unknown := sorted(set(document) - {"format", "version", "provenance", *FIELDS}):
             raise ValueError(f"The genotype JSON has unknown keys {reprlib.repr(unknown)}; remove them.")
         if not isinstance(document.get("provenance", {}), dict):
             raise ValueError('"provenance" in the genotype JSON must be an object; correct or remove it.')
-        return cls(*(document[field] for field in fields))
+        return cls(*(document[field] for field in FIELDS))
 
     def to_text(self) -> str:
         """One line of legacy text, readable by `from_text` and by the published DARTS code."""
@@ -114,8 +114,8 @@ class Genotype:
     def from_text(cls, text: str) -> Genotype:
         """Read legacy `Genotype(...)` or `NAME = Genotype(...)` text without ever executing it.
 
-        Arguments by name or by position, lists or tuples, `range(stop)` or `range(start, stop)`. Any other
-        call, name or expression, and text above 8,192 characters, is a ValueError.
+        Arguments by name or by position, lists or tuples, `range(stop)` `range(start, stop)` or with a step, and
+        numpy's integers. Any other call, name or expression, and text above 8,192 characters, is a ValueError.
         """
         return cls(**parse_call(text))
 
@@ -132,7 +132,11 @@ class Genotype:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some file systems have none
+                        raise
             os.replace(temporary, path)
         except OSError as error:
             raise OSError(f"{path} could not be written: {error.strerror or error}. Free some space.") from error
@@ -170,7 +174,7 @@ class Genotype:
         if len(content) > _MAX_FILE_BYTES:
             raise ValueError(f"The file {path} is larger than 1 MiB, so it is no genotype; check its path.")
         try:
-            return _parse(content.decode("utf-8-sig"))
+            return find_genotype(content.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"The file {path} is not UTF-8 text, so it is no genotype; check its path.") from error
         except ValueError as error:
@@ -178,13 +182,19 @@ class Genotype:
 
 
 def read_genotype(source: str) -> Genotype:
-    """The genotype that a user names: a published one, the path of a file, or JSON or legacy text itself."""
-    if source in GENOTYPES:
-        return GENOTYPES[source]
-    if os.path.isfile(source):
-        return Genotype.load(source)
+    """The genotype that a user names: a published one, a file, the folder of a run, or JSON or legacy text itself."""
+    if (name := ALIASES.get(source, source)) in GENOTYPES:
+        return GENOTYPES[name]
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        return Genotype.load(path)
+    if source and os.path.isdir(path):
+        for name in ("genotype.json", "result.json"):  # of a search, and of a training
+            if os.path.isfile(os.path.join(path, name)):
+                return Genotype.load(os.path.join(path, name))
+        raise ValueError(f"The folder {source} holds no genotype.json; name a run folder whose search has ended.")
     if source.lstrip().startswith("{") or "Genotype(" in source:
-        return _parse(source)
+        return find_genotype(source)
     raise ValueError(
         f"{reprlib.repr(source)} is neither a genotype file nor one of {', '.join(GENOTYPES)} nor text of the form "
         f"{TEXT_FORM}."
@@ -211,14 +221,38 @@ def random_genotype(rng: Any) -> Genotype:
     return Genotype(cell(), CONCAT, cell(), CONCAT)
 
 
-def _parse(text: str) -> Genotype:
-    if not text.lstrip().startswith("{"):
-        return Genotype.from_text(text)
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"It is not valid JSON ({error}); write it with Genotype.save.") from error
-    return Genotype.from_json(document)
+def find_genotype(text: str) -> Genotype:
+    """The one genotype of a text: JSON, lines of JSON, legacy text, or a longer text such as a log that has one.
+
+    Raises ValueError where there is none, or several that differ.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            documents = [json.loads(text)]
+        except (ValueError, RecursionError) as error:
+            documents = lines_of_json(text)
+            if len(documents) < 2:
+                raise ValueError(f"It is not valid JSON ({error}); write it with Genotype.save.") from error
+        if len(documents) == 1 and isinstance(documents[0], dict) and "format" in documents[0]:
+            return Genotype.from_json(documents[0])
+        found = {f"genotype {i}": Genotype(**one) for i, one in enumerate(fields_in(documents), start=1)}
+        if not found:
+            return Genotype.from_json(documents[0])  # which says what it lacks
+    else:
+        found, first_error = {}, None
+        for place, call in calls_in(text):
+            try:
+                found[place] = Genotype.from_text(call)
+            except ValueError as error:
+                first_error = first_error or error
+        if not found:
+            if first_error is not None:
+                raise first_error
+            return Genotype.from_text(text)  # which says what there is instead
+    if len(set(found.values())) > 1:
+        places = ", ".join(list(found)[:6]) + (", ..." if len(found) > 6 else "")
+        raise ValueError(f"There are {len(found)} genotypes: {places}. Which one? Give its text or its line alone.")
+    return next(iter(found.values()))
 
 
 def _published(normal: str, reduce: str) -> Genotype:
@@ -259,3 +293,5 @@ GENOTYPES = {
     ),
 }
 """The published genotypes that this project compares with."""
+ALIASES = {"PCDARTS": "PC_DARTS_cifar", "DARTS": "DARTS_V2"}
+"""Further names that the published code gives them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data, prepared_for_evaluation
-from nas_kmix.engine.distributed import World
+from nas_kmix.engine.distributed import World, is_main
 from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.folders import SplitFolderError, look_alikes
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.sources import splits_of
 from nas_kmix.sampling import split_by_class
@@ -75,9 +77,28 @@ def other_splits(
     for split in ("val", "test"):
         if split in splits_of(config.data):
             options = {"device": device, "workers": workers, "same_classes": same_classes, "strict": strict}
-            part = load_data(config, split=split, like=like, **options)
+            try:
+                part = load_data(config, split=split, like=like, **options)
+            except SplitFolderError as error:
+                if split == "val" or not same_classes:  # test images are only reported on: training does without them
+                    raise
+                if is_main():
+                    Progress.say(f"warning: no test images: {error}")
+                continue
             evaluated[split] = Part(part, part.good())
     return evaluated
+
+
+def where_validation_comes_from(data: str, evaluated: Evaluated, own: Evaluated, val_share: float) -> str:
+    """A line on the images that choose the best epoch: of the split val, or held out; `evaluated` are the splits."""
+    names = look_alikes(Path(data), "val") if "val" not in evaluated and Path(data).is_dir() else []
+    meant = f"; {Path(data, names[0])} is not read, rename it to val if it is meant" if names else ""
+    if "val" not in own:
+        return f"validation: none, the last epoch counts{meant}"
+    count = len(own["val"].indices)
+    if "val" in evaluated:
+        return f"validation: {count} images of the split val"
+    return f"validation: {count} images held out of the training images (--val-share {val_share:g}){meant}"
 
 
 def of_known_classes(part: Part, class_names: tuple[str, ...], checkpoint: str) -> Part:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,66 @@ def test_legacy_text_is_read_in_all_its_forms(text, tmp_path):
     assert Genotype.load(tmp_path / "genotype.txt") == PUBLISHED
 
 
+def nested(edges):
+    return [list(edges[i : i + 2]) for i in range(0, 8, 2)]
+
+
+FIELDS = {name: getattr(PUBLISHED, name) for name in ("normal", "normal_concat", "reduce", "reduce_concat")}
+AS_PEOPLE_HAVE_IT = {
+    "a line of a log": f"2026-11-26 05:04:07,123 INFO genotype = {TEXT}",
+    "a step": TEXT.replace("range(2, 6)", "range(2, 6, 1)"),
+    "a list of a range": TEXT.replace("range(2, 6)", "list(range(2, 6))"),
+    "nested by node": TEXT.replace(str(list(PUBLISHED.normal)), str(nested(PUBLISHED.normal))),
+    "integers of numpy 2": re.sub(r", (\d)\)", r", np.int64(\1))", TEXT).replace(
+        "range(2, np.int64(6))", "range(2, 6)"
+    ),
+    "a module": f"import x\nbest = x.{TEXT}\nprint(best)\n",
+    "the same twice": f"epoch 48\n{TEXT}\nepoch 49\n{TEXT}\n",
+    "what search.py prints": f"{PUBLISHED.to_text()}\ngenotype     runs/a (b)/genotype.json\ncost 3 s (scorer 1 s)\n",
+    "definitions beside it": f"Genotype = namedtuple('Genotype', 'normal normal_concat')\nA = {TEXT}\n",
+    "a JSON object of the fields": json.dumps(FIELDS),
+    "a JSON object, nested": json.dumps({**FIELDS, "normal": nested(PUBLISHED.normal)}),
+    "a line of genotypes.jsonl": json.dumps({"step": 3, "entropy": 0.5, "genotype": PUBLISHED.to_json()}),
+    "equal lines of genotypes.jsonl": 2 * (json.dumps({"step": 3, "genotype": PUBLISHED.to_json()}) + "\n"),
+    "a result of train_eval.py": json.dumps({"network": {"kind": "cifar", "genotype": PUBLISHED.to_json()}}),
+}
+
+
+@pytest.mark.parametrize("form", AS_PEOPLE_HAVE_IT)
+def test_the_genotype_in_the_forms_that_people_have(form, tmp_path):
+    text = AS_PEOPLE_HAVE_IT[form]
+    assert read_genotype(text) == PUBLISHED
+    (tmp_path / "file").write_text(text)
+    assert read_genotype(str(tmp_path / "file")) == PUBLISHED
+
+
+def test_numbers_and_nesting_of_other_libraries_are_plain_in_a_genotype():
+    edges = [(operation, np.int64(source)) for operation, source in PUBLISHED.normal]
+    found = Genotype(nested(edges), np.arange(2, 6).tolist(), PUBLISHED.reduce, range(2, 6))
+    assert found == PUBLISHED and all(type(source) is int for _, source in found.normal)
+    with pytest.raises(ValueError, match="Edge 0 of the normal cell"):
+        Genotype([("skip_connect", True), *PUBLISHED.normal[1:]], (2, 3, 4, 5), PUBLISHED.reduce, (2, 3, 4, 5))
+
+
+def test_several_genotypes_are_a_question():
+    others = [GENOTYPES[name] for name in ("DARTS_V1", "DARTS_V2")]
+    text = "\n".join(f"{name} = {one.to_text()}" for name, one in zip(("FIRST", "SECOND"), others, strict=True))
+    with pytest.raises(ValueError, match=r"2 genotypes: FIRST \(line 1\), SECOND \(line 2\). Which one\?"):
+        read_genotype(text)
+    with pytest.raises(ValueError, match=r"2 genotypes: genotype 1, genotype 2. Which one\?"):
+        read_genotype("\n".join(json.dumps({"genotype": one.to_json()}) for one in others))
+
+
+def test_a_run_folder_and_the_names_of_the_published_code(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"holds no genotype\.json; name a run folder"):
+        read_genotype(str(tmp_path))
+    PUBLISHED.save(tmp_path / "genotype.json")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert read_genotype(str(tmp_path)) == read_genotype(f"~/{tmp_path.name}") == PUBLISHED
+    assert read_genotype("PCDARTS") is GENOTYPES["PC_DARTS_cifar"]
+    assert read_genotype("DARTS") is GENOTYPES["DARTS_V2"]
+
+
 HOSTILE_TEXTS = {
     "call": TEXT.replace("'sep_conv_3x3'", "open('stolen', 'w')", 1),
     "call as an argument": "Genotype(__import__('os').mkdir('stolen'), [2], [], [2])",
@@ -173,7 +234,9 @@ HOSTILE_TEXTS = {
     "unknown name": TEXT.replace("0)", "x)", 1),
     "power in a range": TEXT.replace("range(2, 6)", "range(0, 10**12)"),
     "long range": TEXT.replace("range(2, 6)", "range(0, 1000000000000)"),
-    "range with a step": TEXT.replace("range(2, 6)", "range(2, 6, 1)"),
+    "range with a step of nothing": TEXT.replace("range(2, 6)", "range(2, 6, 0)"),
+    "range backwards": TEXT.replace("range(2, 6)", "range(2, -10**12, -1)"),
+    "a method that looks like numpy": TEXT.replace("0)", "np.load(0))", 1),
     "range by keyword": TEXT.replace("range(2, 6)", "range(stop=6)"),
     "starred": "Genotype(*x)",
     "double starred": "Genotype(**{'normal': 1})",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.nn import functional as F
@@ -374,3 +375,17 @@ def test_an_imagenette_model_on_the_imagenet_sample(imagenette_run, real_data, t
     (row,) = robustness.run(config)
     assert (row["natural_images"], row["natural_classes"], row["natural_accuracy_of_its_classes"]) == (1, 1, 1.0)
     assert (row["ood_images"], row["in_images"]) == (99, 300) and 0.1 < row["ood_aupr"] < 1.0
+
+
+@pytest.mark.parametrize("flag", ["eps", "step"])
+def test_units_of_the_attack_are_told_apart(flag, capsys):
+    """Shares of [0, 1], as other libraries take them, would make every network look robust."""
+
+    def given(text):
+        return getattr(tyro.cli(AttackConfig, args=[f"--{flag}", text]), flag)
+
+    assert (given("8"), given("8/255"), given("0.5/255"), given("12.75")) == (8.0, 8.0, 0.5, 12.75)
+    for text, said in {"0.0314": "write 8.01/255", "8/256": "not a fraction of 255", "8px": "8px"}.items():
+        with pytest.raises(SystemExit):
+            given(text)
+        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -25,6 +25,7 @@ from nas_kmix.analysis.cell_picture import draw_cells
 from nas_kmix.analysis.description import describe
 from nas_kmix.analysis.figures import PICTURES, save_figure
 from nas_kmix.engine import files
+from nas_kmix.engine.cli import with_home
 
 FORMS = {".json": "json", ".txt": "text"}
 
@@ -89,7 +90,7 @@ def _title(source: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, and 2 with a sentence where something cannot be read or written."""
-    config = tyro.cli(Config, args=argv, description=__doc__)
+    config = with_home(tyro.cli(Config, args=argv, description=__doc__))
     try:
         if text := run(config):
             print(text)

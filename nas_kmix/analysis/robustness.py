@@ -41,6 +41,7 @@ from nas_kmix.analysis.measures import (
 from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
 from nas_kmix.engine import files
 from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.cli import with_home
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.sources import Source, open_class_folders
@@ -49,16 +50,42 @@ START = 2  # random stream, beside runs.SUBSET
 Flat = tyro.conf.arg(name="")
 
 
+def _grey_levels(texts: list[str]) -> float:
+    """`8` or `8/255`; a share of the unit interval would be taken for a radius that no attack succeeds in."""
+    number, slash, whole = texts[0].partition("/")
+    value = float(number)
+    if slash and float(whole) != 255:
+        raise ValueError(f"{texts[0]} is not a fraction of 255; write e.g. 8/255")
+    if not slash and 0 < value < 1:
+        raise ValueError(
+            f"{texts[0]} is less than one grey level of 255; if it is a share of [0, 1], write {255 * value:.3g}/255, "
+            f"otherwise {texts[0]}/255"
+        )
+    return value
+
+
+GreyLevels = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N|N/255",
+        instance_from_str=_grey_levels,
+        is_instance=lambda value: isinstance(value, int | float),
+        str_from_instance=lambda value: [f"{value:g}/255"],
+    ),
+]
+
+
 @dataclass(frozen=True)
 class AttackConfig:
-    """The attacks; pixels are in units of 1/255. The default, eps = 8, is that of the paper's Table 4."""
+    """The attacks; pixels count in grey levels of 0 to 255. The default, eps = 8, is that of the paper's Table 4."""
 
     attack: tuple[Literal["fgsm", "pgd"], ...] = ()
     """Attacks to run: fgsm, pgd or both."""
-    eps: float = 8.0
-    """Radius of the L-infinity ball: how far a pixel may move."""
-    step: float = 2.0
-    """Step size of PGD."""
+    eps: GreyLevels = 8.0
+    """Radius of the L-infinity ball, how far a pixel may move, in grey levels of 0 to 255: 8 or 8/255."""
+    step: GreyLevels = 2.0
+    """Step size of PGD, in grey levels: 2 or 2/255."""
     steps: int = 10
     """Number of steps of PGD, from a random start."""
 
@@ -225,7 +252,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 (a full disk), 2 (bad usage), 130 (Ctrl-C; nothing is written then)."""
     try:
-        print(table(run(tyro.cli(Config, args=argv, description=__doc__))))
+        print(table(run(with_home(tyro.cli(Config, args=argv, description=__doc__)))))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

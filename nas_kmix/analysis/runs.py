@@ -13,7 +13,7 @@ import torch
 from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.engine.sources import splits_of
+from nas_kmix.engine.sources import located, splits_of
 
 SUBSET = 1  # random stream: which images are taken
 
@@ -84,7 +84,7 @@ def check_same_task(first: Classifier, second: Classifier) -> None:
 
 def load_images(config: InputConfig, like: Classifier, *, device: torch.device, workers: int) -> ImageData:
     """The split to analyse, at the image size and in the normalisation of `like`. Raises ValueError."""
-    data = config.data or _recorded_data(like.path)
+    data = located(config.data) if config.data else _recorded_data(like.path)
     split = config.split
     if split == "auto":
         split = next((name for name in ("test", "val") if name in splits_of(data)), None)
@@ -105,8 +105,11 @@ def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:
 def _recorded_data(checkpoint: Path) -> str:
     record = checkpoint.parent / "config.json"
     try:
-        return files.read_json(record)["input"]["data"]
+        data = str(files.read_json(record)["input"]["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{record} does not tell what {checkpoint.name} was trained on; name it with --data."
         ) from error
+    if located(data) != data and not Path(data).exists():  # a relative path of another folder
+        raise ValueError(f"{checkpoint.name} was trained on {data}, which is not here; name it with --data.")
+    return data

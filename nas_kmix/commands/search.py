@@ -20,6 +20,7 @@ from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, open_run
+from nas_kmix.engine.sources import located
 from nas_kmix.pipeline import history, proxy, scorer, scores, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
 from nas_kmix.pipeline.stage import obtain
@@ -48,7 +49,7 @@ def run(config: Config) -> Result:
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
     check_flags(config)
-    config = config.spread()
+    config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
     with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
         data = load_data(config.input, device=run.compute.device, workers=config.device.workers)
         check_later_stages(config, data)

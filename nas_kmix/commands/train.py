@@ -26,13 +26,14 @@ from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, open_run
+from nas_kmix.engine.sources import located
 from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline import network
 from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.presets import PAPER
-from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits
+from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits, where_validation_comes_from
 
 STAGES = (network.NAME, network.EVALUATION)
 RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
@@ -124,6 +125,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
     _check_flags(config)
+    config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
         return _evaluate_checkpoint(config)
     with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
@@ -131,9 +133,10 @@ def run(config: Config) -> dict[str, Any]:
         options = {"device": run.compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         data = load_data(config.input, **options)
         _check_size(config, data)
+        splits = other_splits(config.input, data, **options)
         training, evaluated = divide(
             data,
-            other_splits(config.input, data, **options),
+            splits,
             val_share=config.val_share,
             train_images=config.train_images,
             seed=config.seed,
@@ -153,6 +156,7 @@ def run(config: Config) -> dict[str, Any]:
             f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}; "
             f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
         )
+        run.say(where_validation_comes_from(config.input.data, splits, evaluated, config.val_share))
         settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
         if settings.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,7 +29,28 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
         elif argument.startswith("--preset="):
             preset = argument.split("=", 1)[1]
     default = presets.get(preset, presets["quick"])  # an unknown preset is refused later, with its name
-    return tyro.cli(type(default), args=argv, default=default, description=description)
+    return with_home(tyro.cli(type(default), args=argv, default=default, description=description))
+
+
+def with_home(config: Config) -> Config:
+    """The same, with ~ in its paths expanded, which shells leave as it is in --out=~/run; also in parts of it."""
+    changed = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, Path):
+            changed[item.name] = _expanded(value)
+        elif isinstance(value, tuple) and any(isinstance(part, Path) for part in value):
+            changed[item.name] = tuple(_expanded(part) if isinstance(part, Path) else part for part in value)
+        elif is_dataclass(value):
+            changed[item.name] = with_home(value)
+    return replace(config, **changed)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise ValueError(f"{path}: there is no such user's home; write the path out, or ./{path}.") from error
 
 
 def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], str]) -> int:

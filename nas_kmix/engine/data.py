@@ -22,6 +22,7 @@ from torch import Tensor
 from nas_kmix.engine import augment, sources
 from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.decoding import Decoder, Plan, decode_all, open_loader
+from nas_kmix.engine.folders import say_left_out
 from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.sources import Source
 from nas_kmix.engine.workers import check_room, read
@@ -195,6 +196,7 @@ def load_data(
     single class, or sizes that need `--image-size`.
     """
     source = sources.open_source(config.data, config.data_root, split, own_classes=not same_classes)
+    say_left_out(source.name, split, source.left_out)
     if like is None and source.num_classes < 2:
         raise ValueError(
             f"--data {config.data} has the single class {source.class_names[0]!r}; two or more are needed."
@@ -291,8 +293,7 @@ def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[flo
         squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
         count += pixels.numel() // 3
     if count == 0:
-        first = data.bad.first()
-        raise ValueError(f"{data.source.name}: not one image can be read; repair the files. The first is {first}")
+        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
     # A constant channel carries nothing; dividing by its zero deviation would make it carry NaN.

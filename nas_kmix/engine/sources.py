@@ -7,9 +7,9 @@ paths that `read` decodes one at a time. Only the named split is opened.
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from nas_kmix.engine import files
+from nas_kmix.engine.folders import SplitFolderError, list_images, meant_by, subfolders, unusable
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff"})
 # Whatever a file is called, only these are decoded: Pillow hands PostScript, for one, to a program of its own.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # A lossy file may decode to other pixels under another library version: it is recognised by its bytes instead.
@@ -49,6 +49,8 @@ class Source:
     folder: Path | None = None
     paths: tuple[str, ...] | None = None
     constants: Constants | None = None
+    left_out: str = ""
+    """What else lies in the class folders: how many files of which suffixes."""
 
     @property
     def num_classes(self) -> int:
@@ -122,7 +124,8 @@ class Source:
                 digest.update(np.ascontiguousarray(pixels))
             return digest.digest()
         for path in self.paths:
-            digest.update(f"{path} {(self.folder / path).stat().st_size}\n".encode())
+            file = self.folder / path
+            digest.update(f"{path} {file.stat().st_size if file.exists() else None}\n".encode())  # a broken link
         return digest.digest()
 
 
@@ -143,19 +146,33 @@ def open_source(data: str, root: Path, split: str, *, download: bool = True, own
         return _npz(path, split)
     if path.is_dir():
         return _folder(path, split, own_classes)
-    raise ValueError(
+    raise _missing(data)
+
+
+def _missing(data: str) -> ValueError:
+    return ValueError(
         f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a "
         f".npz file."
     )
 
 
+def located(data: str) -> str:
+    """`--data` for the record: the absolute path of a folder or file, so that it is found from another folder, too."""
+    return data if data == "digits" or data in CIFAR_CONSTANTS else os.path.abspath(os.path.expanduser(data))
+
+
 def splits_of(data: str) -> tuple[str, ...]:
-    """Which of train, val and test `--data` has, as far as names tell; `open_source` says what is wrong with it."""
+    """Which of train, val and test `--data` has, as far as names tell; `open_source` says what is wrong with it.
+
+    Raises ValueError where there is nothing of that name.
+    """
     splits, path = ("train", "val", "test"), Path(data)
     if data == "digits" or data in CIFAR_CONSTANTS:
         return ("train", "test")
     if path.is_dir():
         return tuple(split for split in splits if (path / split).is_dir())
+    if not path.exists():
+        raise _missing(data)
     names = files.npz_names(path)
     return tuple(split for split in splits if f"{split}_images" in names)
 
@@ -246,48 +263,34 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
     """`folder/split/CLASS/*`, classes and files in sorted order; the classes are those of `train` if it is there."""
     classes = folder / ("train" if (folder / "train").is_dir() and not own_classes else split)
     if not classes.is_dir():
-        raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/.")
-    names = _subfolders(classes)
+        meant = meant_by(folder, classes.name)
+        raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/{meant}.")
+    names = subfolders(classes)
     if not names:
-        raise ValueError(f"{classes} has no class folders; images belong in {classes}/CLASS/.")
-    unknown = sorted({*_subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
-    if strays := _files_of(folder, [f"{split}/{name}" for name in unknown])[0]:
-        raise ValueError(f"{folder / strays[0]} is of no class of {classes}; rename its folder, or remove it.")
-    paths, labels = _files_of(folder, [f"{split}/{name}" for name in names])
-    if not paths:
-        raise ValueError(f"{folder / split} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return Source(folder.resolve().name, split, labels, names, folder=folder, paths=paths)
+        raise unusable(classes)
+    unknown = sorted({*subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
+    if strays := list_images(folder, [f"{split}/{name}" for name in unknown]).paths:
+        raise SplitFolderError(f"{folder / strays[0]} is of no class of {classes}; rename its folder, or remove it.")
+    found = list_images(folder, [f"{split}/{name}" for name in names if (folder / split / name).is_dir()])
+    if not found.paths:
+        raise unusable(folder / split, found.left_out)
+    there = np.flatnonzero([(folder / split / name).is_dir() for name in names])
+    options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
+    return Source(folder.resolve().name, split, there[found.labels], names, **options)
 
 
 def open_class_folders(folder: Path) -> Source:
     """`folder/CLASS/*` without splits, as ImageNet-A and ImageNet-O are laid out. Raises ValueError naming the path."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
-    names = _subfolders(folder)
+    names = subfolders(folder)
     if "train" in names:
         raise ValueError(f"{folder} holds splits, not classes; name one of them, e.g. {folder / 'train'}.")
-    paths, labels = _files_of(folder, names)
-    if not paths:
-        raise ValueError(f"{folder} holds no images; they belong in {folder}/CLASS/.")
-    return Source(folder.resolve().name, "all", labels, names, folder=folder, paths=paths)
-
-
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    """Their names, sorted, without the hidden ones."""
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-
-
-def _files_of(folder: Path, classes: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Sorted paths of the images below each class's subfolder, relative to `folder`, and their labels."""
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        images = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths += [p.relative_to(folder).as_posix() for p in images]
-        labels += [label] * len(images)
-    for path in paths:
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in path):  # how Python shows bytes that are no UTF-8
-            raise ValueError(f"{folder} holds {path!a}, a name that is no Unicode text; rename that file or folder.")
-    return tuple(paths), np.array(labels, dtype=np.int64)
+    found = list_images(folder, names)
+    if not found.paths:
+        raise unusable(folder, found.left_out)
+    options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
+    return Source(folder.resolve().name, "all", found.labels, names, **options)
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from nas_kmix.analysis.report import write_report
+from nas_kmix.engine.cli import with_home
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 (a full disk), and 2 with a sentence for bad usage."""
-    config = tyro.cli(Config, args=argv, description=__doc__)
+    config = with_home(tyro.cli(Config, args=argv, description=__doc__))
     try:
         if not config.runs:
             raise ValueError("Give at least one run folder: python -m nas_kmix.analysis.report RUN")
