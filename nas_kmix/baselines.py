@@ -7,6 +7,7 @@ layer, the features. The higher the value, the sooner the image is selected.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -96,6 +97,39 @@ def pick_order(features: Tensor) -> np.ndarray:
         nearest[pick] = -math.inf
         pick = nearest.argmax()
     return order.cpu().numpy()
+
+
+@torch.inference_mode()
+def note_forgetting(
+    memory: dict[str, Tensor], model: nn.Module, data: ImageData, *, compute: Compute | None = None
+) -> float:
+    """Note which images of `data` the model tells now; returns their share, the accuracy on the training images.
+
+    Called after each epoch with one `memory`, which holds, on the CPU, bool (N,) `right` and `learned` and int64 (N,)
+    `forgotten`. Augmentation is off and the model in eval mode, and put back.
+    """
+    compute = compute or Compute()
+    right = torch.zeros(len(data), dtype=torch.bool)
+    was_training, indices = model.training, data.good()
+    model.eval()
+    for batch in data.batches(np.array_split(indices, -(-len(indices) // IMAGES_AT_ONCE)), persistent=True):
+        with compute.autocast():
+            predicted = model(compute.layout(data.normalise(batch.images))).argmax(dim=1)
+        right[batch.indices] = (predicted == batch.labels).cpu()
+    model.train(was_training)
+    before = memory or {"right": torch.zeros_like(right), "learned": torch.zeros_like(right), "forgotten": 0}
+    memory["forgotten"] = before["forgotten"] + (before["right"] & ~right).long()
+    memory["learned"] = before["learned"] | right
+    memory["right"] = right
+    return right[indices].double().mean().item()
+
+
+def forgetting_counts(memory: Mapping[str, Tensor], epochs: int) -> Tensor:
+    """How often each image was told after one epoch and not after the next (Toneva et al., ICLR 2019): int64 (N,).
+
+    An image that was never told counts `epochs`, more than any other.
+    """
+    return memory["forgotten"].where(memory["learned"], epochs)
 
 
 def _features(model: nn.Module, head: nn.Linear, data: ImageData, indices: np.ndarray, compute: Compute) -> Tensor:

@@ -15,9 +15,11 @@ from scipy import stats
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 
-Column = Literal["mixed_entropy", "entropy", "el2n", "bald", "variation_ratio", "k_centre"]
+Column = Literal["mixed_entropy", "entropy", "el2n", "bald", "variation_ratio", "k_centre", "forgetting"]
 Measure = Literal["cv", "mean", "std", "residual", Column]
-COLUMNS: tuple[Column, ...] = get_args(Column)
+COLUMNS: dict[Column, str] = dict.fromkeys(get_args(Column), "--scoring.baselines")
+COLUMNS["forgetting"] = "--scorer.forgetting"
+"""The measures that do not follow from the losses, and the flags that ask for them."""
 TITLES: dict[Measure, str] = {
     "cv": "CV",
     "mean": "mean loss",
@@ -29,6 +31,7 @@ TITLES: dict[Measure, str] = {
     "bald": "BALD",
     "variation_ratio": "variation ratio",
     "k_centre": "k-centre order",
+    "forgetting": "forgetting count",
 }
 FORMAT = "nas_kmix/scores"
 RELIABILITY_SPLITS = 20
@@ -40,7 +43,7 @@ class ScoreTable:
 
     index, label: int64 (N,); losses: float32 (N, M), the loss at every draw; key: what they depend on (`scoring_key`);
     bad: files that could not be read, by index, each with a sentence; columns: float64 (N,) by name, the measures that
-    do not follow from the losses, where they were asked for (`ScoringConfig.baselines`).
+    do not follow from the losses, where they were asked for (`COLUMNS`).
     """
 
     index: np.ndarray
@@ -92,7 +95,7 @@ class ScoreTable:
     def measure(self, name: Measure) -> np.ndarray:
         """float64 (N,), the values of that name. Raises ValueError where they were not asked for."""
         if name not in self.measures:
-            raise ValueError(f"These scores have no {name}; score the images anew with --scoring.baselines.")
+            raise ValueError(f"These scores have no {name}; make them anew with {COLUMNS[name]}, which measures it.")
         return self.columns[name] if name in self.columns else getattr(self, name)
 
     def hash(self) -> str:

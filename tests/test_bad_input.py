@@ -92,7 +92,7 @@ def whole(tmp_path_factory) -> Path:
 
 def read_scorer(path: Path) -> object:
     data = load_data(DataConfig(str(path.parent / "stored.npz")))
-    model, view = load_scorer(path, data)
+    model, view, _ = load_scorer(path, data)
     return files.hash_tensors(model.state_dict()), view.mean, view.std
 
 

@@ -1,20 +1,34 @@
 """The measures of other methods against slow loops in NumPy, and their way through scoring into the table."""
 
+import itertools
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from processes import command
+from processes import IMAGES, command
 from torch.nn import functional as F
 
 import search
 from nas_kmix import scoring
 from nas_kmix.backbones import BACKBONES, build_backbone, last_linear
-from nas_kmix.baselines import MASKS, PASSES, el2n, entropy, mc_dropout, measure_baselines, pick_order
+from nas_kmix.baselines import (
+    MASKS,
+    PASSES,
+    el2n,
+    entropy,
+    forgetting_counts,
+    mc_dropout,
+    measure_baselines,
+    note_forgetting,
+    pick_order,
+)
+from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.sources import Source
+from nas_kmix.pipeline import scorer
 from nas_kmix.proxy import ProxyConfig, make_proxy
 from nas_kmix.sampling import select
 from nas_kmix.scores import COLUMNS, TITLES, ScoreTable
@@ -127,7 +141,7 @@ def test_all_follow_from_one_pass(model, data):
             "variation_ratio": ratio,
             "k_centre": -torch.from_numpy(pick_order(features)),
         }
-    assert found.keys() == expected.keys() == set(COLUMNS) - {"mixed_entropy"}
+    assert found.keys() == expected.keys() == set(COLUMNS) - {"mixed_entropy", "forgetting"}
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values.double(), rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -184,12 +198,84 @@ def test_columns_are_saved_merged_hashed_and_selected_by(data, model, tmp_path):
 
 
 def test_a_search_by_every_measure(npz, tmp_path):
-    flags = ["--stop-after", "proxy", "--scoring.baselines"]
+    flags = ["--stop-after", "proxy", "--scoring.baselines", "--scorer.forgetting"]
     table = search.run(search.parse([*command(npz, tmp_path / "a"), *flags])).table
     assert set(table.measures) == set(TITLES)
     for measure in TITLES:
         flags = ["--measure", measure, "--scores", str(tmp_path / "a" / "scores.npz"), "--stop-after", "proxy"]
         proxy = search.run(search.parse([*command(npz, tmp_path / measure), *flags])).proxy
         assert proxy.indices.tolist() == select(table.measure(measure), table.label, 0.4).tolist()
-    with pytest.raises(ValueError, match=r"--measure bald needs --scoring\.baselines"):
-        search.run(search.parse([*command(npz, tmp_path / "b"), "--measure", "bald"]))
+    for measure, flag in COLUMNS.items():
+        with pytest.raises(ValueError, match=f"--measure {measure} needs {flag}"):
+            search.run(search.parse([*command(npz, tmp_path / "b"), "--measure", measure]))
+
+
+class Told(torch.nn.Module):
+    """A classifier that tells the images of `right` from their first pixel, their number, and no others."""
+
+    right = ()
+
+    def forward(self, images):
+        numbers = (images[:, 0, 0, 0] * 0.2 + 0.5).mul(255).round().long()
+        wrong = torch.tensor([n not in self.right for n in numbers.tolist()])
+        return F.one_hot((numbers % 3 + wrong) % 3, 3).float()
+
+
+def test_forgetting_counts_are_those_of_a_loop():
+    pixels = np.zeros((30, 4, 4, 3), dtype=np.uint8)
+    pixels[:, 0, 0, 0] = np.arange(30)
+    source = Source("numbers", "train", np.arange(30) % 3, tuple("abc"), arrays=pixels)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    data = ImageData(source, 4, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), images)
+    rng, model, memory = np.random.default_rng(0), Told(), {}
+    epochs = [set(np.flatnonzero(rng.random(30) < 0.4).tolist()) for _ in range(6)]
+    for right in epochs:
+        model.right = right
+        assert note_forgetting(memory, model, data) == pytest.approx(len(right) / 30)
+    expected = []
+    for i in range(30):
+        told = [i in epoch for epoch in epochs]
+        times = sum(a and not b for a, b in itertools.pairwise(told))
+        expected.append(times if any(told) else 6)
+    assert forgetting_counts(memory, 6).tolist() == expected
+    assert {0, 1, 2, 6} <= set(expected)
+
+
+def test_a_scorer_counts_what_it_forgets_over_a_stop(npz, tmp_path, monkeypatch):
+    """The same counts, and weights, in one go and after a stop between two epochs; and weights as without counting."""
+    flags = ["--stop-after", "scorer", "--scorer.epochs", "4", "--scorer.dropout", "0.5"]
+    counting = [*flags, "--scorer.forgetting"]
+    for name, chosen in (("plain", flags), ("whole", counting)):
+        search.run(search.parse([*command(npz, tmp_path / name), *chosen]))
+    note, calls = scorer.note_forgetting, []
+
+    def stopped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return note(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scorer, "note_forgetting", stopped)
+        search.run(search.parse([*command(npz, tmp_path / "cut"), *counting]))
+    search.run(search.parse([*command(npz, tmp_path / "cut"), *counting]))
+    plain, whole, cut = (files.load_tensors(tmp_path / name / "scorer.pt") for name in ("plain", "whole", "cut"))
+    assert torch.equal(cut["forgetting"], whole["forgetting"]) and whole["forgetting"].shape == (IMAGES,)
+    assert whole["forgetting"].max() > 0
+    for name, value in whole["model"].items():
+        assert torch.equal(value, cut["model"][name]) and torch.equal(value, plain["model"][name])
+    costs = json.loads((tmp_path / "whole" / "cost.json").read_text())["stages"]["scorer"]
+    assert costs["images_forward"] == 2 * costs["images_backward"] == 2 * 4 * IMAGES
+
+
+def test_dropout_before_the_last_layer_acts_in_training_alone():
+    layer = torch.nn.Linear(1000, 1, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    scorer.drop_before(layer, 0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        values = layer(torch.ones(200, 1000))
+    assert values.mean().item() == pytest.approx(1000, rel=0.01)
+    assert values.std().item() == pytest.approx(1000**0.5, rel=0.2)
+    assert layer.eval()(torch.ones(1, 1000)).item() == 1000
+    assert list(layer.state_dict()) == ["weight"]

@@ -148,7 +148,7 @@ def search_keys(config):
     halves = replace(halves, weights=halves.weights[::2], arch=halves.arch[::2])
     return [
         scorer.key(config.scorer, data),
-        scores.key(config.scoring, (model, data), data),
+        scores.key(config.scoring, scorer.Scorer(model, data, None), data),
         proxy.key(config.selection, table, data),
         search_stage.key(config.search, halves, data),
     ]

@@ -168,7 +168,7 @@ def test_every_stage_leaves_a_file_that_describes_itself(finished, npz):
     table = ScoreTable.load(folder / "scores.npz")
     assert table.losses.shape == (IMAGES, 4) and table.key["config"]["draws"] == 4
     with np.load(folder / "scores.npz", allow_pickle=False) as scores:
-        assert set(scores.files) == {"index", "label", "mean", "std", "cv", "losses", "meta"}
+        assert set(scores.files) == {"index", "label", "mean", "std", "cv", "residual", "losses", "meta"}
         assert np.allclose(scores["cv"], table.losses.std(1, ddof=1) / table.losses.mean(1), rtol=1e-4)
 
     proxy = json.loads((folder / "proxy.json").read_text())

@@ -80,6 +80,25 @@ def test_random_needs_no_scores_and_follows_its_seed(pixels, labels):
         make_proxy(data, None, ProxyConfig())
 
 
+def test_the_hardest_are_dropped_as_told(pixels, labels, table):
+    data = data_of(pixels, labels)
+    for share, kept in ((0.0, 20), (0.5, 10), (0.9, 6)):  # of a class of 20, of which six are wanted
+        config = ProxyConfig(ratio=0.3, measure="mean", method="coverage", drop_hardest=share)
+        proxy = make_proxy(data, table, config)
+        ranks = np.concatenate([np.argsort(np.argsort(table.mean[labels == c])) for c in range(3)])
+        assert ranks[proxy.indices].max() < kept and np.bincount(proxy.labels).tolist() == [6, 6, 6]
+        assert proxy.drop_hardest == share
+    with pytest.raises(ValueError, match="--drop-hardest"):
+        ProxyConfig(drop_hardest=1.0)
+
+
+def test_files_from_before_coverage_are_read(proxy, tmp_path):
+    document = proxy.to_json()
+    del document["drop_hardest"], document["checksum"]
+    (tmp_path / "proxy.json").write_text(json.dumps(document))
+    assert ProxyManifest.load(tmp_path / "proxy.json") == proxy
+
+
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
     share=st.floats(0.05, 0.95),

@@ -298,7 +298,7 @@ def test_the_pictures_are_those_of_the_highest_and_lowest_scores(written, search
 def test_the_mixes_shown_are_those_that_were_scored(streamed, searched, npz, image_folder):
     """The scorer's losses on redrawn mixes are the recorded ones."""
     data = load_data(DataConfig(data=str(npz)))
-    model, data = load_scorer(searched / "scorer.pt", data)
+    model, data, _ = load_scorer(searched / "scorer.pt", data)
     scores = ScoreTable.load(searched / "scores.npz")
     if streamed:
         folder = image_folder(classes=("ant", "bee", "wasp"), per_class=8, sizes=((32, 32),))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,8 @@ class Validation:
     select: str | None
     every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What `evaluate` remembers from one epoch to the next; the checkpoints hold it."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,15 @@ class _Training:
     def state_dict(self) -> dict[str, Any]:
         bad = {} if self.bad is None else self.bad.state_dict()
         results = {} if self.validation is None else {"last": self.last, "best": self.best}
+        if self.validation is not None and self.validation.memory:
+            results["memory"] = dict(self.validation.memory)
         return {**self.content, **bad, **self.learner.state_dict(), **results}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.learner.load_state_dict(state)
         self.last, self.best = state.get("last"), state.get("best")
+        if self.validation is not None:
+            self.validation.memory.update(state.get("memory", {}))
         if self.bad is not None:
             self.bad.load_state_dict(state)
 

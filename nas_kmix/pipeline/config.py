@@ -168,8 +168,10 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--export-list {config.export_list} is a folder; name a file.")
     selection, stops = config.selection, config.stop_after in ("scorer", "scores")
     selects = selection.method != "random" and not stops and not set(given) & {"scores", "proxy"}
-    if selects and selection.measure in COLUMNS and not config.scoring.baselines:
-        raise ValueError(f"--measure {selection.measure} needs --scoring.baselines, which measures it.")
+    asked = {"--scoring.baselines": config.scoring.baselines, "--scorer.forgetting": config.scorer.forgetting}
+    needed = COLUMNS.get(selection.measure)
+    if selects and needed is not None and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
+        raise ValueError(f"--measure {selection.measure} needs {needed}, which measures it.")
     for flag, path in paths.items():
         if path != ALL_IMAGES and not path.is_file():
             raise ValueError(f"--{flag} {path}: there is no such file.")

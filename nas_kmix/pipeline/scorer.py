@@ -10,12 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nas_kmix.backbones import build_backbone
+from nas_kmix.backbones import build_backbone, last_linear
+from nas_kmix.baselines import forgetting_counts, note_forgetting
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import Compute
@@ -24,7 +27,7 @@ from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run
-from nas_kmix.engine.training import train
+from nas_kmix.engine.training import Validation, train
 from nas_kmix.mixers import MixConfig, make_mix
 from nas_kmix.pipeline.stage import Key
 
@@ -32,8 +35,16 @@ NAME = "scorer"
 FILE = "scorer.pt"
 FORMAT = "nas_kmix/classifier"
 
-Scorer = tuple[nn.Module, ImageData]
-"""The network, and the images with the normalisation that it was trained with."""
+
+class Scorer(NamedTuple):
+    """The network, the images with the normalisation of its training, and its forgetting counts.
+
+    forgetting: int64 (N,), or None where they were not counted.
+    """
+
+    model: nn.Module
+    data: ImageData
+    forgetting: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,17 @@ class ScorerConfig:
     """Name of a network in `nas_kmix.backbones.BACKBONES`."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     mix: Annotated[MixConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
+    dropout: float = 0.0
+    """Before the last layer, while it trains; BALD and variation ratio were published with .5."""
+    forgetting: bool = False
+    """Count how often it forgets each image, by one pass over all of them after each epoch (--measure forgetting)."""
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of the initial weights, the order of the batches, the augmentation and the mixing."""
+
+    def __post_init__(self):
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"--scorer.dropout is a probability below 1, not {self.dropout}.")
 
 
 def key(config: ScorerConfig, data: ImageData) -> Key:
@@ -64,8 +83,17 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
     shape = {"num_classes": data.num_classes, "stem": data.stem}
     model = build_backbone(config.backbone, **shape, seed=config.seed).to(run.compute.device)
     model = run.compute.layout(model)
+    if config.dropout:
+        drop_before(last_linear(model), config.dropout)
     mix = make_mix(config.mix, data.num_classes, model)
-    options = {"mix": mix, "seed": config.seed, "run": run, "stage": NAME, "key": key}
+    memory: dict[str, Tensor] = {}
+
+    def note(network: nn.Module) -> dict[str, float]:
+        run.ledger.costs[NAME].images_forward += len(data.good())
+        return {"train_accuracy": note_forgetting(memory, network, data, compute=run.compute)}
+
+    watch = Validation(note, select=None, memory=memory) if config.forgetting else None
+    options = {"mix": mix, "seed": config.seed, "run": run, "stage": NAME, "key": key, "validation": watch}
     train(model, data, config.optim, config.augmentation, **options)
     run.world.align_buffers(model)  # all processes must score with the same network
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
@@ -81,9 +109,17 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
         "image_size": data.image_size,
         "model": model.state_dict(),
     }
+    counts = forgetting_counts(memory, config.optim.epochs) if config.forgetting else None
+    if counts is not None:
+        state["forgetting"] = counts
     if run.world.main:
         files.save_tensors(path, {"key": dict(key), **state})
-    return model, data
+    return Scorer(model, data, counts)
+
+
+def drop_before(layer: nn.Module, probability: float) -> None:
+    """Drop values of the layer's input while it trains. The names of the weights stay as they are."""
+    layer.register_forward_pre_hook(lambda layer, inputs: F.dropout(inputs[0], probability, layer.training))
 
 
 def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, key: Key | None = None) -> Scorer:
@@ -111,7 +147,12 @@ def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, 
     with files.damage_named(path, "train the scorer again"):
         model = build_backbone(network["backbone"], **shape, seed=0).to(compute.device)
         model.load_state_dict(state["model"])
-    return compute.layout(model), replace(data, **constants)
+        counts = state.get("forgetting")
+        if counts is not None and state["key"]["inputs"]["data"] != data.fingerprint:
+            counts = None  # of other images
+        if counts is not None and (counts.shape != data.labels.shape or counts.dtype != torch.int64):
+            raise ValueError("its forgetting counts are not one number per image")
+    return Scorer(compute.layout(model), replace(data, **constants), None if counts is None else counts.cpu())
 
 
 def constants_of(state: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nas_kmix.baselines import measure_baselines
+from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key
 from nas_kmix.engine.run import Run, checkpoint_name
@@ -26,7 +27,10 @@ FILE = "scores.npz"
 
 
 def key(config: ScoringConfig, scorer: Scorer, data: ImageData) -> dict[str, Any]:
-    return scoring_key(*scorer, config)
+    found = scoring_key(scorer.model, scorer.data, config)
+    if scorer.forgetting is not None:
+        found["inputs"]["forgetting"] = files.hash_tensors({"forgetting": scorer.forgetting})
+    return found
 
 
 def load(
@@ -47,7 +51,7 @@ def load(
 
 def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, run: Run, key: Key) -> ScoreTable:
     """Score all of `data`, resuming after the shards that are done, and write `path`."""
-    model, view = scorer
+    model, view, forgetting = scorer
     tables: list[ScoreTable] = []
     done = np.empty(0, dtype=np.int64)
     with run.resumed(checkpoint_name(NAME), key) as state:
@@ -78,7 +82,10 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
             options = {"compute": run.compute, "world": run.world, "on_shard": on_shard}
             score_dataset(model, view, config, indices=wanted, **options)
         progress.close()
-        table = replace(ScoreTable.merge(tables), bad=dict(data.bad))
+        table = replace(ScoreTable.merge(tables), key=key, bad=dict(data.bad))
+        if forgetting is not None:
+            counts = forgetting.numpy()[table.index].astype(np.float64)
+            table = replace(table, columns={**table.columns, "forgetting": counts})
         if config.baselines and run.world.main:
             others = measure_baselines(model, view, table.index, seed=config.seed, compute=run.compute)
             cost.images_forward += len(table.index)

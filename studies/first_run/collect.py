@@ -63,7 +63,7 @@ def test_accuracy(config: Config) -> float:
     """Top-1 accuracy of the run's scorer on the test images, in percent."""
     settings = json.loads((config.run / "config.json").read_text())["input"]
     test = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]), split="test")
-    model, test = load_scorer(config.run / "scorer.pt", test)
+    model, test, _ = load_scorer(config.run / "scorer.pt", test)
     model.eval()
     correct = 0
     for batch in test.batches(np.array_split(np.arange(len(test)), -(-len(test) // config.batch_size))):

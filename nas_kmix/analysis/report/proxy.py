@@ -22,8 +22,7 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.sampling import select
-from nas_kmix.scores import TITLES as MEASURES
-from nas_kmix.scores import ScoreTable, verdict
+from nas_kmix.scores import TITLES, ScoreTable, verdict
 from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
@@ -71,14 +70,14 @@ def _measure(record: Record) -> str:
         measure = record.proxy.measure
     except ValueError:
         return "cv"
-    if measure not in MEASURES:
+    if measure not in TITLES:
         raise ValueError(f"The proxy of {record.name} was ranked by {measure!r}, which this program does not know.")
     return measure
 
 
 def _summary(record: Record) -> Markup:
     proxy = record.proxy
-    title = MEASURES.get(proxy.measure, proxy.measure)
+    title = TITLES.get(proxy.measure, proxy.measure)
     how = f"{proxy.method} sampling of the highest {title}"
     how = {
         "coverage": f"equally many from every range of the {title}, without the hardest {percent(proxy.drop_hardest)}",
@@ -102,11 +101,11 @@ def _histogram(record: Record) -> list[Markup]:
     except ValueError:  # scored, but not selected yet
         marked = np.zeros(len(values), dtype=bool)
     low, middle, high = np.percentile(values, [5, 50, 95])
-    title = f"{MEASURES[name]} of {len(values):,} images"
+    title = f"{TITLES[name]} of {len(values):,} images"
     about = f"5 % of the images lie below {number(low)}, half below {number(middle)}, 95 % below {number(high)}."
     if marked.any():
         about += f" The mean is {number(values.mean())}, that of the proxy {number(values[marked].mean())}."
-    drawn = histogram(f"Histogram: {title}. {about}", values, marked, MEASURES[name])
+    drawn = histogram(f"Histogram: {title}. {about}", values, marked, TITLES[name])
     keys = Markup('<ul class="legend"><li><span class="swatch rest"></span>all images</li>')
     keys += Markup('<li><span class="swatch s0"></span>selected</li></ul>')
     found = reliability(record)
@@ -152,7 +151,7 @@ def _overlap(record: Record) -> Markup:
         return f"{same:,}", percent(same / len(proxy.indices))
 
     for measure in scores.measures:
-        name = MEASURES[measure]
+        name = TITLES[measure]
         for method in ("top", "interval", "bottom"):
             every = f" at interval {proxy.interval}" if method == "interval" else ""
             end = "lowest" if method == "bottom" else "highest"
@@ -178,7 +177,7 @@ def _pictures(record: Record) -> Markup:
     middle = max(0, (len(order) - IMAGES) // 2)
     groups = {"Highest": order[:IMAGES], "Median": order[middle : middle + IMAGES], "Lowest": order[::-1][:IMAGES]}
     figures = [
-        figure(f"{title} {MEASURES[name]}", join(_strip(record, row, name) for row in rows.tolist()), class_="grid")
+        figure(f"{title} {TITLES[name]}", join(_strip(record, row, name) for row in rows.tolist()), class_="grid")
         for title, rows in groups.items()
     ]
     draws = scores.losses.shape[1]
@@ -193,7 +192,7 @@ def _strip(record: Record, row: int, measure: str) -> Markup:
     scores = record.scores
     data = record.check_data(scores.key["inputs"]["data"])
     index, losses = int(scores.index[row]), scores.losses[row]
-    value = f"{MEASURES[measure]} {number(float(scores.measure(measure)[row]), 3)}"
+    value = f"{TITLES[measure]} {number(float(scores.measure(measure)[row]), 3)}"
     label = _class_name(data.class_names, scores, row)
     mixes, _ = redraw(scores, data, index)
     shown = np.argsort(losses, kind="stable")[np.linspace(0, len(losses) - 1, MIXES).round().astype(int)]
