@@ -141,7 +141,7 @@ class Mixer:
     num_classes: int
     """Columns of the soft labels."""
     p: float = 1.0
-    """Probability that a batch is mixed at all, one draw per batch."""
+    """Probability that a batch is mixed, drawn once per batch."""
     seed: int = 0
     """Seed of the generator that a call without `rng` uses."""
     _own_rng: np.random.Generator | None = field(default=None, init=False, repr=False)

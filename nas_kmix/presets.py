@@ -52,7 +52,7 @@ class Cell:
     augmentation: Settings = field(default_factory=dict)
     recipe: Settings = field(default_factory=dict)
     top5: float | None = None
-    """Top-5 error in per cent, where it is reported."""
+    """Top-5 error in per cent, if reported."""
     baseline: str | None = None
     """Name of the result for the same network and data without mixing; None for that one itself."""
     time_ratio: float | None = None

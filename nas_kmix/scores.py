@@ -126,7 +126,7 @@ class ScoreTable:
         return same and known and np.array_equal(self.label, data.labels[self.index])
 
     def checked(self) -> ScoreTable:
-        """The table itself. Raises ValueError where its rows contradict each other."""
+        """The table itself. Raises ValueError if its rows contradict each other."""
         n = len(self.index) if self.index.ndim == 1 else 0
         if n == 0 or self.label.shape != (n,) or self.losses.ndim != 2 or len(self.losses) != n:
             raise ValueError("its arrays are of different lengths")

@@ -108,5 +108,5 @@ def _recorded_data(checkpoint: Path) -> str:
         return files.read_json(record)["input"]["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{record} does not tell what {checkpoint.name} was trained on; name it with --data."
+            f"{record} does not say what {checkpoint.name} was trained on; give it with --data."
         ) from error
