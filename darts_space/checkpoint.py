@@ -71,7 +71,7 @@ def load_network(path: str | os.PathLike[str]) -> Network:
     except Exception as error:  # a damaged file may raise nearly anything
         raise ValueError(
             f"{path} is cut short, or holds more than tensors and plain values, so it is not loaded "
-            f"({type(error).__name__}); copy or write it anew."
+            f"({type(error).__name__}); copy or write it again."
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of the format {FORMAT!r}; train_eval.py writes such files.")

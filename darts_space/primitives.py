@@ -4,7 +4,7 @@ In:  an operation's name, its number of channels C, its stride (1 or 2).
 Out: a module (N, C, H, W) -> (N, C, H / stride, W / stride), rounded up.
 
 They are DARTS's operations (DARTS section 3.1.1; PC-DARTS keeps them). Every convolution has no bias; the order
-is ReLU, convolution, BatchNorm. `affine` tells whether the BatchNorms have learnt scales: no in supernet cells,
+is ReLU, convolution, BatchNorm. `affine` says whether the BatchNorms learn scales: no in supernet cells,
 where a scale would undo the mixing weights, yes in final networks. Pools come without BatchNorm: the supernet
 adds one of its own, final networks have none.
 """

@@ -87,9 +87,9 @@ def scaled_lr(batch_size: int, lr: float = 0.1, full_batch: int = 256) -> float:
 
 
 def learning_rate(config: BilevelConfig, step: int) -> float:
-    """SGD's rate in `step` 0..config.steps - 1; it changes once an epoch.
+    """SGD's learning rate in `step` 0..config.steps - 1; it changes once per epoch.
 
-    In epoch e of the warm-up it is lr * (e + 1) / warmup_epochs; the cosine then goes on where it would be.
+    In epoch e of the warm-up it is lr * (e + 1) / warmup_epochs; then the cosine continues as if without warm-up.
     """
     epoch = step // config.epoch_steps
     if epoch < config.warmup_epochs:

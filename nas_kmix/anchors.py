@@ -1,8 +1,8 @@
-"""The draws of scoring: which phi, boxes and partners each anchor meets, before a pixel is touched.
+"""The random draws of scoring: phi, boxes and partners of every anchor, before any pixel is touched.
 
 Image indices in, `Draws` out. Every draw is a function of (seed, image index, draw) alone, through Philox with the
-index as its counter. Scores therefore do not depend on batch size, order, workers or shards, and more draws extend
-fewer.
+index as its counter. Scores therefore do not depend on batch size, order, workers or shards, and raising the number of
+draws keeps the earlier ones.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """The anchor-mix. Defaults are the paper's (SM, "Data Subsampling") and, where it is silent, neutral choices."""
+    """How to mix anchors. Defaults are the paper's (SM, "Data Subsampling") or, where it is silent, neutral choices."""
 
     draws: int = 10
-    """M, mixes per image; at least 2, and 4 or more for a reliability."""
+    """M, mixes per image; at least 2, and at least 4 to estimate the reliability."""
     k: int = 3
-    """Images in a mix, the anchor included: the paper has two partners."""
+    """Images in a mix, anchor included; the paper uses two partners."""
     alpha: float = 2 / 9
-    """Concentration of each partner's share of the rest."""
+    """Dirichlet concentration of each partner's share of the rest."""
     phi_anchor: float = 0.5
     """The anchor's share, in (0, 1); 0.5 was the paper's best."""
     loss: Literal["mixed", "minus_entropy", "anchor"] = "mixed"
-    """Cross-entropy against the mixed label (eq. 8), the same less the label's entropy, or against the anchor's label.
-    The label's own entropy is noise in the ranking; without it ten draws agree better between seeds."""
+    """Cross-entropy with the mixed label (eq. 8), the same minus that label's entropy, or with the anchor's label.
+    The label's entropy is noise in the ranking; without it, rankings from ten draws agree better between seeds."""
     partners: Literal["fresh", "fixed", "common"] = "fresh"
-    """New partners at every draw, the same for all draws of an image, or, with the same phi and boxes too, the same
-    for all images at one draw."""
+    """fresh: new partners at every draw | fixed: the same at all draws of an image |
+    common: the same for all images at one draw, with the same phi and boxes."""
     sequence: Literal["independent", "sobol"] = "independent"
     """How the draws of an image follow each other in phi and positions: independently, or as a Sobol' sequence with a
     random shift of its own, which covers them more evenly."""
@@ -50,17 +50,17 @@ class ScoringConfig:
     ratio of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre
     order grows with the square of the number of images."""
     batch_size: int = field(default=512, metadata=NOT_IN_KEY)
-    """Mixed images in a forward pass."""
-    pool_size: int = field(default=4096, metadata=NOT_IN_KEY)  # but what it does is, see `scoring.scoring_key`
-    """Possible partners of a streamed set; a resident set draws from all its images."""
+    """Mixed images per forward pass."""
+    pool_size: int = field(default=4096, metadata=NOT_IN_KEY)  # its effect is in the key, see `scoring.scoring_key`
+    """Images from which a streamed set draws partners; a resident set draws from all its images."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of every draw."""
 
     def __post_init__(self):
         if self.draws < 2:
-            raise ValueError(f"--scoring.draws is {self.draws}; a variation needs two or more.")
+            raise ValueError(f"--scoring.draws must be at least 2 to measure a variation, not {self.draws}.")
         if self.k < 2:
-            raise ValueError(f"--scoring.k is {self.k}; a mix needs two images or more.")
+            raise ValueError(f"--scoring.k must be at least 2, as a mix needs two images, not {self.k}.")
         if not 0.0 < self.phi_anchor < 1.0:
             raise ValueError(f"--scoring.phi-anchor must lie strictly between 0 and 1, not {self.phi_anchor}.")
         if not 0.0 < self.alpha < math.inf:
@@ -106,8 +106,8 @@ def draw(indices: np.ndarray, pool_rows: np.ndarray, size: tuple[int, int], conf
         boxes[:, m] = ((places + points[m, free - 1 :]) % 1.0).reshape(n, free, 2)
         draw = 0 if config.partners == "fixed" else m
         partners[:, m] = draw_partners(uniforms(PARTNERS, draw, indices, free + 1, config), indices, pool_rows)
-    # The anchor takes its share off the stick. Of the rest, a Dirichlet over K - 1 partners breaks off pieces of
-    # Beta(a, (K-1-k) a), here by their inverse distribution functions: a number of uniforms known beforehand.
+    # The anchor breaks its share off the stick. Of the rest, a Dirichlet over K - 1 partners breaks off pieces of
+    # Beta(a, (K-1-k) a), drawn by inverting their distribution functions: that takes a fixed number of uniforms.
     sticks[:, :, 0] = config.phi_anchor
     for k in range(1, free):
         sticks[:, :, k] = special.betaincinv(config.alpha, (free - k) * config.alpha, sticks[:, :, k])
@@ -142,8 +142,8 @@ def sobol_points(shape: tuple[int, int]) -> np.ndarray:
 def draw_partners(uniforms: np.ndarray, indices: np.ndarray, pool_rows: np.ndarray) -> np.ndarray:
     """K - 1 different rows of the pool per anchor, never the anchor's own: uniforms (N, K) to int64 (N, K-1).
 
-    K different rows are drawn, the last as a spare for where the anchor comes up. So, with common uniforms, all other
-    anchors meet the same partners.
+    K different rows are drawn; the last is a spare, used where the anchor itself comes up. With common uniforms, all
+    other anchors therefore get the same partners.
     """
     rows = np.empty(uniforms.shape, dtype=np.int64)
     for k in range(uniforms.shape[1]):

@@ -1,8 +1,8 @@
 """Sticks and boxes: how much of a mixed image each of its K sources shows, and where.
 
-Shares `phi` become stick lengths `v` (eq. 3), and these K - 1 nested boxes (eqs. 4 and 5), the k-th inside the
-(k-1)-th, so that source k shows between two of them. NumPy on the CPU, where a plan is small and equal for every
-device; only what follows from the images themselves (`centred_boxes`) or has a value per pixel (`owner_map`) is torch.
+Shares `phi` become stick lengths `v` (eq. 3), and stick lengths become K - 1 nested boxes (eqs. 4 and 5), the k-th
+inside the (k-1)-th; a source shows between two of them. Plans are small and drawn with NumPy on the CPU, the same for
+every device. Only what depends on the images (`centred_boxes`) or has a value per pixel (`owner_map`) is torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def draw_phi(n: int, k: int, alpha: float, *, rng: np.random.Generator) -> np.nd
 def stick_lengths(phi: np.ndarray) -> np.ndarray:
     """Turn shares into stick lengths, eq. (3): `v_k = phi_k / prod_{j<k} (1 - v_j)`, float64 (N, K-1) in [0, 1].
 
-    The product telescopes to `sum_{j>=k} phi_j`, the stick that is left. Once nothing is left the length is one: the
-    boxes that follow are empty.
+    The product telescopes to `sum_{j>=k} phi_j`, the rest of the stick. Once nothing is left, the length is one and
+    the boxes that follow are empty.
     """
     phi = np.asarray(phi, dtype=np.float64)
     left = phi[:, ::-1].cumsum(axis=1)[:, :0:-1]  # (N, K-1), before source k breaks off its piece
@@ -52,8 +52,8 @@ def boxes_from_uniforms(v: np.ndarray, size: Size, uniforms: np.ndarray) -> np.n
 def centred_boxes(sides: np.ndarray, centers: Tensor) -> Tensor:
     """Nested boxes around given pixels: sides (N, K, 2) of `box_sides`, centers (N, K-1, 2) as y, x, to (N, K-1, 4).
 
-    A box is centred on its pixel and then shifted, never shrunk, by as little as keeps it inside the previous one. On
-    the device of `centers`, which never have to come back to the CPU.
+    A box is centred on its pixel and then shifted, never shrunk, just enough to lie inside the previous one. All of it
+    stays on the device of `centers`.
     """
     side = torch.as_tensor(sides, device=centers.device)
     room = side[:, :-1] - side[:, 1:]

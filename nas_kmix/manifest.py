@@ -1,7 +1,7 @@
 """The proxy dataset as a small manifest, `proxy.json`, that any trainer can use.
 
-It says which images there are, and which of them train weights and which the architecture. It recognises its images by
-content, so that it applies to any copy of the data set, in whatever order.
+It lists the images, and says which of them train the weights and which the architecture. Images are recognised by
+content, so that it applies to any copy of the dataset, in any order.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FORMAT, VERSION = "nas_kmix/proxy", 1
 
 @dataclass(frozen=True, eq=False)
 class ProxyManifest:
-    """A proxy dataset. Indices count the images of `split` in the data set's own order.
+    """A proxy dataset. Indices count the images of `split` in the dataset's own order.
 
     indices: int64 (P,), sorted; weights, arch: the two halves, disjoint, together `indices`; content: a short hash of
-    each selected image; paths: of folders, relative; fingerprint: of the whole set; scores: hash of the scores used.
+    each selected image; paths: relative, if from a folder; fingerprint: of the whole set; scores: hash of the scores.
     """
 
     data: str
@@ -100,7 +100,7 @@ class ProxyManifest:
         return hashlib.sha256(json.dumps([self.fingerprint, *halves]).encode()).hexdigest()
 
     def save(self, path: Path | str) -> None:
-        """Write `proxy.json`, atomically; one key per line, so that two manifests compare well."""
+        """Write `proxy.json`, atomically; one key per line, for readable diffs."""
         lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in self.to_json().items()]
         files.write_text(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -116,20 +116,20 @@ class ProxyManifest:
             return _from_json(raw)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             cause = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is damaged: {cause}; make the proxy anew.") from error
+            raise ValueError(f"{path} is damaged: {cause}; make the proxy again.") from error
 
     def apply(self, data: ImageData) -> ProxyManifest:
-        """The same proxy in the indices of `data`, another copy of its set, maybe in another order.
+        """The same proxy in the indices of `data`, another copy of its dataset, possibly in another order.
 
-        Images are matched by content and class, repeated ones in order of occurrence; classes by name where the names
-        are the same, otherwise by number. Raises ValueError naming the first image that is missing.
+        Images are matched by content and class, duplicates in order of occurrence; classes by name if both have the
+        same names, otherwise by index. Raises ValueError naming the first image that is missing.
         """
         if data.fingerprint == self.fingerprint:
             return self
         if len(data.class_names) != len(self.class_names):
             raise ValueError(
                 f"The proxy of {self.data} has {len(self.class_names)} classes, but {data.source.name} has "
-                f"{data.num_classes}; give the data set it was made from."
+                f"{data.num_classes}; give the dataset it was made from."
             )
         same_names = set(data.class_names) == set(self.class_names)
         relabel = [data.class_names.index(n) if same_names else i for i, n in enumerate(self.class_names)]
@@ -170,10 +170,10 @@ class ProxyManifest:
         )
 
     def subset(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.Subset:
-        """The proxy as a view on somebody's own data set of (image, label) pairs, for their own trainer.
+        """The proxy as a Subset of your own dataset of (image, label) pairs, for your own trainer.
 
-        Works on torchvision's CIFAR and ImageFolder data sets and Subsets of them, whatever their transforms, and on
-        any that gives PIL images or uint8 (H, W, 3) arrays; but a proxy of JPEG or WebP files, which are recognised by
+        Works on torchvision's CIFAR and ImageFolder datasets and Subsets of them, whatever their transforms, and on any
+        dataset of PIL images or uint8 (H, W, 3) arrays. But a proxy of JPEG or WebP files, which are recognised by
         their bytes, needs an ImageFolder. Raises ValueError if an image of the proxy is not in it.
         """
         source = source_of(dataset)
@@ -216,7 +216,7 @@ def _from_json(raw: dict[str, Any]) -> ProxyManifest:
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or not path.isprintable():
             raise ValueError(f"the path {path!a} leaves the folder of the data")
     if raw.get("checksum", _checksum(raw)) != _checksum(raw):
-        raise ValueError("its content is not that of its checksum, which edited files should leave out")
+        raise ValueError("its checksum does not match its content; an edited file should leave it out")
     plain = ("data", "split", "fingerprint", "ratio", "method", "measure", "interval", "balanced", "arch_share")
     return ProxyManifest(
         n=n,
@@ -237,7 +237,7 @@ def _from_json(raw: dict[str, Any]) -> ProxyManifest:
 def _texts(raw: dict[str, Any], name: str) -> tuple[str, ...]:
     values = raw[name]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{name} must be a list of texts")
+        raise ValueError(f"{name} must be a list of strings")
     "".join(values).encode()  # a lone half of a surrogate pair could not be written again
     return tuple(values)
 

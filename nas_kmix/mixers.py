@@ -1,4 +1,4 @@
-"""From a training's settings to its mixer: all of the paper's by name."""
+"""The paper's mixers by name: training settings in, a mixing function out."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ TWO_IMAGES = {"mixup": Mixup, "cutmix": CutMix}
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How the images of a training are mixed."""
+    """How training images are mixed."""
 
     mix: MixName = "none"
-    """dmixup, dcutmix and saliency_dcutmix mix K images; mixup, cutmix and manifold_mixup are their rivals of two."""
+    """dmixup, dcutmix and saliency_dcutmix mix K images; mixup, cutmix and manifold_mixup mix two."""
     mix_k: int = 5
-    """Images in a mix, at least 2; the rivals have two."""
+    """K, images in a mix, at least 2; mixup, cutmix and manifold_mixup ignore it."""
     mix_alpha: float = 0.2
-    """Concentration of the Dirichlet distribution that the shares are drawn from, of the rivals' Beta distribution."""
+    """Concentration of the shares' distribution: Dirichlet for K images, Beta for two."""
     mix_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
+    """Probability that a batch is mixed."""
 
     def check_processes(self, count: int) -> None:
         """Raise ValueError where `count` processes cannot share a batch that is mixed like this."""
         if self.mix == "manifold_mixup" and count > 1:
             raise ValueError(
-                "The mix manifold_mixup takes a whole batch in one forward pass; train with it in a single process."
+                "The mix manifold_mixup needs the whole batch in one forward pass; train with it in a single process."
             )
 
 
 def make_mix(settings: MixConfig, num_classes: int, model: nn.Module) -> Mix:
-    """The mixing function of the training loop; `model` is the one that is trained."""
+    """The mixing function for a training loop; `model` is the network in training."""
     if settings.mix == "none":
         return partial(_one_hot, num_classes)
     shared = {"alpha": settings.mix_alpha, "num_classes": num_classes, "p": settings.mix_prob}

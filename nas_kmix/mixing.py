@@ -1,16 +1,16 @@
 """K-image mixing: batches of images and labels in, mixed images and soft labels out.
 
 DCutMix (eqs. 1-5 of the paper) breaks a stick of length one into K pieces `phi ~ Dir(alpha, ..., alpha)`
-and pastes K - 1 nested boxes, the k-th inside the (k-1)-th, so that source k shows in a share `phi_k` of the
+and pastes K - 1 nested boxes, the k-th inside the (k-1)-th, so that source k covers a share `phi_k` of the
 pixels. Saliency-DCutMix (SM) centres every box on the most salient pixel of its source. DMixup (eq. 2) is the weighted
 sum `sum_k phi_k x_k`.
 
-Drawing is apart from applying: a mixer's `plan` draws (the geometry is in `boxes.py`), `paste` and `blend` are torch
-where the images are. The `MixPlan` between them is what scoring, pictures and tests share.
+Drawing and applying are separate: a mixer's `plan` draws (the geometry is in `boxes.py`); `paste` and `blend` apply the
+plan in torch, on the images' device. Scoring, pictures and tests share the `MixPlan` in between.
 
-Three deviations from the paper's Algorithm 1, each a mistake there: sources are always the unmixed images (it
-shuffles images that are already mixed, whose labels are then wrong), the last source's weight is counted for
-K = 2 too, and `v_k ~ Beta(a, (K-k) a)` as a finite Dirichlet demands, not Beta(1, alpha).
+We deviate from the paper's Algorithm 1 in three places, each a mistake there: sources are always the unmixed images (it
+shuffles images that are already mixed, whose labels are then wrong), the last source's weight is counted for K = 2 too,
+and `v_k ~ Beta(a, (K-k) a)`, as a finite Dirichlet requires, instead of Beta(1, alpha).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nas_kmix.boxes import (
 )
 from nas_kmix.saliency import SALIENCY, peaks
 
-FEW_SOURCES = 3  # up to here, masks paste bytes faster than a gather
+FEW_SOURCES = 3  # up to this K, pasting bytes by masks is faster than a gather
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def paste(sources: Tensor, plan: MixPlan) -> Tensor:
         return _paste_masked(sources, plan)
     shown = plan.partners.gather(1, plan.owner.flatten(1).long())  # (N, H * W), rows into the sources
     if _is_channels_last(sources):
-        # The channels of a pixel lie together, so whole pixels are fetched.
+        # A pixel's channels are contiguous, so fetch whole pixels.
         pixels = shown * (h * w) + torch.arange(h * w, device=sources.device)
         mixed = sources.permute(0, 2, 3, 1).reshape(p * h * w, c).index_select(0, pixels.flatten())
         return mixed.view(-1, h, w, c).permute(0, 3, 1, 2)
@@ -78,7 +78,7 @@ def paste(sources: Tensor, plan: MixPlan) -> Tensor:
 
 
 def _paste_masked(sources: Tensor, plan: MixPlan) -> Tensor:
-    """Bytes, source by source, by bit masks: whole images are fetched, faster than single pixels while K is small."""
+    """Paste bytes source by source with bit masks: fetching whole images beats single pixels while K is small."""
     mixed = sources.index_select(0, plan.partners[:, 0])
     for k in range(1, plan.partners.shape[1]):
         mask = (
@@ -95,8 +95,8 @@ def blend(sources: Tensor, plan: MixPlan) -> Tensor:
     Summed in float32 at least; integer images are rounded half to even.
     """
     work = torch.promote_types(sources.dtype, torch.float32)
-    # One pass over the sources: images are rows of a table, and a mix is a weighted bag of rows. Whole pixels lie
-    # together in channels_last, which a permuted view keeps.
+    # One pass over the sources: images are rows of a table, and a mix is a weighted bag of rows. A permuted
+    # view keeps channels_last, where a pixel's channels are contiguous.
     last = _is_channels_last(sources)
     table = sources.permute(0, 2, 3, 1) if last else sources
     mixed = F.embedding_bag(
@@ -118,7 +118,7 @@ def mix_labels(labels: Tensor, partners: Tensor, weights: Tensor, num_classes: i
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"labels must be a 1-D tensor of class indices, not {labels.dtype} {tuple(labels.shape)}.")
     _check_range(labels, num_classes)
-    # One source after another: within one, no element of a row is met twice, so that a GPU too sums in a fixed order.
+    # Source by source: each then adds once to a row, so that a GPU sums in a fixed order too.
     soft = torch.zeros(len(partners), num_classes, device=labels.device)
     for label, weight in zip(labels.long()[partners].split(1, dim=1), weights.float().split(1, dim=1), strict=True):
         soft.scatter_add_(1, label, weight)
@@ -133,17 +133,17 @@ def apply_plan(images: Tensor, labels: Tensor, plan: MixPlan, num_classes: int) 
 
 @dataclass(kw_only=True, eq=False)
 class Mixer:
-    """The call that all mixers share, after torchvision's contract for CutMix and MixUp.
+    """The call that all mixers share; it follows torchvision's contract for CutMix and MixUp.
 
-    A mixer says in `plan` what goes where.
+    A mixer draws in `plan` what goes where.
     """
 
     num_classes: int
     """Columns of the soft labels."""
     p: float = 1.0
-    """Probability that a batch is mixed at all, one draw per batch."""
+    """Probability that a batch is mixed, drawn once per batch."""
     seed: int = 0
-    """Of the generator used where the call brings none."""
+    """Seed of the generator that a call without `rng` uses."""
     _own_rng: np.random.Generator | None = field(default=None, init=False, repr=False)
     _own_worker: int | None = field(default=None, init=False, repr=False)
 
@@ -160,7 +160,7 @@ class Mixer:
     ) -> tuple[Tensor, Tensor]:
         """Mix images (N, C, H, W) with one another: returns (N, C, H, W) and soft labels float32 (N, classes).
 
-        The inputs are left as they are. Raises ValueError for images or labels of the wrong shape or range.
+        The inputs are not modified. Raises ValueError for images or labels of the wrong shape or range.
         """
         self._check_batch(images, labels)
         rng = self._generator() if rng is None else rng
@@ -169,11 +169,11 @@ class Mixer:
         return self.mix(images, labels, rng)
 
     def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """The call without its checks and the draw of `p`."""
+        """Mix without the checks and the draw of `p` that the call makes."""
         return apply_plan(images, labels, self.plan(images, rng=rng), self.num_classes)
 
     def plan(self, images: Tensor, *, rng: np.random.Generator) -> MixPlan:
-        """Draw how a batch (N, C, H, W) is mixed; on the device of the images."""
+        """Draw how to mix a batch (N, C, H, W); the plan is on the images' device."""
         raise NotImplementedError
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
@@ -186,10 +186,10 @@ class Mixer:
         _check_range(labels, self.num_classes)
 
     def _generator(self) -> np.random.Generator:
-        """This process's own generator: another in every DataLoader worker, and in a worker of every epoch.
+        """This process's own generator: a different one in every DataLoader worker and every epoch.
 
-        Workers are copies of the main process, so a generator made before the fork would repeat itself in each
-        of them and again in the next epoch. A worker's seed differs in both and follows torch's global seed.
+        Workers are copies of the main process, so a generator made before the fork would repeat itself in every
+        worker and every epoch. A worker's seed differs in both and follows torch's global seed.
         """
         worker = torch.utils.data.get_worker_info()
         key = None if worker is None else worker.seed
@@ -211,7 +211,7 @@ class DCutMix(Mixer):
     k: int
     """Number of sources, at least 2."""
     alpha: float
-    """Dirichlet concentration of each."""
+    """Dirichlet concentration of each source."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -228,16 +228,16 @@ class DCutMix(Mixer):
 class SaliencyDCutMix(Mixer):
     """DCutMix whose boxes are centred on the most salient pixel of the image that they show (SM, "Saliency-DCutMix").
 
-    Boxes keep the sizes that stick-breaking gives them and are shifted as little as nesting asks: a peak outside the
+    Boxes keep their sizes from stick-breaking and are shifted no more than nesting requires: a peak outside the
     previous box is missed.
     """
 
     k: int
     """Number of sources, at least 2."""
     alpha: float
-    """Dirichlet concentration of each."""
+    """Dirichlet concentration of each source."""
     saliency: str = "fine_grained"
-    """A name of `nas_kmix.saliency.SALIENCY`."""
+    """A key of `nas_kmix.saliency.SALIENCY`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -257,12 +257,12 @@ class SaliencyDCutMix(Mixer):
 
 @dataclass(kw_only=True, eq=False)
 class DMixup(Mixer):
-    """K-image Mixup: a sum of K images weighted by phi, and of their labels likewise."""
+    """K-image Mixup: the sum of K images, and of their labels, weighted by phi."""
 
     k: int
     """Number of sources, at least 2."""
     alpha: float
-    """Dirichlet concentration of each."""
+    """Dirichlet concentration of each source."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -294,5 +294,5 @@ def _check_range(labels: Tensor, num_classes: int) -> None:
 
 
 def _is_channels_last(images: Tensor) -> bool:
-    """Whether the layout is channels_last and not, as with a single channel or pixel, the default one too."""
+    """Whether the layout is channels_last only; with a single channel or pixel it is also the default one."""
     return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()

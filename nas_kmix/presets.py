@@ -1,12 +1,12 @@
-"""The cells of the paper's tables of classification errors as plain data: Tables 1-3 and SM Tables 1 and 2.
+"""The classification results of the paper as plain data: Tables 1-3 and SM Tables 1 and 2.
 
 `PAPER[name]` holds the settings that `train_eval.py --preset name` starts from, and the error that the paper reports.
 Names read network-data-method, after `table2` or `sm` where a network has several settings.
 
-Three trainings, each as published: CutMix's for Table 1 (and SM Table 2), Co-Mixup's for Table 2 (and SM Table 1), and
-CutMix's ImageNet training for Table 3. Where the paper names neither K nor alpha (Table 2) K is 4 for PreActResNet18's
-DCutMix, whose 20.50 is that of SM Table 1, and otherwise the 3 and 5 of Table 1; alpha is 1/K where the paper's grid
-{1/3, 1/4, 1/5, 1/7, 1} has it, 1 otherwise.
+There are three training recipes, as published: CutMix's for Table 1 (and SM Table 2), Co-Mixup's for Table 2 (and SM
+Table 1), and CutMix's ImageNet recipe for Table 3. Where the paper gives neither K nor alpha (Table 2), K is 4 for
+PreActResNet18's DCutMix, as its 20.50 is that of SM Table 1, and otherwise 3 or 5 as in Table 1; alpha is 1/K if the
+paper's grid {1/3, 1/4, 1/5, 1/7, 1} has it, else 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 Settings = Mapping[str, Any]
 
-# CutMix (Yun et al. 2019) on CIFAR; PyramidNet-110 with DCutMix and DMixup has settings of its own.
+# CutMix (Yun et al. 2019) on CIFAR; PyramidNet-110 with DCutMix or DMixup has its own settings.
 CIFAR = {"epochs": 300, "batch_size": 64, "lr": 0.25, "weight_decay": 1e-4, "milestones": (0.5, 0.75)}
 PYRAMIDNET110 = {**CIFAR, "weight_decay": 4e-5, "milestones": (0.75, 0.9)}
 # Co-Mixup (Kim et al. 2021) on CIFAR-100.
@@ -38,7 +38,7 @@ def k_images(mix: str, k: int, alpha: float, p: float = 1.0) -> Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: the fields of `train_eval.Config` in which it differs from the defaults, and what the paper reports."""
+    """One result: the fields of `train_eval.Config` that differ from the defaults, and what the paper reports."""
 
     table: str
     row: str
@@ -52,11 +52,11 @@ class Cell:
     augmentation: Settings = field(default_factory=dict)
     recipe: Settings = field(default_factory=dict)
     top5: float | None = None
-    """Top-5 error in per cent, where it is reported."""
+    """Top-5 error in per cent, if reported."""
     baseline: str | None = None
-    """The cell of the same network and data without mixing; None for that one itself."""
+    """Name of the result for the same network and data without mixing; None for that one itself."""
     time_ratio: float | None = None
-    """Training time over the baseline's, as reported (Table 2)."""
+    """Training time relative to the baseline's, as reported (Table 2)."""
 
     @property
     def doc(self) -> str:
@@ -105,7 +105,7 @@ def _table1() -> dict[str, Cell]:
 
 
 def _table2() -> dict[str, Cell]:
-    """Parentheses are training times over the baseline's. PuzzleMix and Co-Mixup are not built here."""
+    """The ratios are training times relative to the baseline's. PuzzleMix and Co-Mixup are not implemented."""
     cells = {}
     rows = {
         "preactresnet18": ("PreActResNet18", (23.59, 22.43, 21.29, 21.68, 20.50), (1.0, 1.04, 1.1, 1.14, 1.07), 4),

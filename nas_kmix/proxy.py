@@ -23,16 +23,16 @@ class ProxyConfig:
     """Which images make the proxy. The default is the paper's high-CV sampling at an interval (SM Fig. 3)."""
 
     ratio: float = 0.1
-    """t, the share of each class that is kept, in (0, 1]."""
+    """t, the share of each class to keep, in (0, 1]."""
     measure: Measure = "cv"
-    """What images are ranked by. cv, mean, std: coefficient of variation, mean and standard deviation of their losses;
+    """What ranks the images. cv, mean, std: coefficient of variation, mean and standard deviation of their losses;
     residual: the CV less what the mean explains of it in the class; all others need --scoring.baselines."""
     method: Method = "interval"
     """interval, top and bottom go by rank; coverage drops the hardest images and stratifies over the score of the rest
     (Zheng et al., ICLR 2023); histogram prefers both tails of the score (Na et al., IJCAI 2021); for both, a high score
     must mean a hard image, as mean, el2n and the entropies do. A random proxy needs no scorer and no scores."""
     interval: int = 4
-    """s: take every s-th image of the descending order; 1 is `top`, 1 / ratio nearly random."""
+    """s: take every s-th image of the ranking; 1 is `top`, 1 / ratio is nearly random."""
     drop_hardest: float = DROP_HARDEST
     """Share of the images with the highest scores that coverage drops, in [0, 1)."""
     balanced: bool = True
@@ -40,7 +40,7 @@ class ProxyConfig:
     arch_share: float = 0.5
     """Share of the proxy that trains the architecture; the rest trains the weights (.5 on CIFAR, .2 on ImageNet)."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
-    """Of the division into halves, and of a selection that draws."""
+    """Seed of the split into halves and of a selection that draws at random."""
 
     def __post_init__(self):
         if not 0.0 < self.ratio <= 1.0:
@@ -69,7 +69,7 @@ def smallest_ratio(counts: np.ndarray, *, balanced: bool) -> float | None:
 
 
 def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -> ProxyManifest:
-    """Select images by their scores (`table` may be None for a random proxy) and divide them into halves."""
+    """Select images by their scores (`table` may be None for a random proxy) and split them into halves."""
     rng = np.random.default_rng([config.seed, SELECTION])
     if config.method == "random":
         candidates = data.good() if table is None else table.index
@@ -95,7 +95,7 @@ def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -
         for index in chosen.tolist():
             try:
                 if table is None:
-                    data.source.read(index)  # without scores nobody has opened this file before
+                    data.source.read(index)  # without scoring, no stage has opened this file yet
                 content.append(data.content(index))
             except BadImageError as error:
                 data.bad.add({index: str(error)})

@@ -1,6 +1,6 @@
 """The augmentations that the paper compares with, as published: Mixup, CutMix, Cutout and Manifold Mixup.
 
-The first three are called like the mixers of `mixing.py`. Mixup and CutMix draw one lambda per batch, CutMix one box.
+The first three are called like the mixers in `mixing.py`. Mixup and CutMix draw one lambda per batch; CutMix, one box.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nas_kmix.mixing import Mixer, MixPlan, box_plan, permutations
 
 @dataclass(kw_only=True, eq=False)
 class Mixup(Mixer):
-    """lambda x + (1 - lambda) x', and of the labels likewise (Zhang et al., ICLR 2018)."""
+    """lambda x + (1 - lambda) x', and the same for the labels (Zhang et al., ICLR 2018)."""
 
     alpha: float = 1.0
     """lambda ~ Beta(alpha, alpha)."""
@@ -37,9 +37,9 @@ class Mixup(Mixer):
 
 @dataclass(kw_only=True, eq=False)
 class CutMix(Mixer):
-    """A box of another image, of 1 - lambda of the area before the border clips it (Yun et al., ICCV 2019).
+    """Paste a box of another image, 1 - lambda of the area before the border clips it (Yun et al., ICCV 2019).
 
-    The label weights are those of the clipped box.
+    The label weights follow the clipped box.
     """
 
     alpha: float = 1.0
@@ -62,9 +62,9 @@ class CutMix(Mixer):
 
 @dataclass(kw_only=True, eq=False)
 class Cutout(Mixer):
-    """A square of every image is set to zero, the mean of normalised images (DeVries & Taylor, 2017).
+    """Set a square of every image to zero, the mean of normalised images (DeVries & Taylor, 2017).
 
-    Its centre is uniform and the border clips it; labels stay as they are.
+    Its centre is uniform and the border clips it; labels do not change.
     """
 
     size: int = 16
@@ -76,7 +76,7 @@ class Cutout(Mixer):
             raise ValueError(f"size is the side of the cut-out square in pixels, at least 1, not {self.size}.")
 
     def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """The call without its checks and the draw of `p`."""
+        """Mix without the checks and the draw of `p` that the call makes."""
         return cutout(images, self.size, rng=rng), F.one_hot(labels.long(), self.num_classes).float()
 
 
@@ -93,7 +93,7 @@ def manifold_mixup(
         alpha: 1 is Mixup's on CIFAR-100 in the CutMix paper.
 
     Returns:
-        The network's logits (N, classes) and soft labels float32 (N, classes) to train it by.
+        The network's logits (N, classes) and soft labels float32 (N, classes) to train it with.
 
     Raises:
         ValueError: a network without `stage_ends`, or an alpha that is not positive.
@@ -114,7 +114,7 @@ def manifold_mixup(
 class ManifoldMixup(Mixer):
     """`manifold_mixup` for a training loop that knows only mixers: the model's next forward pass does the mixing.
 
-    That pass must be of the very images that the call returns, in one piece.
+    That pass must take exactly the images that the call returns, in one batch.
     """
 
     model: nn.Module
@@ -123,7 +123,7 @@ class ManifoldMixup(Mixer):
     """lambda ~ Beta(alpha, alpha)."""
 
     def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """The call without its checks and the draw of `p`."""
+        """Mix without the checks and the draw of `p` that the call makes."""
         layer, mix = _draw_manifold_mixup(self.model, images, rng, self.alpha)
         soft_labels = mix(F.one_hot(labels.long(), self.num_classes).float())
         if layer == "":
@@ -140,7 +140,7 @@ class ManifoldMixup(Mixer):
 def _draw_manifold_mixup(
     model: nn.Module, images: Tensor, rng: np.random.Generator, alpha: float
 ) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """The layer after which to mix, empty for the input, and the mixing of anything with one row per image."""
+    """The layer after which to mix (empty: the input), and a function that mixes any tensor with one row per image."""
     _check_alpha(alpha)
     if not hasattr(model, "stage_ends"):
         raise ValueError(

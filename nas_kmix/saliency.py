@@ -2,12 +2,12 @@
 
 Saliency-DCutMix centres its patches on the most salient pixel (SM, "Saliency-DCutMix"). Maps by name, in `SALIENCY`:
 
-`fine_grained` (Montabone & Soto, Image and Vision Computing 2010) is the one that SaliencyMix took from OpenCV, and has
-OpenCV's six scales: how much a pixel is brighter or darker than the mean of its surroundings.
-`spectral_residual` (Hou & Zhang, CVPR 2007): what the log spectrum of an image has over its own local average.
+`fine_grained` (Montabone & Soto, Image and Vision Computing 2010): how much brighter or darker a pixel is than the mean
+of its surround, over OpenCV's six scales; SaliencyMix took this map from OpenCV.
+`spectral_residual` (Hou & Zhang, CVPR 2007): how far the log spectrum of an image exceeds its own local average.
 
-Both work on the whole batch, on its device, and see no difference between bytes, fractions and normalised images: a
-map does not change where a brightness is scaled by a positive number or shifted.
+Both process whole batches on their device. They give the same map for bytes, fractions and normalised images, as
+shifting the brightness or scaling it by a positive number does not change the map.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)  # red, green, blue (ITU-R BT.601)
-REACHES = (12, 24, 48, 28, 56, 112)  # pixels that a surrounding reaches to each side, one per scale
-SPECTRAL_SIDE = 64  # the scale at which Hou & Zhang look at an image
+REACHES = (12, 24, 48, 28, 56, 112)  # pixels that a surround extends to each side, one per scale
+SPECTRAL_SIDE = 64  # pixels; Hou & Zhang reduce images to this side
 SPECTRAL_BLUR = 2.5 / 64  # standard deviation as a share of the side, as in the authors' program
 
 
@@ -30,8 +30,8 @@ SPECTRAL_BLUR = 2.5 / 64  # standard deviation as a share of the side, as in the
 def fine_grained(images: Tensor) -> Tensor:
     """Centre-surround differences over six scales: (N, C, H, W) to float32 (N, H, W), the maximum 1 unless flat.
 
-    A surrounding is the square around a pixel without the pixel, cut off at the border. On-centre (brighter) and
-    off-centre (darker) differences are summed over the scales apart and count alike: each is divided by its maximum.
+    A surround is the square around a pixel, without the pixel, clipped at the border. On-centre (brighter) and
+    off-centre (darker) differences are summed over the scales separately, and each sum is divided by its maximum.
     """
     grey = _smooth(_grey(images), *(_binomial(side, images.device) for side in images.shape[2:]))
     means = _surround_means(grey)  # (N, S, H, W)
@@ -56,8 +56,8 @@ def spectral_residual(images: Tensor) -> Tensor:
     spectrum[:, 0, 0] = 0.0
     amplitude = spectrum.abs()
     top = amplitude.amax(dim=(1, 2))
-    # A frequency that an image lacks has a logarithm of minus infinity, which would drag its neighbours along. The mean
-    # brightness, which must not matter, stands in their average with the largest amplitude of the others.
+    # A frequency that an image lacks has a logarithm of minus infinity, which would spoil its neighbours' averages. The
+    # mean brightness must not matter, so it enters those averages with the largest amplitude of the others.
     log_amplitude = (amplitude + 1e-6 * top[:, None, None]).clamp(min=1e-30).log()
     log_amplitude[:, 0, 0] = top.clamp(min=1e-30).log()
     average = F.avg_pool2d(F.pad(log_amplitude.unsqueeze(1), (1, 1, 1, 1), mode="circular"), 3, stride=1).squeeze(1)
@@ -76,7 +76,7 @@ SALIENCY: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """The most salient pixel of each map (N, H, W): int64 (N, 2) as y, x; of several the first, row by row."""
+    """The most salient pixel of each map (N, H, W): int64 (N, 2) as y, x; ties go to the first, row by row."""
     width = maps.shape[2]
     at = maps.flatten(1).argmax(dim=1)
     return torch.stack([at.div(width, rounding_mode="floor"), at % width], dim=1)
@@ -94,7 +94,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _surround_means(grey: Tensor) -> Tensor:
-    """Mean of every pixel's surroundings at each scale: (N, H, W) to (N, S, H, W).
+    """Mean of every pixel's surround at each scale: (N, H, W) to (N, S, H, W).
 
     The sum over a square is a product with a band of ones from each side: (S, H, H) and (S, W, W).
     """
@@ -113,7 +113,7 @@ def _smooth(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _to_unit(maps: Tensor) -> Tensor:
-    """Divide each map of (N, H, W), nowhere negative, by its maximum; a map of zeros stays."""
+    """Divide each non-negative map of (N, H, W) by its maximum; a map of zeros stays."""
     top = maps.amax(dim=(1, 2), keepdim=True)
     return maps / torch.where(top > 0.0, top, 1.0)
 
@@ -134,7 +134,7 @@ def _binomial(side: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _gaussian(side: int, device: torch.device) -> Tensor:
-    """Smoothing by a Gaussian of `SPECTRAL_BLUR`, mirrored likewise: float32 (side, side)."""
+    """Smoothing by a Gaussian of `SPECTRAL_BLUR`, with the same mirroring: float32 (side, side)."""
     deviation = SPECTRAL_BLUR * side
     reach = math.ceil(3 * deviation)
     offsets = torch.arange(-reach, reach + 1)

@@ -1,8 +1,8 @@
 """From one score per image to the indices of a proxy dataset, class by class (SM eq. 1).
 
-In: scores (N,), a higher one is selected first, and labels (N,). Out: sorted indices. A class of N_c images
-gives `floor(ratio * N_c + 1/2)` of them, at least one. *Interval* sampling (SM Fig. 3b) walks through the class
-in order of score and takes every s-th image, so that the proxy reaches from the highest scores further down;
+In: scores (N,), highest first, and labels (N,). Out: sorted indices. A class of N_c images contributes
+`floor(ratio * N_c + 1/2)` of them, at least one. *Interval* sampling (SM Fig. 3b) walks through the class
+in order of score and takes every s-th image, so that the proxy extends below the highest scores;
 s = 1 is *top*, and s = 1 / ratio spreads evenly over the class, which is nearly a random choice.
 
 *Coverage* and *histogram* are published rivals, for scores of which a higher one means a harder image: the mean loss,
@@ -72,11 +72,11 @@ def select(
 def split_by_class(
     indices: np.ndarray, labels: np.ndarray, share: float, *, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide `indices` (N,) with `labels` (N,) in two, both sorted: what stays, and the `share` that is taken.
+    """Split `indices` (N,) with `labels` (N,) by class into two sorted parts: the rest, and the `share` that is taken.
 
-    The halves of a search are divided like this, and the images held out for validation. Each class gives its share.
-    Where that is no whole number, the remainders add up from class to class, so that the totals are off by less than
-    one image; but every class keeps an image on each side, and the only image of a class stays.
+    This makes the halves of a search and the images held out for validation. Every class gives its share; remainders
+    carry over to the next class, so that the totals are off by less than one image. But every class keeps an image on
+    each side, and the only image of a class stays.
     """
     rng = np.random.default_rng([seed, DIVISION])
     kept, taken, owed = [], [], 0.0
@@ -133,7 +133,7 @@ def _tail_probabilities(scores: np.ndarray) -> np.ndarray:
 def _check(scores, labels, ratio, method, interval, drop_hardest, rng) -> None:
     if scores.ndim != 1 or labels.shape != scores.shape or len(scores) == 0:
         raise ValueError(
-            f"scores and labels must be two lists of one length, at least 1, not {scores.shape} and {labels.shape}."
+            f"scores and labels must be lists of the same length, at least 1, not {scores.shape} and {labels.shape}."
         )
     if not np.isfinite(scores).all():
         raise ValueError(f"scores[{int(np.flatnonzero(~np.isfinite(scores))[0])}] is not a finite number.")

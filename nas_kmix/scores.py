@@ -1,4 +1,4 @@
-"""What scoring leaves behind: every loss of every image, and the measures that rank the images, as `scores.npz`."""
+"""The result of scoring, `scores.npz`: every loss of every image, and the measures that rank the images."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class ScoreTable:
         return files.hash_arrays(self.index, self.label, self.losses, *columns)
 
     def reliability(self, measure: Measure = "cv") -> float:
-        """How well the ranking by `measure` would repeat itself with new draws: 1 exactly, 0 not at all.
+        """How well the ranking by `measure` would repeat with new draws: 1 exactly, 0 not at all.
 
         Spearman's correlation between the values from two random halves of the draws, averaged over 20 splits and
         stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, where the
@@ -123,11 +123,11 @@ class ScoreTable:
                 return float("nan")
             correlations.append(stats.spearmanr(*values).statistic)
         r = float(np.mean(correlations))
-        return 2 * r / (1 + r) if r > 0 else r  # the formula is for lists that agree
+        return 2 * r / (1 + r) if r > 0 else r  # the formula holds for positive correlations
 
     @staticmethod
     def merge(tables: list[ScoreTable]) -> ScoreTable:
-        """Put shards together, at least one, in whatever order. Raises ValueError for an image scored twice."""
+        """Merge shards, at least one, in any order. Raises ValueError for an image scored twice."""
         index = np.concatenate([table.index for table in tables])
         order = np.argsort(index, kind="stable")
         if (np.diff(index[order]) == 0).any():
@@ -156,22 +156,22 @@ class ScoreTable:
         try:
             meta = json.loads(str(arrays["meta"]))
             if meta["format"] != FORMAT or not isinstance(meta["key"], dict):
-                raise ValueError("its meta is of something else")
+                raise ValueError("its meta does not describe scores")
             bad = {int(index): str(message) for index, message in meta["bad"].items()}
             columns = {name: arrays[name] for name in COLUMNS if name in arrays}
             return cls(arrays["index"], arrays["label"], arrays["losses"], meta["key"], bad, columns).checked()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a scores.npz of nas_kmix ({error}); score the images anew.") from error
+            raise ValueError(f"{path} is not a scores.npz of nas_kmix ({error}); score the images again.") from error
 
     def belongs_to(self, data: ImageData) -> bool:
-        """Whether these are images of `data`, as far as its fingerprint and the labels tell."""
+        """Whether these are images of `data`, judging by its fingerprint and the labels."""
         inputs = self.key.get("inputs")
         same = isinstance(inputs, Mapping) and inputs.get("data") == data.fingerprint
         known = max(self.index[-1], *self.bad, -1) < len(data)
         return same and known and np.array_equal(self.label, data.labels[self.index])
 
     def checked(self) -> ScoreTable:
-        """The table itself. Raises ValueError where its rows contradict each other."""
+        """The table itself. Raises ValueError if its rows contradict each other."""
         n = len(self.index) if self.index.ndim == 1 else 0
         if n == 0 or self.label.shape != (n,) or self.losses.ndim != 2 or len(self.losses) != n:
             raise ValueError("its arrays are of different lengths")
@@ -185,7 +185,7 @@ class ScoreTable:
         if not np.isfinite(self.losses).all():
             raise ValueError("it holds losses that are not finite")
         if min(self.bad, default=0) < 0:
-            raise ValueError("it lists unreadable images of negative numbers")
+            raise ValueError("it lists unreadable images with negative indices")
         return self
 
 

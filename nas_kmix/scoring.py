@@ -5,7 +5,7 @@ of phi, drawn from the conditional Dirichlet distribution, goes to K - 1 partner
 and partners give M losses against the mixed label (eq. 8); their coefficient of variation std / mean is the score (SM,
 "Data Subsampling"). Images are not augmented and the network is in eval mode, so nothing else varies.
 
-What is random about the mixes is drawn in `anchors`.
+`anchors` draws everything random about the mixes.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ def score_dataset(
 ) -> ScoreTable:
     """Score the images `indices` of `data` (default: all) with a classifier (N, 3, S, S) to logits (N, classes).
 
-    Shards of 512 images are handed to `on_shard` as they are done; `ScoreTable.merge` puts shards together. The model
-    is in eval mode meanwhile and as before afterwards. `compute` gives precision and memory layout (default: float32),
-    `world` the processes that the shards are dealt out to; each of them ends with the whole table. Files that cannot be
-    read are noted in `data.bad` and have no row. Raises ValueError for too few images to mix, and
-    NonFiniteLossError.
+    `on_shard` receives each shard of 512 images as it is done; `ScoreTable.merge` merges shards. The model scores in
+    eval mode, and its mode is restored. `compute` sets precision and memory layout (default: float32). The processes of
+    `world` divide the shards, and each returns the whole table. Unreadable files are noted in `data.bad` and have no
+    row. Raises ValueError for too few images to mix, and NonFiniteLossError.
     """
     key = scoring_key(model, data, config)
     sources = _Sources.of(data, config)
@@ -61,7 +60,7 @@ def score_dataset(
     wanted = data.good() if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
     compute, world = compute or Compute(), world or World()
     shards = [wanted[i : i + IMAGES_PER_SHARD] for i in range(0, len(wanted), IMAGES_PER_SHARD)]
-    shards += [wanted[:0]] * (-len(shards) % world.size)  # every process has as many, and shares each one it has done
+    shards += [wanted[:0]] * (-len(shards) % world.size)  # equally many per process, as each shard is exchanged
     shards = shards[world.rank :: world.size]
     was_training = model.training
     model.eval()
@@ -83,8 +82,8 @@ def score_dataset(
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
                 raise NonFiniteLossError(
-                    f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train it anew with a "
-                    f"lower --scorer.lr and --fresh."
+                    f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train it again with "
+                    f"--fresh and a lower --scorer.lr."
                 )
             bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
             own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad, columns)
@@ -97,10 +96,10 @@ def score_dataset(
 
 
 def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tensor]:
-    """The M mixes that image `index` was scored by, in the order of its losses.
+    """The M mixes on which image `index` was scored, in the order of its losses.
 
-    Returns uint8 (M, 3, S, S) and soft labels float32 (M, classes). Reads this image and its partners only. Raises
-    ValueError for a table that does not say how it was made, and where one of the images cannot be read any more.
+    Returns uint8 (M, 3, S, S) and soft labels float32 (M, classes). Reads only this image and its partners. Raises
+    ValueError if the table does not say how it was made, or one of the images can no longer be read.
     """
     try:
         config = ScoringConfig(**{name: value for name, value in table.key["config"].items() if name != "pool"})
@@ -120,7 +119,7 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
 
 
 def _shared(own: ScoreTable, world: World) -> ScoreTable:
-    """The shards that the processes have just done, as one: the same bits as if a single process had done all."""
+    """Merge the shards that the processes have just scored: the same bits as from a single process."""
     if world.size == 1:
         return own
     arrays = {"index": own.index, "label": own.label, "losses": own.losses, **own.columns}
@@ -158,7 +157,7 @@ def _score(model, data, sources: _Sources, draws: Draws, config, compute: Comput
 
 
 def _mixed_images(data: ImageData, sources: _Sources, plan: MixPlan) -> Tensor:
-    """The mixes, normalised: on a CPU in parts that stay in its cache between the steps."""
+    """The normalised mixes; on a CPU they are made in parts that stay in its cache."""
     n, shape = len(plan.partners), sources.images.shape[1:]
     at_once = max(1, BYTES_IN_CACHE // shape.numel()) if data.device.type == "cpu" else n
     images = torch.empty(n, *shape, device=data.device)
@@ -172,7 +171,7 @@ class _Sources:
     """The images that mixes are made of, anchors and partners in one tensor.
 
     pool: dataset indices (P,) of the possible partners, ascending; images: uint8 (R, 3, S, S) and labels: int64 (R,),
-    partner p in row `first_partner + p` and the i-th of the present anchors in row `anchor_rows[i]`.
+    partner p in row `first_partner + p` and the i-th current anchor in row `anchor_rows[i]`.
     """
 
     pool: np.ndarray
@@ -183,7 +182,7 @@ class _Sources:
 
     @staticmethod
     def of(data: ImageData, config: ScoringConfig) -> _Sources:
-        """All good images of a resident set; of a streamed one, a drawn pool with room for a shard of anchors."""
+        """All good images of a resident set; of a streamed one, a random pool with room for a shard of anchors."""
         none = np.empty(0, dtype=np.int64)
         if data.images is not None:
             pool = data.good()
@@ -202,7 +201,7 @@ class _Sources:
         return _Sources(np.concatenate(pool), images[:end], labels[:end], room, none)
 
     def take_anchors(self, batch: Batch) -> None:
-        """Make the images of `batch` the present anchors."""
+        """Make the images of `batch` the current anchors."""
         n = len(batch.indices)
         if self.first_partner == 0:  # they are in the pool already
             self.anchor_rows = np.searchsorted(self.pool, batch.indices)
@@ -212,13 +211,13 @@ class _Sources:
 
 
 def scorer_hash(model: nn.Module, data: ImageData) -> str:
-    """What scores depend on, of the scorer: its weights and statistics, and the normalisation of its images."""
+    """Hash of what scores depend on in the scorer: weights, running statistics, and the images' normalisation."""
     constants = {"mean": torch.tensor(data.mean), "std": torch.tensor(data.std)}
     return files.hash_tensors({**model.state_dict(), **constants})
 
 
 def scoring_key(model: nn.Module, data: ImageData, config: ScoringConfig) -> dict[str, Any]:
-    """What scores depend on: settings, scorer and data. The pool of a streamed set is recorded with it."""
+    """What scores depend on: settings, scorer and data, with the pool of a streamed set."""
     settings = {**identity(config), "pool": "all" if data.resident else config.pool_size}
     key = stage_key("scoring", settings, {"data": data.fingerprint, "scorer": scorer_hash(model, data)})
     return key if data.resident else {**key, "pool": pool_of_streamed(len(data), config).tolist()}

@@ -1,7 +1,7 @@
-"""Which images a network is trained on and which it is evaluated on. Data flags in, parts of splits out.
+"""Which images a network trains on and which it is evaluated on. Data flags in, parts of splits out.
 
-The split val chooses the best epoch; where there is none, a share of the training images is held out. Test images are
-only reported on.
+The val split selects the best epoch; without one, a share of the training images is held out. Test accuracy is only
+reported.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Part:
     indices: np.ndarray
 
     def examples(self) -> torch.Tensor:
-        """Seven normalised images, fewer where there are fewer."""
+        """The first seven images, normalised; fewer if there are fewer."""
         return self.data.normalise(self.data.fetch(self.indices[:7]).images)
 
     def readable(self, bad: Mapping[str, str]) -> int:
-        """How many of the images are not among these files."""
+        """How many of the images are not in `bad`."""
         paths = self.data.source.paths
         return len(self.indices) - (0 if paths is None else sum(paths[i] in bad for i in self.indices.tolist()))
 
@@ -47,17 +47,17 @@ Evaluated = dict[str, Part]  # by the name of the split, val before test
 def divide(
     data: ImageData, evaluated: Evaluated, *, val_share: float, train_images: int | None, seed: int
 ) -> tuple[Part, Evaluated]:
-    """The training images, and those to evaluate on: `evaluated`, with images held out where it has no val."""
+    """The training images and the splits to evaluate: `evaluated`, with held-out images as val if it has none."""
     indices = data.good()
     if "val" not in evaluated and val_share > 0.0:
         indices, held_out = split_by_class(indices, data.labels[indices], val_share, seed=seed)
         if len(held_out) == 0:
-            raise ValueError("No class has an image to hold out; use --val-share 0, or data with a split val.")
+            raise ValueError("No class has an image to hold out; use --val-share 0, or data with a val split.")
         own = prepared_for_evaluation(data, held_out)
         evaluated = {"val": Part(data, held_out) if own is data else Part(own, own.good()), **evaluated}
     if train_images is not None:
         if train_images > len(indices):
-            raise ValueError(f"--train-images {train_images} is more than the {len(indices)} that there are.")
+            raise ValueError(f"--train-images {train_images} is more than the {len(indices)} images available.")
         if train_images < len(indices):
             _, indices = split_by_class(indices, data.labels[indices], train_images / len(indices), seed=seed)
     return Part(data, indices), evaluated
@@ -72,7 +72,7 @@ def other_splits(
     strict: bool,
     same_classes: bool = True,
 ) -> Evaluated:
-    """The splits val and test, as far as --data has them, prepared `like` the training images."""
+    """The val and test splits that --data has, prepared `like` the training images."""
     evaluated = {}
     for split in ("val", "test"):
         if split in splits_of(config.data):
@@ -102,7 +102,7 @@ def where_validation_comes_from(data: str, evaluated: Evaluated, own: Evaluated,
 
 
 def of_known_classes(part: Part, class_names: tuple[str, ...], checkpoint: str) -> Part:
-    """The images of those classes that the network of `checkpoint` knows, labelled by its numbers."""
+    """The images of the classes that the network of `checkpoint` knows, labelled by its class indices."""
     source = part.data.source
     number = {name: i for i, name in enumerate(class_names)}
     numbers = np.array([number.get(name, -1) for name in source.class_names])

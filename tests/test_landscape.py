@@ -35,7 +35,7 @@ EVALUATIONS = 3 * 3 + 5 + 2 * 3
 
 
 def draw(n, seed=0):
-    """Noise with one brighter channel, which tells the class."""
+    """Noise with one brighter channel, which gives the class away."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     images = rng.integers(0, 130, (n, 16, 16, 3))
@@ -75,7 +75,7 @@ def in_order(model, vector):
 
 
 def loss_of(model, data, indices=None):
-    """By the engine's evaluation, another path than the objective's."""
+    """By the engine's evaluation, which does not use the objective."""
     return evaluate(model, data, indices=indices)["loss"]
 
 
@@ -370,7 +370,7 @@ def test_an_unfinished_training_and_foreign_files_are_refused(trained, tmp_path,
         ([str(tmp_path)], "neither last.pt nor scorer.pt"),
         ([str(tmp_path / "nowhere.pt")], "nowhere.pt"),
         ([str(tmp_path / "damaged.pt"), "--data", data], "damaged.pt is damaged"),
-        ([str(unfinished / "last.pt")], "config.json does not tell"),
+        ([str(unfinished / "last.pt")], "config.json does not say"),
         ([str(trained / "tiny"), str(trained / "tiny")], "is named twice"),
         ([str(trained / "tiny"), str(tmp_path / "other" / "tiny")], "would both be called tiny"),
         ([str(trained / "tiny"), "--split", "val"], "val_images"),

@@ -56,7 +56,7 @@ def test_the_command_writes_a_picture_or_says_what_is_wrong(tmp_path, capsys):
     for flags, message in (
         (["--images", "1"], "two images"),
         (["--picture", "mixes.gif"], r".png"),
-        (["--images", "99999"], "there are"),
+        (["--images", "99999"], "images available"),
         (["--k", "1"], "k is the number"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
     ):

@@ -1,4 +1,4 @@
-"""train_eval.py on generated images: schedules as its metrics tell them, resumes, checkpoints, refusals, exports."""
+"""train_eval.py on generated images: schedules as logged, resumes, checkpoints, refusals, exports."""
 
 import json
 import math
@@ -32,7 +32,7 @@ SHORT = shlex.split("--epochs 3 --batch-size 16 --drop-path .3 --cutout 8 --ema 
 
 
 def draw(n, seed=0):
-    """Noise with one brighter channel, which tells the class."""
+    """Noise with one brighter channel, which gives the class away."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     images = rng.integers(0, 130, (n, 32, 32, 3))
@@ -83,7 +83,7 @@ def weights(path):
 
 @pytest.fixture(scope="module")
 def alone(npz, tmp_path_factory):
-    """A run that nobody disturbed: its folder and its result."""
+    """An undisturbed run: its folder and its result."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     return folder, run(npz, folder, *SHORT)
 
@@ -199,7 +199,7 @@ def test_training_on_fewer_images(npz, tmp_path):
 
 
 def test_a_finished_run_tells_the_same_again_and_bills_nothing(npz, alone, tmp_path):
-    """Exactly: were a moment billed, its images per second could be rounded otherwise."""
+    """Exactly: if any time were billed, the rounded images per second could differ."""
     folder, result = alone
     copy = shutil.copytree(folder, tmp_path / "run")
     assert run(npz, copy, *SHORT) == {**result, "folder": str(copy)}
@@ -402,7 +402,7 @@ def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs,
 
 
 def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, monkeypatch):
-    """What is left of the last epoch does not read it again, nor are constants measured on all of a large set."""
+    """The rest of the last epoch does not read it again, and constants are measured on a part of a large set."""
     cut_in_half(photographs / "train/ant/3.jpg")
     flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2]
     monkeypatch.setattr(data_module, "_measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))

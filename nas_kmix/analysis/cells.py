@@ -80,7 +80,7 @@ def _save_json(genotype: Genotype, path: Path) -> None:
         genotype.save(path)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the rights.") from error
+        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the permissions.") from error
 
 
 def _title(source: str) -> str:

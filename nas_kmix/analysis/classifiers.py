@@ -52,14 +52,14 @@ def load_classifier(path: Path) -> Classifier:
     kind = state.get("format")
     if kind not in (NETWORK_FORMAT, BACKBONE_FORMAT):
         raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
-    with files.damage_named(path, "train it anew"):
+    with files.damage_named(path, "train it again"):
         network, names, size = dict(state["network"]), tuple(map(str, state["class_names"])), int(state["image_size"])
         constants = constants_of(state)
         if network["num_classes"] != len(names):  # before memory is spent on that many
             raise ValueError(f"it has {len(names)} class names, and a network of {network['num_classes']} classes")
     if kind == NETWORK_FORMAT:
         return Classifier(path, load_network(path), network, names, **constants, image_size=size)
-    with files.damage_named(path, "train it anew"):
+    with files.damage_named(path, "train it again"):
         model = build_backbone(network["backbone"], num_classes=len(names), stem=network["stem"])
         model.load_state_dict(state["model"])
     return Classifier(path, model.eval(), network, names, **constants, image_size=size)

@@ -73,8 +73,8 @@ def natural_accuracy(model: PixelClassifier, data: ImageData, *, batch_size: int
 def ood_aupr(inside: Tensor, outside: Tensor) -> float:
     """Area under the precision-recall curve of telling `outside` (the positives) from `inside`, logits (N, classes).
 
-    The anomaly score is minus the largest softmax probability; the area is scikit-learn's average precision. A score
-    that tells nothing gets the share of positives.
+    The anomaly score is minus the largest softmax probability; the area is scikit-learn's average precision. An
+    uninformative score gets the share of positives.
     """
     scores = [-logits.double().softmax(dim=1).amax(dim=1) for logits in (inside, outside)]
     positive = np.repeat([0, 1], [len(inside), len(outside)])

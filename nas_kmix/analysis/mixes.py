@@ -77,7 +77,7 @@ def rows(config: Config, data: ImageData) -> tuple[list[Row], np.ndarray]:
     """The rows of the unmixed images and of every mixer, and the unmixed images' most salient pixels, int64 (N, 2)."""
     rng = np.random.default_rng(config.seed)
     if config.images > len(data.good()):
-        raise ValueError(f"--images {config.images} is more than the {len(data.good())} that there are.")
+        raise ValueError(f"--images {config.images} is more than the {len(data.good())} images available.")
     batch = data.fetch(rng.choice(data.good(), size=config.images, replace=False))
     images = data.normalise(batch.images)
     names = data.class_names

@@ -98,7 +98,7 @@ def top_eigenpairs(
         rng: draws the first vector.
         tolerance: of the eigenvalues, relative; 0 is working precision, which float32 networks do not reach.
         restarts: of the method, after which it gives up.
-        on_product: called after each Hessian product, of which the first LANCZOS_VECTORS are certain.
+        on_product: called after each Hessian product; there are at least LANCZOS_VECTORS.
 
     Returns:
         values (count,), descending, and vectors (count, P), of unit norm, the largest entry of each positive; float64.

@@ -108,7 +108,7 @@ def _recorded_data(checkpoint: Path) -> str:
         data = str(files.read_json(record)["input"]["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{record} does not tell what {checkpoint.name} was trained on; name it with --data."
+            f"{record} does not say what {checkpoint.name} was trained on; give it with --data."
         ) from error
     if located(data) != data and not Path(data).exists():  # a relative path of another folder
         raise ValueError(f"{checkpoint.name} was trained on {data}, which is not here; name it with --data.")

@@ -191,8 +191,8 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
         for split, part in evaluated.items():
             here = sets[split].data.class_names
             _say(
-                f"{split}: {len(part.indices)} images; the network's {len(names)} classes include "
-                f"{len(set(here) & set(names))} of its {len(here)}",
+                f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
+                f"{len(set(here) & set(names))} of its {len(here)} classes",
                 world,
             )
         model = compute.layout(trained.model.to(compute.device))
@@ -231,7 +231,7 @@ def _check_flags(config: Config) -> None:
         raise ValueError(f"there is no --preset {config.preset}; choose one of {', '.join(PRESETS)}.")
     settings = config.network
     if config.eval_only is None and (settings.genotype is None) == (settings.backbone is None):
-        raise ValueError("Give either --genotype FILE|NAME|TEXT or --backbone NAME: the network to train.")
+        raise ValueError("Give one of --genotype FILE|NAME|TEXT and --backbone NAME, the network to train.")
     if config.eval_only is not None and (settings.genotype, settings.backbone, settings.max_macs) != (None, None, None):
         raise ValueError("--eval-only reads the network from its file; leave out --genotype, --backbone, --max-macs.")
     if config.eval_only is not None and config.eval_only.is_dir():

@@ -65,7 +65,7 @@ class Config:
     results: Path = RESULTS
     """The file of the finished cells; figures are put beside it."""
     summary: bool = False
-    """Print the results that there are, and compute nothing."""
+    """Print the existing results, and compute nothing."""
 
 
 def folder_of(name: str, config: Config) -> Path:

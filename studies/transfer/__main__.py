@@ -58,7 +58,7 @@ class Config:
     minutes: float = 28.0
     """Time for a cell, after which it saves its state and the program ends."""
     summary: bool = False
-    """Print the results that there are, and train nothing."""
+    """Print the existing results, and train nothing."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ __all__ = ["write_report", "write_report_of_run"]
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write the page of these run folders, at least one. Raises ValueError for one that is none, and OSError."""
+    """Write the page of these run folders, at least one. Raises ValueError if one is not a run folder, and OSError."""
     for run in runs:
         if not run.is_dir():
             raise ValueError(f"{run} is not a run folder; give folders that search.py or train_eval.py wrote.")

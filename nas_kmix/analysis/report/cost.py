@@ -24,8 +24,8 @@ def section(record: Record) -> Markup:
 class SpeedUp:
     """A search on a proxy against PC-DARTS's search on all images; seconds.
 
-    full: the estimate of the latter: 50 epochs of all images, of which the first 15 leave the architecture alone, at
-    this search's images per second. search, selecting (scoring and selection) and scorer: what the stages took.
+    full: the estimate for the latter: 50 epochs on all images, the first 15 with a fixed architecture, at this search's
+    images per second. search, selecting (scoring and selection) and scorer: what the stages took.
     """
 
     full: float

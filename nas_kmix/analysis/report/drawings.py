@@ -22,7 +22,7 @@ def drawing(figure: Figure, title: str, class_: str = "drawn") -> Markup:
     """The figure, and `title` for those who do not see it."""
     text = svg_text(figure, salt=title)
     text = text[text.index('<g id="figure_1">') : text.rindex("</svg>")]
-    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # matplotlib numbers its groups anew in each figure
+    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # matplotlib restarts its group numbers in each figure
     text = re.sub(r" font-family: [^;\"]*;?", "", text)
     text = re.sub("#[0-9a-f]{6}", lambda found: _page_colour(found[0]), text)
     width, height = figure.get_size_inches() * 72

@@ -17,7 +17,7 @@ SAMPLE_STREAM, MIX_STREAM = 91, 92  # of random numbers, apart from those of the
 
 
 def section(record: Record) -> Markup:
-    """Eight mixes of this run's settings, drawn anew."""
+    """Eight newly drawn mixes with this run's settings."""
     return show(record, mixed_images=_mixes)
 
 

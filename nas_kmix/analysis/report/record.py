@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HistoryRow:
-    """A line of genotypes.jsonl: the genotype after so many steps, and how sure it is (`darts_space.derivation`).
+    """A line of genotypes.jsonl: a genotype and its diagnostics (`darts_space.derivation`).
 
     `at` counts architecture steps; in the runs of earlier versions, epochs.
     """
@@ -193,7 +193,7 @@ class Record:
         return ProxyManifest.load(self._found("proxy.json", given="proxy"))
 
     def selected(self, index: int) -> bool:
-        """Whether the image is in the proxy; False where there is none."""
+        """Whether the image is in the proxy; False without a proxy."""
         try:
             return bool(np.isin(index, self.proxy.indices))
         except ValueError:
