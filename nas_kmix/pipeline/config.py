@@ -40,7 +40,7 @@ class Config:
     """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
     preset: Literal["quick", "cpu", "paper", "imagenet"] = "quick"
-    """quick: digits, half a minute | cpu: small scorer, supernet | paper: the paper's settings | imagenet: 224 px."""
+    """quick: digits, half a minute | cpu: small networks | paper: the paper's settings | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
     seed: int = 0
