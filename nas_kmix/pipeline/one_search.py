@@ -1,0 +1,296 @@
+"""One bilevel search on the two halves of a proxy: its settings, and the loop that a run goes through.
+
+In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history beside it.
+
+The bilevel steps themselves are in `darts_space.bilevel`. Here their batches are read, augmented and, with
+`search_size`, averaged to fewer pixels. First the weights move alone, then the architecture too. From then on the
+genotype and the four architecture tables are recorded (`history`) every `record_every` steps, and `run.on_record` is
+told of the search's name, the step, the tables so far, the genotype, and the number of records that there will be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch.nn import functional as F
+
+from darts_space import BilevelConfig, Genotype, Search, SuperNet, learning_rate, scaled_lr
+from darts_space.cell import GENOTYPE_EDGES
+from darts_space.derivation import EdgesBy
+from darts_space.fast.graphs import GraphedSearch
+from nas_kmix.engine.augment import Augmentation, augment_batch
+from nas_kmix.engine.data import Batch, ImageData
+from nas_kmix.engine.feed import step_batches
+from nas_kmix.engine.keys import NOT_IN_KEY
+from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.meter import Meter
+from nas_kmix.engine.run import Run
+from nas_kmix.manifest import ProxyManifest
+from nas_kmix.pipeline import history
+from nas_kmix.pipeline.stage import Key
+from nas_kmix.sampling import split_by_class
+
+WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
+LAST_RECORDS = 4  # that are compared with the genotype in the end
+TURN = 1000
+"""Steps of the weights before which the gradient of alpha points at pools (studies/search_quality)."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The supernet and its bilevel search. Defaults are PC-DARTS's on CIFAR (Xu et al. 2020, section 4.2)."""
+
+    rest_steps: int | None = None
+    """First steps, which move the weights alone. Default: --frozen-epochs."""
+    arch_steps: int | None = None
+    """Steps after them, which move the architecture too. Default: the other --epochs."""
+    epochs: int = field(default=50, metadata=NOT_IN_KEY)  # these two act through the steps
+    """Length of a search that is measured in epochs of the weights' half."""
+    frozen_epochs: int | None = field(default=None, metadata=NOT_IN_KEY)
+    """Its first epochs, which move the weights alone; at most half of --epochs. Default: 15."""
+    batch_size: int = 256
+    """Images per step and half; a smaller half is one batch."""
+    search_size: int | None = None
+    """Side in pixels to which the augmented images are averaged. Default: the images' own."""
+    lr: float | None = None
+    """SGD's first learning rate. Default: 0.1 from batch 256 up (imagenet: 0.5 from 1024 up), in proportion below."""
+    full_lr: Annotated[float, tyro.conf.Suppress] = field(default=0.1, metadata=NOT_IN_KEY)  # it acts through lr
+    full_batch: Annotated[int, tyro.conf.Suppress] = field(default=256, metadata=NOT_IN_KEY)
+    """Images in a batch from which `full_lr` holds; a given `lr` holds for any batch."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """SGD's learning rate over all steps: half a cosine to zero, or constant."""
+    warmup_epochs: int = 0
+    """First epochs in which the learning rate rises; at most half of --epochs."""
+    channels: int = 16
+    """Width of the first cell's nodes."""
+    layers: int = 8
+    """Cells."""
+    partial: int = 4
+    """K, one channel in K goes through the operations (4 on CIFAR, 2 on ImageNet; 1 with plain sums is DARTS)."""
+    edge_normalisation: bool = True
+    """Weight a node's edges by the softmax of beta."""
+    edges_by: EdgesBy = "alpha-beta"
+    """What chooses the two inputs of a node: alpha alone, or its product with beta as in PC-DARTS."""
+    arch_lr: float = 6e-4
+    """Adam's learning rate of alpha and beta."""
+    arch_grad_clip: float | None = None
+    """Clip the norm of the gradient of alpha and beta to this. Default: no clipping."""
+    unrolled: bool = False
+    """Second-order architecture gradient (DARTS); costs about three times as much."""
+    record_every: int | None = None
+    """Steps between rows of the log and, once the architecture moves, of genotypes.jsonl. Default: an epoch."""
+    seeds: int = 1
+    """Searches on the same proxy; genotype.json is then the one that shares most edges with the others."""
+    cuda_graphs: bool = field(default=False, metadata=NOT_IN_KEY)
+    """On a GPU, record a step once and replay it: nine times as fast for a small supernet. First order, no fp16."""
+    augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
+    seed: Annotated[int, tyro.conf.Suppress] = 0
+    """Seed of the weights, the batches and their augmentation; several searches count on from it."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "seeds", "record_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+
+    def _at_most_half(self, wanted: int) -> int:
+        """Epochs of a preset for a long search, where `--epochs` cuts it short."""
+        return wanted if wanted < self.epochs else self.epochs // 2
+
+    def bilevel(self, amp: str, epoch_steps: int) -> BilevelConfig:
+        """The part that `darts_space` reads, for epochs of so many steps. Raises ValueError for what is no search."""
+        frozen = min(15, self.epochs // 2) if self.frozen_epochs is None else self._at_most_half(self.frozen_epochs)
+        return BilevelConfig(
+            rest_steps=frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
+            arch_steps=(self.epochs - frozen) * epoch_steps if self.arch_steps is None else self.arch_steps,
+            lr=scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
+            schedule=self.schedule,
+            epoch_steps=epoch_steps,
+            warmup_epochs=self._at_most_half(self.warmup_epochs),
+            arch_lr=self.arch_lr,
+            arch_grad_clip=self.arch_grad_clip,
+            unrolled=self.unrolled,
+            amp=amp,
+        )
+
+    def supernet(self, data: ImageData) -> SuperNet:
+        """A new supernet for these images."""
+        return SuperNet(
+            self.channels,
+            data.num_classes,
+            self.layers,
+            self.partial,
+            data.stem,
+            self.edge_normalisation,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Which images train the weights and which the architecture: int64, sorted; `identity` tells halves apart."""
+
+    weights: np.ndarray
+    arch: np.ndarray
+    identity: str
+
+    def __post_init__(self):
+        if len(self.weights) == 0 or len(self.arch) == 0:
+            raise ValueError("The proxy leaves no image for the architecture; raise --ratio or --arch-share.")
+
+    def epoch_steps(self, batch_size: int) -> int:
+        """Steps in which the weights' half is passed over once."""
+        return math.ceil(len(self.weights) / batch_size)
+
+    @staticmethod
+    def of_proxy(manifest: ProxyManifest) -> Halves:
+        return Halves(manifest.weights, manifest.arch, identity=manifest.hash())
+
+    @staticmethod
+    def of_all_images(data: ImageData, arch_share: float, *, seed: int) -> Halves:
+        """All images that can be read, divided by class."""
+        weights, arch = split_by_class(data.good(), data.labels[data.good()], arch_share, seed=seed)
+        return Halves(weights, arch, identity=f"all images, arch_share {arch_share}")
+
+
+def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, run: Run) -> None:
+    """Log the steps as they were resolved, and warn where the architecture moves too early."""
+    size = config.search_size or data.image_size
+    run.say(
+        f"search: {bilevel.rest_steps} steps of the weights alone, then {bilevel.arch_steps} of weights and "
+        f"architecture, {config.batch_size} images a step at {size} px"
+    )
+    if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
+        run.say(
+            f"warning: the architecture moves after {bilevel.rest_steps} steps of the weights; before about {TURN:,} "
+            "its gradient points at pools, whatever the images. Raise --rest-steps."
+        )
+
+
+def search_once(
+    name: str,
+    path: Path,
+    config: SearchConfig,
+    halves: Halves,
+    data: ImageData,
+    *,
+    run: Run,
+    key: Key,
+) -> Genotype:
+    """The genotype after the last step, which is written to `path`, and the history beside it."""
+    epoch_steps = halves.epoch_steps(config.batch_size)
+    bilevel = config.bilevel(run.compute.amp, epoch_steps)
+    supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
+    graphed = config.cuda_graphs and run.compute.device.type == "cuda"
+    search = (GraphedSearch if graphed else Search)(supernet, bilevel)
+    every = config.record_every or epoch_steps
+    periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
+    task = _Searching(name, path.parent, search, periods, config, halves, data, run)
+    run_loop(task, periods, name=name, key=key, run=run)
+    genotype = supernet.genotype(config.edges_by)
+    _say_how_sure(genotype, task.rows, name, run)
+    genotype.save(path, provenance=key)
+    return genotype
+
+
+def _periods(steps: int, every: int) -> list[int]:
+    """`steps` cut after every so many."""
+    return [min(every, steps - start) for start in range(0, steps, every)]
+
+
+def _say_how_sure(genotype: Genotype, rows: Sequence[history.Row], name: str, run: Run) -> None:
+    earlier = [history.genotype_of(row) for row in rows[-LAST_RECORDS - 1 : -1]]
+    if earlier:
+        mean = np.mean([genotype.shared_edges(other) for other in earlier])
+        run.say(
+            f"{name}: the {len(earlier)} records before the last share {mean:.1f} of {GENOTYPE_EDGES} edges with the "
+            "genotype"
+        )
+    if genotype.collapsed:
+        skips, pools = genotype.skip_connections()[0], genotype.pools()[0]
+        run.say(
+            f"warning: of the 8 operations of the normal cell {skips} are skip connections and {pools} are pools; the "
+            "search has collapsed. A longer rest of the architecture (--rest-steps) or fewer --arch-steps help."
+        )
+
+
+@dataclass
+class _Searching:
+    """The task of a search (see `engine.loop`); `rows` are its history."""
+
+    name: str
+    folder: Path
+    search: Search
+    periods: Sequence[int]
+    config: SearchConfig
+    halves: Halves
+    data: ImageData
+    run: Run
+    rows: list[history.Row] = field(default_factory=list)
+
+    def start(self, period: int) -> None:
+        """A period has nothing of its own: the rate is set step by step."""
+
+    def batches(self, period: int, first_step: int) -> Iterator[tuple[Batch, Batch]]:
+        """Pairs of full batches, one of each half, from one shuffled pass after the other."""
+        first, steps = self.search.steps_done, self.periods[period] - first_step
+        seed, size = self.config.seed, self.config.batch_size
+        weight_plan = step_batches(self.halves.weights, size, first, steps, seed=(seed, WEIGHT_ORDER))
+        arch_plan = step_batches(self.halves.arch, size, first, steps, seed=(seed, ARCH_ORDER))
+        if self.search.resting:
+            arch_plan = [indices[:0] for indices in arch_plan]  # not looked at, so not read either
+        return zip(self.data.batches(weight_plan), self.data.batches(arch_plan), strict=True)
+
+    def step(self, batch: tuple[Batch, Batch], period: int, step: int, meter: Meter) -> int:
+        train, val = batch
+        resting, done, seed = self.search.resting, self.search.steps_done, self.config.seed
+        result = self.search.step(
+            self._prepared(train, [seed, WEIGHT_AUGMENT, done]),
+            None if resting else self._prepared(val, [seed, ARCH_AUGMENT, done]),
+        )
+        n = len(train.labels)
+        meter.add(step, n, loss=result.train_loss * n, accuracy=result.train_correct)
+        if result.val_loss is not None:
+            meter.add(step, len(val.labels), val_loss=result.val_loss * len(val.labels))
+        return n * (4 if self.config.unrolled and not resting else 1) + len(val.labels)
+
+    def _prepared(self, batch: Batch, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augmented float images of the search's size, and labels."""
+        if len(batch.labels) == 0:
+            raise ValueError(
+                f"{self.data.source.name}: not one file of a batch can be read any more; the first is "
+                f"{self.data.bad.first()}"
+            )
+        images = augment_batch(batch.images, self.data, self.config.augmentation, rng=np.random.default_rng(seed))
+        if self.config.search_size is not None:
+            images = F.interpolate(images, size=(self.config.search_size,) * 2, mode="area")
+        return self.run.compute.layout(images), batch.labels
+
+    def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
+        done, bilevel = self.search.steps_done, self.search.config
+        arch_step = done - bilevel.rest_steps
+        diagnostics = self.search.model.diagnostics(self.config.edges_by)._asdict()
+        lr = learning_rate(bilevel, done - 1)
+        self.run.log.add(self.name, period, step=done, arch_step=max(0, arch_step), lr=lr, **means, **diagnostics)
+        if arch_step >= 0:
+            self.rows.append(history.row_of(self.search, self.config.edges_by))
+            history.write_history(self.rows, self.folder)
+            tables, genotype = [row["tables"] for row in self.rows], history.genotype_of(self.rows[-1])
+            records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))
+            self.run.on_record(self.name, done, tables, genotype, records=records)
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"search": self.search.state_dict(), "history": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.search.load_state_dict(state["search"])
+        self.rows = list(state["history"])
