@@ -700,10 +700,11 @@ def signal_at(monkeypatch, stage: str, update: int, *signums: int) -> None:
 @pytest.mark.parametrize(
     ("stage", "update", "signum"),
     [("scorer", 1, signal.SIGINT), ("scorer", 3, signal.SIGTERM), ("scoring", 1, signal.SIGTERM),
-     ("search", 3, signal.SIGINT), ("search", 6, signal.SIGTERM)],
+     ("search", 1, signal.SIGTERM), ("search", 2, signal.SIGINT), ("search", 3, signal.SIGINT),
+     ("search", 6, signal.SIGTERM)],
 )  # fmt: skip
 def test_a_signal_ends_the_step_and_the_rerun_goes_on(stage, update, signum, finished, npz, tmp_path, monkeypatch):
-    """In the middle of an epoch, at its end, and after the very last step."""
+    """In the middle of an epoch and at its end; while alpha rests, at the end of that, later, after the last step."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     argv = command(npz, tmp_path, *([] if stage == "search" else TO_PROXY))
     signal_at(monkeypatch, stage, update, signum)
@@ -787,7 +788,7 @@ def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_p
         ("--data nowhere", "no such folder"), ("--data nowhere.npz", "no such file"), ("--seeds 0", "--seeds"),
         ("--epochs 0", "epoch"), ("--batch-size 0", "--batch-size"), ("--layers 2", "layers"),
         ("--channels 3", "channels"), ("--search-size 18", "--search-size 16"), ("--seed -1", "--seed"),
-        ("--search-size 32", "larger than the images"),
+        ("--search-size 32", "larger than the images"), ("--cuda-graphs --unrolled", "the steps of --unrolled"),
         ("--epochs 9", "no effect beside --rest-steps and --arch-steps"),
         ("--scorer.backbone huge", "backbone"), ("--scorer.mix-k 1", "at least 2"),
         ("--amp fp16", "fp16"), ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),

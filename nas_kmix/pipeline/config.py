@@ -39,8 +39,9 @@ class Given:
 class Config:
     """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
-    preset: Literal["quick", "cpu", "paper", "imagenet"] = "quick"
-    """quick: digits, half a minute | cpu: small networks | paper: the paper's settings | imagenet: 224 px."""
+    preset: Literal["quick", "cpu", "gpu", "paper", "imagenet"] = "quick"
+    """quick: digits, half a minute | cpu: small networks | gpu: larger ones, replayed on one GPU |
+    paper: the paper's settings | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
     seed: int = 0
@@ -107,6 +108,19 @@ PRESETS: dict[str, Config] = {
         search=SearchConfig(
             rest_steps=1200, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant", layers=5,
             edges_by="alpha", arch_lr=6e-3, record_every=25,
+        ),
+        device=DeviceConfig(channels_last=True),
+    ),
+    # CIFAR on one GPU: PC-DARTS's supernet, which sees 16 px, and a scorer that takes minutes.
+    "gpu": Config(
+        preset="gpu",
+        input=DataConfig(data="cifar100"),
+        scorer=ScorerConfig(
+            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
+        ),
+        search=SearchConfig(
+            rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",
+            edges_by="alpha", arch_lr=6e-3, record_every=25, cuda_graphs=True,
         ),
         device=DeviceConfig(channels_last=True),
     ),
@@ -194,3 +208,6 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if size > data.image_size:
         raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
     search.bilevel(config.device.amp, epoch_steps=1)  # checks its values
+    if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
+        flag = "--unrolled" if search.unrolled else "--amp fp16"
+        raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from darts_space import BilevelConfig, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.fast.graphs import GraphedSearch
-from nas_kmix.engine.data import DataConfig, ImageData, augment_batch
+from nas_kmix.engine.augment import Augmentation, augment_batch
+from nas_kmix.engine.data import ImageData
 from studies.search_quality.arms import Cell, Setting
 
 WEIGHT_ORDER, ARCH_ORDER, AUGMENT, IMAGES = 21, 22, 23, 31  # random streams
@@ -65,7 +66,7 @@ class Batches:
                 order = np.concatenate([order, rng.permutation(self.indices)])
             block, order = order[: self.batch * BLOCK], order[self.batch * BLOCK :]
             found = self.data.fetch(block)
-            images = augment_batch(found.images, self.data, DataConfig(data="cifar100"), rng=rng)
+            images = augment_batch(found.images, self.data, Augmentation(), rng=rng)
             images = F.avg_pool2d(images, images.shape[2] // self.size)
             images = images.contiguous(memory_format=torch.channels_last)
             yield from zip(images.split(self.batch), found.labels.split(self.batch), strict=True)
