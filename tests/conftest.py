@@ -16,7 +16,7 @@ from processes import server as server
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On tensors this small further threads only wait for each other, and sums come out the same every time."""
+    """On such small tensors more threads only wait for each other; with one, sums are reproducible."""
     torch.set_num_threads(1)
 
 

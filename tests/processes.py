@@ -1,4 +1,4 @@
-"""Programs in processes of their own, for tests that kill them: starting, waiting, and what a run leaves.
+"""Programs in their own processes, for tests that kill them: start, wait, and compare what a run leaves.
 
 They are forked from a server that has imported everything already, so that a kill falls into the work and not into
 seconds of imports. They save after every step, which an ordinary run does once a minute.
@@ -34,7 +34,7 @@ PATIENCE = 120  # seconds until a process that hangs fails its test
 
 
 def draw_images() -> tuple[np.ndarray, np.ndarray]:
-    """Noise with one brighter channel, which tells the class."""
+    """Noise with one brighter channel, which gives the class away."""
     rng = np.random.default_rng(0)
     labels = np.arange(IMAGES) % 3
     images = rng.integers(0, 130, (IMAGES, 16, 16, 3))
@@ -109,7 +109,7 @@ def completed(server, argv: list[str], log: Path) -> None:
 
 
 def wait_for(process, reached) -> None:
-    """Until `reached()` holds or the process is gone."""
+    """Wait until `reached()` holds or the process has ended."""
     deadline = time.monotonic() + PATIENCE
     while process.exitcode is None and not reached() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -127,7 +127,7 @@ def has_reached(stage: str, log: Path, folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def alone(server, npz, tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     completed(server, command(npz, folder), folder.parent / "log")
     return folder
@@ -148,7 +148,7 @@ def assert_equal(folder: Path, alone: Path) -> None:
 
 
 def assert_whole(folder: Path) -> None:
-    """Every file that has its final name can be read, in the midst of a run that was killed."""
+    """In a run that was killed, every file with a final name can be read."""
     for path in folder.rglob("*"):
         if path.suffix == ".json":
             json.loads(path.read_text())

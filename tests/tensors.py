@@ -8,7 +8,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def gradients_of(function, *inputs):
-    """The value, and the gradients by all inputs of its product with one fixed tensor."""
+    """The value, and the gradients of its product with a fixed tensor with respect to all inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = function(*inputs)
     found = torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), inputs)

@@ -28,7 +28,7 @@ def draw_images(n=6, height=H, width=W):
 
 
 def coordinates(n, height=H, width=W, step=1):
-    """Images that say where a pixel came from: row and column (times `step`) in the first two channels."""
+    """Images whose pixels say where they came from: row and column (times `step`) in the first two channels."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (step * torch.stack([y, x, torch.zeros_like(x)])).to(torch.uint8).expand(n, -1, -1, -1).clone()
 
@@ -98,7 +98,7 @@ def test_flip_mirrors_half_of_the_images_left_to_right():
 
 
 def windows(n, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Top, left, height and width of the windows in shares of the image: torchvision's rejection loop."""
+    """Top, left, height and width of the windows as fractions of the image, by torchvision's rejection loop."""
     area = rng.uniform(*scale, size=(n, 10))
     aspect = np.exp(rng.uniform(*np.log(ratio), size=(n, 10)))
     place = rng.uniform(-1.0, 1.0, size=(n, 2))
@@ -220,7 +220,7 @@ def test_color_jitter_is_torchvisions_with_the_drawn_factors():
 
 
 def test_color_jitter_factors_fill_their_ranges():
-    """Of a grey image the brightness can be read off."""
+    """The brightness can be read off a grey image."""
     images = torch.full((2000, 3, 2, 2), 100, dtype=torch.uint8)
     values = augment.color_jitter(images, (0.4, 0.0, 0.0, 0.0), rng=rng())[:, 0, 0, 0].double()
     assert 59 <= values.min() <= 61 and 138 <= values.max() <= 140 and abs(values.mean() - 100) < 2

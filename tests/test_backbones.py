@@ -78,7 +78,7 @@ def test_cost_of_the_small_networks() -> None:
 
 @pytest.mark.parametrize(("depth", "alpha"), [(110, 64), (200, 240), (20, 7)])
 def test_pyramid_widths(depth: int, alpha: int) -> None:
-    """Against exact arithmetic; the running float sum may differ from it only where that is a tie."""
+    """Against exact arithmetic; the running float sum may differ from it only at ties."""
     blocks = 3 * ((depth - 2) // 9)
     widths = pyramid_widths(depth=depth, alpha=alpha)
     assert len(widths) == blocks
@@ -161,7 +161,7 @@ def test_weights_depend_on_the_seed_alone(name: str, stem: str, side: int) -> No
 
 @pytest.mark.parametrize("name", ["pyramidnet110", *FAST])
 def test_channels_last_and_bfloat16_train(name: str) -> None:
-    """Both give the gradients of float32 in the default layout, within their precision."""
+    """Both give the gradients of float32 in the default layout, up to their precision."""
     images = random_images(4, 32, 32)
 
     def gradient_of_the_head(memory_format: torch.memory_format, bfloat16: bool) -> torch.Tensor:
@@ -239,7 +239,7 @@ def test_stages_end_at_the_last_layer_of_each_size(name: str, stem: str, shapes:
 
 
 def test_preactivation_blocks_are_those_of_the_paper() -> None:
-    """Both forms of a block by torch's functions, as a count of weights cannot see the order of the layers."""
+    """Rebuild both forms of a block with torch's functions: parameter counts cannot see the order of the layers."""
     for name, index, shared in (("preactresnet18", 1, True), ("wrn16_8", 1, False)):
         block = build_backbone(name, num_classes=3).stages[index][0].eval()
         x = torch.randn(2, block.activation[0].num_features, 8, 6, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Mutated files: every reader takes what it is given for what it is, or refuses it in a sentence that names the file.
+"""Mutated files: every reader reads a file correctly, or refuses it in a sentence that names the file.
 
 Bytes are changed as a bad disk or an interrupted copy would, and values as somebody would who edits or forges a file.
 What can run code, unpack to more than there is, or leave its folder is refused, whatever else it is.
@@ -134,7 +134,7 @@ def read_checkpoint(path: Path) -> object:
 
 
 def read_records(path: Path) -> object:
-    """A damaged bill or log refuses nothing: what cannot be read is lost, and what is written next is whole."""
+    """A damaged bill or log stops nothing: what cannot be read is lost, and the next file written is whole."""
     with Run(path.parent, stages=("scorer",)) as run:
         run.log.add("scorer", 2, loss=0.5, lr=0.1)
         run.ledger.write()
@@ -232,7 +232,7 @@ HOSTILE = (None, True, -1, 0, 1 << 70, 10**400, 1e308, float("nan"), float("-inf
 
 
 def mutated_value(document: Any, rng: random.Random, others: tuple) -> Any:
-    """The nested lists and dicts with one value replaced, left out or put in twice."""
+    """Nested lists and dicts with one value replaced, removed or duplicated."""
     document = copy.deepcopy(document)
     parent, at = None, None
     value = document
@@ -272,7 +272,7 @@ def mutated_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def mutated_content(payload: bytes, suffix: str, rng: random.Random) -> bytes:
-    """The file written anew with one value changed, its checksums right again."""
+    """The file rewritten with one value changed and valid checksums."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # casts of what cannot be cast
@@ -417,7 +417,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(read, zeros, tmp_path, monk
 
 
 def test_an_archive_that_says_too_little_unpacks_to_no_more_than_it_says(tmp_path):
-    """The size in the directory is what is checked, so it must be what holds."""
+    """The check reads the size in the directory, so that size must bind."""
     payload = bytearray(archive({"x.npy": array_bytes(np.zeros(10**6, np.uint8))}, zipfile.ZIP_DEFLATED))
     at = payload.rindex(b"PK\x01\x02") + 24  # the unpacked size in the directory
     payload[at : at + 4] = (1000).to_bytes(4, "little")
@@ -496,5 +496,5 @@ def test_names_that_no_file_of_ours_could_hold_are_refused(tmp_path):
             Image.fromarray(draw_pixels(8, 8, 3)).save(tmp_path / "train" / name / "x.png")
     except OSError:
         pytest.skip("this file system has no such names")
-    with pytest.raises(ValueError, match="a name that is no Unicode text; rename"):
+    with pytest.raises(ValueError, match="a name that is not Unicode text; rename"):
         load_data(DataConfig(str(tmp_path)))

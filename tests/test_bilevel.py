@@ -70,7 +70,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def arch_gradients(search: Search) -> list[torch.Tensor]:
-    """The gradients of the first architecture step, read off Adam's first moment (weight decay must be 0)."""
+    """The gradients of the first architecture step, recovered from Adam's first moment (weight decay must be 0)."""
     moment_share = 1 - search.config.arch_betas[0]
     return [search.arch_optimizer.state[p]["exp_avg"] / moment_share for p in search.arch]
 
@@ -80,7 +80,7 @@ def arch_gradients(search: Search) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("arch_grad_clip", [None, 1e-3])
 def test_first_order_is_the_published_loop(arch_grad_clip):
-    """Three steps against the loop as one would write it down: backward everywhere, step one optimiser at a time."""
+    """Three steps against a plain loop: backward everywhere, then step one optimiser at a time."""
     settings = config(arch_steps=10, epoch_steps=1, grad_clip=0.5, arch_grad_clip=arch_grad_clip)
     model = supernet()
     oracle = copy.deepcopy(model)
@@ -250,7 +250,7 @@ def test_so_it_is_on_a_supernet_where_the_difference_crosses_no_kink(steps_befor
 
 
 def test_the_published_difference_is_taken_to_the_letter():
-    """At R = 0.01 / ||v|| on a supernet, where a derivative would give something else."""
+    """At R = 0.01 / ||v|| on a supernet, where an exact derivative differs."""
     search = about_to_unroll(supernet(kind=PlainSuperNet), 1)
     batches = draw_batch(8, images=8), draw_batch(9, images=8)
     exact = exact_gradients(search, *batches)
@@ -403,7 +403,7 @@ def test_the_state_of_another_search_is_refused_and_changes_nothing():
 
 
 def test_a_search_learns():
-    """Labels that the mean of one channel tells: both losses fall well below chance."""
+    """One channel's mean gives the label away: both losses fall well below chance."""
     search = Search(supernet(dtype=torch.float32), config(arch_steps=12, epoch_steps=12, lr=0.1, arch_lr=0.1))
     losses = []
     for step in range(12):

@@ -11,7 +11,7 @@ from studies.classification import __main__ as study
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
-    """Two classes told by their brightness; 8 px."""
+    """Two classes that differ in brightness; 8 px."""
     path, arrays = tmp_path_factory.mktemp("data") / "tiny.npz", {}
     for split, n in (("train", 24), ("test", 10)):
         rng, labels = np.random.default_rng(n), np.arange(n) % 2

@@ -34,7 +34,7 @@ def pillow(path, size=None):
 
 
 def read_all(data, batch_size=3):
-    """All batches in order, with images, labels and indices put together."""
+    """All batches in order, with images, labels and indices concatenated."""
     batches = list(data.batches(np.split(np.arange(len(data)), range(batch_size, len(data), batch_size))))
     assert all(len(b.images) == len(b.labels) == len(b.indices) for b in batches)
     images = torch.cat([b.images for b in batches if len(b.images)])
@@ -354,7 +354,7 @@ def test_classes_are_those_of_train(image_folder):
 def test_a_class_that_train_lacks_is_refused_or_one_of_the_splits_own(image_folder):
     folder = image_folder(classes=("ant", "bee"), splits=("train", "val"))
     (folder / "train" / "bee").rename(folder / "train" / "bea")
-    with pytest.raises(ValueError, match=r"val/bee/0\.png is of no class of .*train; rename"):
+    with pytest.raises(ValueError, match=r"val/bee/0\.png belongs to no class of .*train; rename"):
         sources.open_source(str(folder), folder, "val")
     assert sources.open_source(str(folder), folder, "val", own_classes=True).class_names == ("ant", "bee")
 
@@ -555,10 +555,10 @@ BAD_ARRAYS = {
     "negative label": ({"train_labels": LABELS - 1}, r"must lie in \[0, 3\), .* from -1 to 1"),
     "stray label": ({"train_labels": np.where(LABELS == 2, 300_000_000, LABELS)}, "run from 0 to 300000000"),
     "empty images": ({"train_images": IMAGES[:, :0]}, r"must be uint8 .* not uint8 \(12, 0, 8, 3\)"),
-    "class names in bytes of another kind": ({"class_names": np.arange(3)}, "class_names must be a list of texts"),
-    "one class name": ({"class_names": np.array("abc")}, "class_names must be a list of texts"),
+    "class names in bytes of another kind": ({"class_names": np.arange(3)}, "class_names must be a list of strings"),
+    "one class name": ({"class_names": np.array("abc")}, "class_names must be a list of strings"),
     "class names twice": ({"class_names": ["a", "b", "a"]}, "class_names has a name twice"),
-    "class names that are no Unicode": ({"class_names": np.array([b"a", b"b", b"\xff"])}, "no Unicode text"),
+    "class names that are no Unicode": ({"class_names": np.array([b"a", b"b", b"\xff"])}, "not Unicode text"),
     "label above": ({"train_labels": LABELS, "class_names": ["a", "b"]}, r"must lie in \[0, 2\), .* class_names"),
     "object images": ({"train_images": np.array([{}] * 12)}, "holds Python objects; save plain arrays"),
     "object names": ({"class_names": np.array(["a", 2, None], dtype=object)}, "holds Python objects"),
@@ -579,7 +579,7 @@ def test_files_that_are_no_archives(npz_file, tmp_path):
     path = tmp_path / "bad.npz"
     for payload in (b"", b"hello", b"PK\x03\x04", complete[:500], bytes(damaged), archive_bytes(IMAGES)):
         path.write_bytes(payload)
-        with pytest.raises(ValueError, match=rf"--data {path} is not a complete \.npz file .*anew"):
+        with pytest.raises(ValueError, match=rf"--data {path} is not a complete \.npz file .*make it again"):
             load(path)
     path.unlink()
     with pytest.raises(ValueError, match=f"--data {path}: there is no such file"):

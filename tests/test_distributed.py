@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 
 
 def torchrun(log, *arguments, restarts=0):
-    """Two processes with gloo, as the README starts eight; a process group of its own, with its output in `log`."""
+    """Two processes with gloo, started like the README's eight, in their own process group with output in `log`."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     with open(log, "w") as stream:
@@ -91,7 +91,7 @@ def epochs_in(folder):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """What a single process ends with, and what each of two does."""
+    """The result of a single process, and those of each of two."""
     folder = tmp_path_factory.mktemp("two_ranks")
     process = torchrun(folder / "log", ROOT / "tests" / "two_ranks.py", folder / "two")
     two_ranks.main(folder / "one")
@@ -162,7 +162,7 @@ def small_shards(monkeypatch):
 
 
 def test_two_processes_score_as_one_and_the_first_goes_on_to_search(image_folder, tmp_path, small_shards, capsys):
-    """A streamed set with a file that nobody can read: every image scored once, the same bytes at the end."""
+    """A streamed set with an unreadable file: every image is scored once, with the same bytes at the end."""
     folder = image_folder(per_class=17, sizes=((16, 16),), truncated=("train/bee/3.png",))
     command = [*SEARCH, "--scoring.baselines", "--data", folder, "--out"]
     assert two_scorers.main([*map(str, command), str(tmp_path / "one")]) == 0

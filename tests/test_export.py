@@ -1,4 +1,4 @@
-"""Exported programs against the networks that they were made from."""
+"""Exported programs against their networks."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_program_agrees_with_its_network_on_real_images(kind, tmp_path, reques
 
 
 def test_a_program_that_differs_is_not_written(tmp_path):
-    """A network that draws anew in every pass cannot agree with its program."""
+    """A network that draws in every pass cannot agree with its program."""
 
     class Restless(torch.nn.Module):
         def forward(self, images):

@@ -95,7 +95,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def untouched(data, tmp_path_factory) -> dict[str, Path]:
-    """A run of each program that nobody disturbed. To be read only."""
+    """An undisturbed run of each program, read-only."""
     folders = {}
     for name, program in PROGRAMS.items():
         folders[name] = tmp_path_factory.mktemp("untouched") / name
@@ -213,7 +213,7 @@ def test_every_write_fails(name, once, data, untouched, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_sentence(data, tmp_path):
-    """Root may write everywhere: for others a folder without the right to write in it is tried, too."""
+    """Root may write everywhere; other users also try a folder without write permission."""
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "odd" / ".lock").mkdir(parents=True)
     places = [tmp_path / "file", tmp_path / "file" / "run", tmp_path / "odd"]
@@ -233,7 +233,7 @@ def copy(untouched, tmp_path) -> Path:
 
 
 def test_what_is_missing_is_made_again(copy, data, untouched):
-    """Single files, and all that a stage and those after it have made; but a history comes with its search alone."""
+    """Single files, and all files of a stage and its successors; a history goes only with its search."""
     program = PROGRAMS["search"]
     later = ("scores.npz", "proxy.json", "genotype.json")
     for missing in [("scorer.pt", "cost.json"), ("scores.npz", "env.json"), ("proxy.json", "config.json"), later]:
@@ -341,7 +341,7 @@ def test_two_runs_in_one_folder_and_two_interrupts(server, npz, alone, tmp_path)
 
 @pytest.mark.slow
 def test_fifty_kills(server, npz, alone, tmp_path):
-    """At random moments of a run, from its first line to its last; what comes to its end is compared and begun anew."""
+    """At random moments of a run, from its first line to its last; one that finishes is compared and started again."""
     rng, folder, log = random.Random(0), tmp_path / "run", tmp_path / "log"
     span, kills, ends = 4.0, 0, 0
     while kills < 50 or folder.exists():

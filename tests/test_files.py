@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, write, old):
 
 
 def test_the_final_name_never_holds_half_a_file(tmp_path, monkeypatch, write):
-    """What stands under the final name at any moment is the old file or the whole new one."""
+    """At any moment the final name holds the old file or the whole new one."""
     path, seen = tmp_path / "file", []
     path.write_bytes(b"old")
     replace, fsync = os.replace, os.fsync
@@ -167,7 +167,7 @@ BAD_ARCHIVES = {
 def test_bad_archives_are_named(tmp_path, payload):
     path = tmp_path / "x.npz"
     path.write_bytes(payload)
-    with pytest.raises(ValueError, match=rf"{path} is not a complete .npz file .*make it anew"):
+    with pytest.raises(ValueError, match=rf"{path} is not a complete .npz file .*make it again"):
         files.read_npz(path)
 
 

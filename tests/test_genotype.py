@@ -1,4 +1,4 @@
-"""Genotypes: validation, files that come back as they went, and a text reader that no text can hurt."""
+"""Genotypes: validation, round trips through files, and a text reader that no text can break."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The recorded search: step by step the one that launches its kernels one by one. Needs a GPU to run."""
+"""The recorded search agrees step by step with the one that launches its kernels singly. Needs a GPU."""
 
 import copy
 
@@ -22,7 +22,7 @@ def test_what_cannot_be_recorded_is_refused():
 
 @needs_cuda
 def test_a_recorded_search_is_the_launched_one():
-    """Two shapes of batches, a rate that falls, and a resume; kernels that add in any order leave small differences."""
+    """Two batch shapes, a falling learning rate and a resume; kernels that sum in any order leave small differences."""
     settings = BilevelConfig(8, 16, lr=0.05, arch_lr=1e-3, epoch_steps=2)
     generator = torch.Generator().manual_seed(0)
     sizes = [8, 8, 5] * settings.steps

@@ -43,7 +43,7 @@ def test_a_scale_that_is_a_column_has_the_right_gradients():
 
 
 def test_batch_norm_in_float32_is_more_accurate_than_pytorch_s():
-    """In channels_last; for values, and for the gradients by x and by the scale."""
+    """In channels_last; for values, and for the gradients with respect to x and the scale."""
     x, weight = draw(32, 8, 32, 32) + 1, draw(8, seed=1)
 
     def errors(function):

@@ -120,7 +120,7 @@ def leaves(config, prefix=""):
 
 
 def changed(config, name, value):
-    """The config with another value of the field of that dotted name."""
+    """The config with another value in the field of that dotted name."""
     head, _, rest = name.partition(".")
     return replace(config, **{head: changed(getattr(config, head), rest, value) if rest else value})
 
@@ -155,7 +155,7 @@ def search_keys(config):
 
 
 def train_keys(config):
-    """The key of a training, whose weights may have been drawn by anybody."""
+    """The key of a training, whatever its weights were drawn from."""
     data = load_data(config.input)
     evaluated = other_splits(config.input, data, device=torch.device("cpu"), workers=0, strict=True)
     settings = {"val_share": config.val_share, "train_images": config.train_images, "seed": config.seed}

@@ -32,7 +32,7 @@ def imports(tree):
 
 
 def name_of(node):
-    """`a.b.c` of an attribute chain, its last parts where it starts with something else than a name."""
+    """`a.b.c` of an attribute chain; only its last parts if it does not start with a name."""
     if isinstance(node, ast.Attribute):
         return f"{name_of(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
@@ -43,7 +43,7 @@ def inside(name, package):
 
 
 def layer_of(name):
-    """The place in LAYERS of a module of nas_kmix, given by its dotted name; what is in none is the method."""
+    """The position in LAYERS of a module of nas_kmix, by its dotted name; a module in none belongs to the method."""
     parts = [part for part in LAYERS if inside(name, f"nas_kmix.{part}")]
     return LAYERS.index(parts[0] if parts else "method")
 

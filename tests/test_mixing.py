@@ -37,7 +37,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "dcutmix_areas.json").re
 
 
 def blank(n, hw=HW):
-    """A batch for plans that look at nothing but its shape."""
+    """A batch for plans that use only its shape."""
     return torch.zeros(n, 1, *hw)
 
 
@@ -58,7 +58,7 @@ def indicator_images(n, hw=HW):
 
 
 def located_images(n, hw):
-    """Every value of every image is another number: a mixed pixel then tells its source, channel, y and x."""
+    """All values of all images differ: a mixed pixel then identifies its source, channel, y and x."""
     return torch.arange(n * CHANNELS * hw[0] * hw[1], dtype=torch.float64).reshape(n, CHANNELS, *hw)
 
 
@@ -525,7 +525,7 @@ def test_an_unknown_saliency_is_named():
 
 @pytest.mark.parametrize("source", ["digits", "cifar100"])
 def test_patches_of_real_images_cover_the_peak_where_nesting_allows_it(source, request, record_property):
-    """All of them; how often nesting does: the first patch always, later ones less, as their peak lies anywhere."""
+    """All do. Nesting always allows the first patch to, later ones less often, as their peak lies anywhere."""
     if source == "digits":
         images = load_data(DataConfig(data="digits")).images[:600]
     else:

@@ -441,7 +441,7 @@ def test_no_pointwise_convolution_has_a_stride(kind):
 @pytest.mark.parametrize("size", [20, 32, 33])
 @pytest.mark.parametrize("name", [name for name in PRIMITIVES if "conv" in name])
 def test_gradients_in_bf16_stay_near_float32(name, size, stride, layout):
-    """A convolution at a time. oneDNN's own by dilated filters, in channels_last beyond 28 px, are anything."""
+    """One convolution each. oneDNN's own gradients of dilated filters are garbage in channels_last beyond 28 px."""
     with initialised_from(torch.Generator().manual_seed(0)):
         operation = build_operation(name, 16, stride, affine=True).to(memory_format=layout)
     convolutions = [module for module in operation.modules() if isinstance(module, nn.Conv2d)]

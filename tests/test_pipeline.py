@@ -47,7 +47,7 @@ RESULTS = {"scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.
 
 
 def draw_images(seed: int = 0, n: int = IMAGES, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with one brighter channel, which tells the class: uint8 (n, size, size, 3) and labels (n,)."""
+    """Noise with one brighter channel, which gives the class away: uint8 (n, size, size, 3) and labels (n,)."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % CLASSES
     images = rng.integers(0, 130, (n, size, size, 3))
@@ -116,7 +116,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def results_of(folder: Path) -> set[str]:
-    """Which results there are; nothing half-written may lie beside them."""
+    """The results that exist; nothing half-written may lie beside them."""
     names = set(files_of(folder))
     assert not [name for name in names if name.endswith(".part")]
     return names & RESULTS
@@ -132,7 +132,7 @@ def same_bytes(folder: Path, other: Path, *names: str) -> None:
 
 
 def same_results(folder: Path, other: Path) -> None:
-    """Equal to the bit in all that a run ends with, and nothing left over."""
+    """Bit-identical results, and nothing left over."""
     same_bytes(folder, other, "scores.npz", "proxy.json", "metrics.csv", "genotypes.jsonl", "alphas.npz")
     same_bytes(folder, other, "genotype.json")
     assert results_of(folder) == RESULTS and not (folder / "checkpoints").exists()
@@ -145,7 +145,7 @@ def npz(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(npz, tmp_path_factory) -> tuple[Path, Ended]:
-    """A run left alone, and how it ended. To be read only."""
+    """An undisturbed run, read-only, and how it ended."""
     folder = tmp_path_factory.mktemp("finished")
     return folder, completed(command(npz, folder))
 
@@ -383,7 +383,7 @@ def test_no_proxy_searches_on_every_image(npz, tmp_path):
 
 
 def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, finished, npz, tmp_path):
-    """Else config.json would tell of steps that nobody took."""
+    """Otherwise config.json would list steps that nobody took."""
     before = {name: (copy / name).read_bytes() for name in ("config.json", "env.json")}
     moved = shutil.copy(npz, copy.parent / "moved.npz")
     ended = completed(command(npz, copy, "--stop-after", "scorer", "--arch-steps", 77, "--ratio", ".9"))
@@ -449,7 +449,7 @@ def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz
 
 
 def test_a_search_in_epochs_is_one_in_steps(finished, npz, tmp_path):
-    """Its key and its history tell the steps that the epochs come to: 15 images are two batches of eight."""
+    """Its key and its history count the epochs in steps: 15 images are two batches of eight."""
     proxy = ["--proxy", finished[0] / "proxy.json"]
     unset = ["--rest-steps", "None", "--arch-steps", "None", "--record-every", "None"]
     epochs = [*unset, "--epochs", 3, "--frozen-epochs", 1]
@@ -659,7 +659,7 @@ def folder_run(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_no_file_under_test_is_opened(mode, folder_run, tmp_path):
-    """Nor under val; and a streamed set gives what a resident one gives."""
+    """Nor under val; and streamed and resident sets give the same."""
     global _opened
     folder = shutil.copytree(folder_run[0], tmp_path / "set")
     for split in ("test", "val"):
@@ -878,7 +878,7 @@ def test_scores_of_somebody_else_are_refused(change, copy, npz):
 
 
 def test_scores_that_list_images_of_an_archive_as_unreadable_are_used(copy, npz):
-    """None can be, but a file may say so; the images have no paths to be listed by."""
+    """No array's image can be unreadable, but a file may claim it; the images have no paths to list."""
     table = ScoreTable.load(copy / "scores.npz")
     keep = table.index != 7
     rows = {name: getattr(table, name)[keep] for name in ("index", "label", "losses")}

@@ -1,4 +1,4 @@
-"""The cells of the paper's tables: complete, as published, and every one of them trains."""
+"""The results of the paper's tables: complete, as published, and every one of them trains."""
 
 import re
 import signal

@@ -164,7 +164,7 @@ def test_applies_to_the_same_images_in_another_order(proxy, pixels, labels):
 
 
 def test_classes_are_matched_by_name(proxy, pixels, labels):
-    """The same images under the same names, numbered the other way round."""
+    """The same images under the same names, in reverse order."""
     turned = data_of(pixels, 2 - labels, names=NAMES[::-1])
     np.testing.assert_array_equal(proxy.apply(turned).indices, proxy.indices)
     np.testing.assert_array_equal(proxy.apply(turned).labels, 2 - proxy.labels)
@@ -211,7 +211,7 @@ def test_an_npz_and_a_folder_of_the_same_pixels_share_a_proxy(pixels, labels, tm
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Somebody's data set: PIL images, an order of its own."""
+    """A user's dataset: PIL images in its own order."""
 
     def __init__(self, pixels, labels, order):
         self.items = [(Image.fromarray(pixels[i]), int(labels[i])) for i in order]

@@ -92,7 +92,7 @@ class Page(HTMLParser):
 
 
 def draw(n, seed=0):
-    """Noise with one brighter channel, which tells the class."""
+    """Noise with one brighter channel, which gives the class away."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     images = rng.integers(0, 130, (n, 32, 32, 3))
@@ -331,7 +331,7 @@ def test_the_ledger_and_the_speed_up(written, searched):
 
 
 def test_a_search_of_an_earlier_version_is_shown_by_epoch(copy, cheap):
-    """Its history and its metrics count epochs; what has no pools counted is counted from the genotypes."""
+    """Its history and metrics count epochs; pools that they do not count are counted from the genotypes."""
     lines = [json.loads(line) for line in (copy / "genotypes.jsonl").read_text().splitlines()]
     for epoch, line in enumerate(lines):
         for name in ("step", "arch_step", "pools_normal", "pools_reduce"):

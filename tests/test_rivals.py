@@ -131,7 +131,7 @@ def test_cutmix_pastes_the_published_box():
 
 
 def test_cutmix_draws_its_lambda_uniformly_and_every_centre():
-    """Of an unclipped box the sides tell lambda; the clipped ones reach every border."""
+    """The sides of an unclipped box give lambda; clipped boxes reach every border."""
     owners = [CutMix(num_classes=2).plan(torch.zeros(2, 1, 64, 48), rng=rng(seed)).owner for seed in range(600)]
     assert all(torch.equal(owner[0], owner[1]) for owner in owners)  # one box per batch
     inside = torch.stack([owner[0] for owner in owners]).bool()

@@ -192,7 +192,7 @@ def test_costs_add_up_over_invocations(tmp_path, clock):
 
 
 def test_the_peak_is_this_process_s_own():
-    """Not what the process that started it holds, with which Linux's ru_maxrss begins."""
+    """Not the memory of the parent process, from which Linux's ru_maxrss starts."""
     command = "from nas_kmix.engine.ledger import peak_rss_bytes as f; a = f(); b = b'1' * 2**28; print(a, f())"
     ballast = torch.ones(2**28)  # 1 GiB
     done = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
@@ -412,7 +412,7 @@ def test_the_device_is_found_and_threads_are_set():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told to keep memory")
 def test_large_tensors_reuse_memory():
-    """In a process of its own: after the first pass hardly ever a page has to be fetched."""
+    """In its own process: after the first pass hardly any new page is needed."""
     code = """
 import resource, torch
 from nas_kmix.engine.compute import DeviceConfig, pick_device

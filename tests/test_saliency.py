@@ -81,7 +81,7 @@ def test_fine_grained_agrees_with_loops_over_pixels(hw):
 
 
 def test_fine_grained_reaches_past_its_largest_scale():
-    """At 240 px the border cuts off no surrounding of the middle."""
+    """At 240 px the border clips no surround of the middle."""
     image = smooth_images(1, (8, 240))[0]
     np.testing.assert_allclose(fine_grained(image[None])[0], slow_fine_grained(image), rtol=0, atol=2e-5)
 

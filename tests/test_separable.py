@@ -42,7 +42,7 @@ def test_a_separable_convolution_is_two_grouped_ones(
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("size", [20, 32, 33])
 def test_gradients_in_bf16_stay_near_float32(size, dilation, stride):
-    """oneDNN's own by dilated filters, on maps beyond 28 pixels, are anything."""
+    """oneDNN's own gradients of dilated filters are garbage on maps beyond 28 pixels."""
     inputs = draw(4, size, size, 8), draw(8, 1, 5, 5, seed=1), draw(8, 8, 1, 1, seed=2)
 
     def gradients(dtype):

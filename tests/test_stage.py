@@ -30,7 +30,7 @@ class Settings:
 
 
 class Descent:
-    """The task: `x` falls towards 0; each period keeps where it was."""
+    """The task: `x` falls towards 0; each period records it."""
 
     def __init__(self, config, start, run):
         self.config, self.run, self.found = config, run, []
@@ -101,7 +101,7 @@ def bill(folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run that nobody disturbed, and what it found."""
+    """An undisturbed run, and its result."""
     folder = tmp_path_factory.mktemp("alone")
     return folder, obtained(folder)
 
@@ -191,7 +191,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 
 def test_a_file_may_be_a_state_to_go_on_from(alone, tmp_path, monkeypatch):
-    """As last.pt is: `load` gives None for it, and the stage is made."""
+    """Like last.pt: `load` returns None for it, and the stage is made."""
     monkeypatch.setattr(toy, "load", lambda *arguments, **options: None)
     copy = shutil.copytree(alone[0], tmp_path / "copy")
     assert obtained(copy) == alone[1] and not bill(copy)["skipped"]

@@ -47,7 +47,7 @@ def gradients(model: nn.Module, batch) -> tuple[torch.Tensor, dict[str, torch.Te
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, scale: float, what: str) -> None:
-    """Within `tolerance` of the largest expected value, or of `scale` where all that is expected is rounding."""
+    """Within `tolerance` of the largest expected value, or of `scale` if only rounding errors are expected."""
     difference = (found - expected).abs().max().item()
     assert difference <= tolerance * max(expected.abs().max().item(), 1e-3 * scale), f"{what} differs by {difference}"
 
@@ -108,7 +108,7 @@ def test_state_dicts_convert_both_ways():
 
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_twenty_steps_stay_with_the_plain_search(unrolled):
-    """Alpha, beta, weights and statistics, and the genotype in the end."""
+    """Alpha, beta, weights, statistics and the final genotype."""
     config = BilevelConfig(rest_steps=0, arch_steps=20, epoch_steps=5, unrolled=unrolled)
     both = [Search(model, config) for model in build_both()]
     for step in range(20):

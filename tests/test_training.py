@@ -40,7 +40,7 @@ def make_data(n=21):
 
 
 class Net(nn.Module):
-    """A convolution, batch normalisation and a linear layer; remembers how its input came."""
+    """A convolution, batch normalisation and a linear layer; remembers the layout of its input."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 def mix(images, labels, rng):
-    """Blends every image with a drawn other one."""
+    """Blends every image with a random other one."""
     partner, weight = torch.as_tensor(rng.permutation(len(images))), float(rng.uniform(0.5, 1.0))
     one_hot = F.one_hot(labels, CLASSES).float()
     return torch.lerp(images[partner], images, weight), torch.lerp(one_hot[partner], one_hot, weight)
@@ -190,7 +190,7 @@ def test_stopped_at_every_step_it_ends_with_the_same_bytes(tmp_path, uninterrupt
 
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 8])
 def test_killed_between_checkpoints_it_ends_with_the_same_model(tmp_path, uninterrupted, monkeypatch, step):
-    """No signal: the process is gone in the middle of a step, with checkpoints after some of the earlier ones."""
+    """No signal: the process dies in the middle of a step, with checkpoints after some earlier steps."""
     calls = itertools.count()
     monkeypatch.setattr(Run, "checkpoint_due", lambda run: run.ledger.costs["scorer"].images_forward % 2 == 0)
 
@@ -229,7 +229,7 @@ def test_autocast(tmp_path, uninterrupted, amp, dtype):
 
 
 def test_a_half_precision_run_resumes_with_its_loss_scale(tmp_path):
-    """Heavy labels overflow the scaled gradients, so that the scale is no longer the one it starts with."""
+    """Large labels overflow the scaled gradients, so that the loss scale changes."""
 
     def heavy(mix):
         def mixed_and_heavy(*batch):

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class RecordedLog(Log):
-    """Keeps what it logs with all digits."""
+    """Logs values with all digits."""
 
     def add(self, stage, epoch, **values):
         self.curve = [*getattr(self, "curve", []), values]
@@ -46,7 +46,7 @@ def make_network():
 
 
 def frozen_double(network):
-    """In float64, its BatchNorms staying in evaluation mode."""
+    """In float64, with BatchNorm in eval mode."""
     for module in network.double().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

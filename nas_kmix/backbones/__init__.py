@@ -1,11 +1,11 @@
-"""Networks that score images and are trained beside the searched ones: images in, logits out.
+"""Networks that score images, and that searched ones are compared with: images in, logits out.
 
-Every network takes float images (N, 3, H, W) and returns logits (N, num_classes). All end with global
-average pooling and one linear layer, so that H and W are free, and normalise with BatchNorm only, so that in
-eval mode an image's logits do not depend on its batch: scores must not depend on batch size or order.
+Every network takes float images (N, 3, H, W) and returns logits (N, num_classes). All end in global average pooling and
+one linear layer, so H and W are free. They normalise with BatchNorm only, so in eval mode an image's logits do not
+depend on its batch: scores must not depend on batch size or order.
 
 `BACKBONES[name](num_classes=..., stem=..., drop=...)` draws its weights from torch's global generator;
-`build_backbone` is the same with a seed, and leaves that generator as it found it. `network.stage_ends` names the last
+`build_backbone` takes a seed instead, and leaves that generator untouched. `network.stage_ends` names the last
 layer of every stage but the final one: the hidden layers whose outputs Manifold Mixup may mix.
 """
 
@@ -76,8 +76,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "preactresnet18": _small_images_only("PreActResNet18", preactresnet18),
     "wrn16_8": _small_images_only("WRN16-8", wrn16_8),
     "resnext29_4_24": _small_images_only("ResNeXt29-4-24", resnext29_4_24),
-    # For CPUs: 12.3 M multiply-adds and 320,260 parameters on 100 classes of 32 px; a quarter of that. Expect 46 % of
-    # `small` on CIFAR-100 (one seed) after 20 epochs of DCutMix (K 5, alpha .2), batch 128, lr .1, cosine.
+    # For CPUs: 12.3 M multiply-adds and 320,260 parameters for 100 classes at 32 px; `tiny`, a quarter of that.
+    # Expect 46 % accuracy of `small` on CIFAR-100 (one seed) after 20 epochs of DCutMix (K 5, alpha .2), batch size
+    # 128, learning rate .1, cosine.
     "small": partial(SmallResNet, widths=(32, 64, 128), blocks=(1, 1, 1)),
     "tiny": partial(SmallResNet, widths=(16, 32, 64), blocks=(1, 1, 1)),
     # Table 3, and the substitute of Table 4's black-box attack: 25,557,032 and 60,192,808 for 1000 classes.

@@ -15,7 +15,7 @@ class Drop:
     """
 
     stochastic_depth: float = 0.0
-    """Probability that a batch skips the last residual path; from the first block on it grows linearly to this value
+    """Probability that a batch skips the last residual path; it grows linearly from the first block to this value
     (Huang et al., ECCV 2016)."""
     drop_block: float = 0.0
     """Probability that a value in the maps of the last stage is dropped, in squares (Ghiasi et al., NeurIPS 2018)."""
@@ -25,9 +25,11 @@ class Drop:
     def __post_init__(self):
         for name in ("stochastic_depth", "drop_block"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is a probability below 1, not {getattr(self, name)}.")
+                raise ValueError(f"{name} must be a probability below 1, not {getattr(self, name)}.")
         if self.block_size < 1 or self.block_size % 2 == 0:
-            raise ValueError(f"block_size is a side around a pixel and must be odd, not {self.block_size}.")
+            raise ValueError(
+                f"block_size is the side of a square around a pixel and must be odd, not {self.block_size}."
+            )
 
 
 NOTHING = Drop()

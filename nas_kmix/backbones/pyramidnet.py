@@ -60,7 +60,7 @@ def pyramid_widths(*, depth: int, alpha: float) -> list[int]:
 class PyramidBottleneck(nn.Module):
     """BN, 1x1, BN, ReLU, 3x3, BN, ReLU, 1x1, BN on the residual path; no ReLU before the first convolution.
 
-    The shortcut has no weights: average-pooled where the block strides, its missing channels zeros.
+    The shortcut has no weights: it is average-pooled where the block strides, and padded with zero channels.
     """
 
     expansion = 4

@@ -1,4 +1,4 @@
-"""The three backbones of the paper's Table 2 in the forms of its reference, Co-Mixup (Kim et al., ICLR 2021).
+"""The three backbones of the paper's Table 2 as in its reference, Co-Mixup (Kim et al., ICLR 2021).
 
 All are for small images: (N, 3, H, W) -> (N, num_classes).
 """

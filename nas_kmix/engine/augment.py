@@ -1,7 +1,7 @@
 """Augmentation of training images: uint8 (N, 3, H, W) in, normalised float32 of the same shape out.
 
-No workers and no Python per image: a batch is cropped by one gather, or resampled by one grid. All draws come from
-the NumPy generator that the caller seeds with (seed, epoch, step), so a resumed run sees the very same pictures.
+One gather crops a whole batch, or one grid resamples it, without workers. All draws come from the NumPy generator that
+the caller seeds with (seed, epoch, step), so a resumed run sees exactly the same images.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from torchvision.transforms.v2 import functional as TF
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are changed at random. Crops and flips come first, then colours, lighting and Cutout."""
+    """Random augmentation of training images: crops and flips first, then colours, lighting and Cutout."""
 
     flip: bool = True
-    """Mirror training images at random. Digits and letters should not be."""
+    """Flip training images left to right at random; not for digits and letters."""
     crop_padding: int = 4
-    """Random crop of images padded by so many pixels (up to 64 px; above, RandomResizedCrop is used)."""
+    """Padding in pixels before a random crop, for images up to 64 px; larger ones use RandomResizedCrop."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """How far brightness, contrast, saturation and hue change at random, as in torchvision's ColorJitter."""
+    """Strength of brightness, contrast, saturation and hue jitter, as in torchvision's ColorJitter."""
     lighting: float = 0.0
-    """Standard deviation of AlexNet's PCA lighting, 0.1 where ImageNet is trained with it."""
+    """Standard deviation of AlexNet's PCA lighting; 0.1 is usual on ImageNet."""
     cutout: int = 0
-    """Side in pixels of the square that is blanked at random (DeVries & Taylor 2017)."""
+    """Side in pixels of Cutout's square (DeVries & Taylor 2017); 0 turns Cutout off."""
 
     def __post_init__(self):
         for name in ("crop_padding", "lighting", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}.")
         if min(self.color_jitter) < 0.0 or self.color_jitter[3] > 0.5:
-            raise ValueError(f"--color-jitter takes four numbers from 0, the hue's up to 0.5, not {self.color_jitter}.")
+            raise ValueError(
+                f"--color-jitter takes four numbers of at least 0, hue at most 0.5, not {self.color_jitter}."
+            )
 
 
 class Prepared(Protocol):
-    """The images' set: the stem of its networks, and the constants that it is normalised with."""
+    """What is known of the images' dataset: the stem of its networks, and its normalisation."""
 
     stem: str
     mean: tuple[float, ...]
@@ -48,9 +50,9 @@ class Prepared(Protocol):
 
 
 def augment_batch(images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator) -> Tensor:
-    """The training transform of images of `data`.
+    """The training transform for images of `data`.
 
-    RandomResizedCrop acts on the centre square that every set is reduced to, not on the whole photograph.
+    RandomResizedCrop acts on the centre square of a photograph, to which it was reduced, not on the whole.
     """
     if data.stem == "cifar":
         images = random_crop(images, config.crop_padding, rng=rng)
@@ -64,7 +66,7 @@ def augment_batch(images: Tensor, data: Prepared, config: Augmentation, *, rng: 
 
 
 def augment_crops(images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator) -> Tensor:
-    """What is left to do where `photographs` has cropped, flipped and jittered: normalise, lighting, Cutout."""
+    """The rest of the transform once `photographs` has cropped, flipped and jittered: normalise, lighting, Cutout."""
     images = normalise(images, data.mean, data.std)
     if config.lighting:
         images = lighting(images, config.lighting, data.std, rng=rng)
@@ -79,7 +81,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], o
 
 
 def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Tensor:
-    """Pad with black by `padding` pixels on each side and cut a window of the old size at a uniform offset."""
+    """Pad with black by `padding` pixels on each side and crop a window of the original size at a uniform offset."""
     n, _, h, w = images.shape
     offsets = torch.as_tensor(rng.integers(0, 2 * padding + 1, size=(2, n, 1)), device=images.device)
     rows = offsets[0] + torch.arange(h, device=images.device)  # (N, H)
@@ -102,10 +104,10 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """Cut a window of `scale` times the area and of a log-uniform aspect `ratio`, resize it to the old size.
+    """Crop a window of `scale` times the area and a log-uniform aspect `ratio`, and resize it to the original size.
 
-    The window is real-valued and sampled bilinearly (it is never larger than the image, so nothing aliases). Like
-    torchvision's it is drawn up to ten times until it fits, after which the whole image is taken.
+    The window is real-valued and sampled bilinearly (it is never larger than the image, so nothing aliases). As in
+    torchvision, up to ten windows are drawn until one fits; if none does, the whole image is taken.
     """
     n = len(images)
     area = rng.uniform(*scale, size=(n, 10))
@@ -123,10 +125,10 @@ def random_resized_crop(
 
 
 def color_jitter(images: Tensor, strengths: tuple[float, float, float, float], *, rng: np.random.Generator) -> Tensor:
-    """torchvision's ColorJitter, image by image: brightness, contrast, saturation and hue in an order of its own.
+    """torchvision's ColorJitter, image by image: brightness, contrast, saturation and hue in random order.
 
     The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue moves by at most its strength
-    (in turns, up to 0.5). All is drawn, also what a strength of zero leaves alone.
+    (in turns, up to 0.5). All factors are drawn, even if a strength of zero leaves them unused.
     """
     low, high = np.maximum(0.0, 1.0 - np.array(strengths)), 1.0 + np.array(strengths)
     low[3], high[3] = -strengths[3], strengths[3]

@@ -1,6 +1,6 @@
-"""What cannot be read: the one owner of every such file's index and sentence, and the one writer of bad_images.txt.
+"""Unreadable files: the only owner of their indices and error messages, and the only writer of bad_images.txt.
 
-A file that cannot be read is never replaced: its index goes here with a sentence, and batches simply lack it.
+An unreadable file is never replaced: its index and a sentence are noted here, and batches simply lack it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILE = "bad_images.txt"
 
 
 class BadFiles(Mapping[int, str]):
-    """The files of one set that cannot be read, a sentence by index; it grows while a streamed set is read."""
+    """The unreadable files of one dataset, index to sentence; it grows while a streamed set is read."""
 
     def __init__(self, *, strict: bool = False):
         """`strict` raises ValueError for the first file that is added."""
@@ -28,14 +28,14 @@ class BadFiles(Mapping[int, str]):
         self._sentences: dict[int, str] = {}
 
     def add(self, found: Mapping[int, str]) -> None:
-        """Take note of further files."""
+        """Note further unreadable files."""
         if self.strict and found:
             sentence = found[min(found)]
-            raise ValueError(f"{sentence}; repair or remove it, or go on without it with --skip-bad.")
+            raise ValueError(f"{sentence}; repair or remove the file, or leave it out with --skip-bad.")
         self._sentences.update(found)
 
     def first(self) -> str:
-        """The sentence of the lowest index, empty where there is none."""
+        """The sentence of the lowest index, or an empty one."""
         return self._sentences[min(self._sentences)] if self._sentences else ""
 
     def __getitem__(self, index: int) -> str:
@@ -49,10 +49,10 @@ class BadFiles(Mapping[int, str]):
 
 
 class BadFileList:
-    """Those of several sets that a command reads, over all processes of a job and all invocations of the command.
+    """The unreadable files of all datasets of a command, over all its processes and invocations.
 
-    A training that is resumed reads only what is left of its epoch, and one that was finished reads nothing; therefore
-    the state goes into its checkpoints.
+    A resumed training reads only the rest of its epoch, and a finished one reads nothing, so the list is part of the
+    checkpoints.
     """
 
     def __init__(self, sets: Iterable[ImageData], world: World | None = None):
@@ -60,7 +60,7 @@ class BadFileList:
         self._sentences: dict[str, str] = {}
 
     def gather(self) -> dict[str, str]:
-        """A sentence by path below the data folder, sorted; every process must call it, and all get the same."""
+        """Path below the data folder to sentence, sorted; every process must call it, and all get the same."""
         own = {data.source.place(index): sentence for data in self._sets for index, sentence in data.bad.items()}
         for given in self._world.gather(json.dumps(own).encode()):
             self._sentences.update(json.loads(given))

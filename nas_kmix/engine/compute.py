@@ -1,4 +1,4 @@
-"""How to compute, as data: where tensors live, and in which precision and memory layout networks run."""
+"""How to compute, as data: the device, and the precision and memory layout of networks."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where and how to compute. None of it is part of what a stage is, so a run may be resumed on another device."""
+    """Where and how to compute. None of it is in a stage's key, so a run may resume on another device."""
 
     device: str = "auto"
-    """auto | cpu | cuda | cuda:1 | mps; auto takes CUDA where there is one."""
+    """auto | cpu | cuda | cuda:1 | mps; auto takes CUDA if there is a GPU."""
     threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice."""
+    """CPU threads; 0 leaves the number to torch."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = min(8, os.cpu_count() or 1)
-    """Processes or threads that decode image files (-j)."""
+    """Number of processes or threads that decode image files."""
     amp: Amp = "off"
-    """Automatic mixed precision in training and scoring."""
+    """Automatic mixed precision."""
     channels_last: bool = False
     """Run networks in channels_last memory format: the small scorer trains 1.3 times as fast on a CPU."""
 
@@ -66,12 +66,12 @@ class Compute:
 
 
 def pick_compute(config: DeviceConfig) -> Compute:
-    """Resolve the flags and set this process up for them. Raises ValueError for a device that is not there."""
+    """Resolve the flags and set this process up for them. Raises ValueError if the device is not available."""
     return Compute(pick_device(config), config.amp, config.channels_last)
 
 
 def pick_device(config: DeviceConfig) -> torch.device:
-    """Resolve `--device` and set this process up for it. Raises ValueError for a device that is not there."""
+    """Resolve `--device` and set this process up for it. Raises ValueError if the device is not available."""
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     name = config.device
@@ -83,18 +83,18 @@ def pick_device(config: DeviceConfig) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device} is not available here ({str(error).splitlines()[0]}).") from error
     if config.amp == "fp16" and device.type != "cuda":
-        raise ValueError(f"--amp fp16 needs a CUDA device, this is {device.type}; use --amp bf16 or off.")
+        raise ValueError(f"--amp fp16 needs a CUDA device, but this is {device.type}; use --amp bf16 or off.")
     if device.type == "cpu":
         _keep_freed_memory()
     return device
 
 
 def _keep_freed_memory() -> None:
-    """Have this process reuse what a freed tensor leaves, instead of returning it to the system.
+    """Make this process reuse the memory of freed tensors instead of returning it to the system.
 
-    The C library of Linux gives blocks of 32 MB and more back at once. The next tensor of that size gets new pages,
-    which the kernel fills with zeros one by one: a fourth of a small network's forward pass, half of a supernet's with
-    256 images. Other systems' allocators are left as they are.
+    Linux's C library returns blocks of 32 MB and more at once. The next tensor of that size gets new pages, which the
+    kernel zeroes one by one: that takes a quarter of a small network's forward pass, and half of a supernet's with 256
+    images. Other systems keep their allocators as they are.
     """
     trim_threshold, mmap_max = -1, -4  # the numbers of these options in malloc.h
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
@@ -120,7 +120,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit; None where this is no checkout or there is no git."""
+    """The checkout's commit; None outside a checkout or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

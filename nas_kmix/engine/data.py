@@ -1,8 +1,8 @@
 """Images and labels for every stage: `load_data` turns `--data` into one split, an `ImageData`.
 
 An `ImageData` holds labels and class names and hands out batches of uint8 images (N, 3, S, S) on the device. A set that
-fits is one resident tensor; a larger image folder streams through a DataLoader. Where each kind of source comes from
-is in `sources`, how files are read in `decoding`, and what becomes of those that cannot be read in `bad_files`.
+fits in memory is one resident tensor; a larger image folder streams through a DataLoader. `sources` opens each kind of
+data, `decoding` reads the files, and `bad_files` keeps track of those that cannot be read.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from nas_kmix.engine.photographs import PhotoTransform
 from nas_kmix.engine.sources import Source
 from nas_kmix.engine.workers import check_room, read
 
-CENTRE_SHARE = 0.875  # of the shorter side that evaluation above 64 px looks at: 224 of 256 pixels
+CENTRE_SHARE = 0.875  # of the shorter side, for evaluation above 64 px: 224 of 256 pixels
 CIFAR_STEM_LIMIT = 64  # pixels: up to here images keep their native size and networks start at full resolution
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to read."""
+    """Which images to read, and how."""
 
     data: str = "digits"
     """digits | cifar10 | cifar100 | FOLDER with train/CLASS/* | FILE.npz in MedMNIST's layout."""
     data_root: Path = Path("data")
-    """Where CIFAR is looked for and downloaded to."""
+    """Folder in which CIFAR is looked for, and into which it is downloaded."""
     image_size: int | None = None
-    """Side in pixels: the shorter side is resized, the centre cropped. Native up to 64, required above."""
+    """Side in pixels: resize the shorter side, crop the centre. Default: native up to 64 px; required above."""
     max_resident_gb: float = 4.0
-    """A folder that decodes to more than this streams from its files; its scoring then uses a pool of partners."""
+    """A folder that decodes to more than this is streamed; scoring then draws partners from a pool."""
 
     def __post_init__(self):
         if self.image_size is not None and self.image_size < 4:
-            raise ValueError(f"--image-size {self.image_size} is too small; 32 or more is sensible.")
+            raise ValueError(f"--image-size {self.image_size} is too small; use 32 or more.")
 
 
 class Preparation(Protocol):
-    """How images were prepared that others shall be like: a training split, or what a trained network has seen."""
+    """How to prepare images: like a training split, or like the images that a trained network has seen."""
 
     class_names: tuple[str, ...]
     image_size: int
@@ -70,8 +70,8 @@ class Batch(NamedTuple):
 class ImageData:
     """One split of labelled images. `images` is the resident tensor (N, 3, S, S), None where the set streams.
 
-    mean, std: what `normalise` uses, per channel and in [0, 1]; empty where nothing is to be normalised. workers: read
-    the files of a streamed set. bad: the files that cannot be read, known so far.
+    mean, std: constants of `normalise`, per channel and in [0, 1]; empty if nothing is normalised. workers: processes
+    that read a streamed set. bad: the unreadable files known so far.
     """
 
     source: Source
@@ -137,10 +137,10 @@ class ImageData:
         epoch: int = 0,
         persistent: bool = False,
     ) -> Iterator[Batch]:
-        """Read the given batches of indices in order. Bad files are left out; an empty batch is not skipped.
+        """Read batches of indices in order. Bad files are left out; an empty batch is not skipped.
 
-        A streamed set gives crops of the whole photographs instead of their centres with a `transform`, and keeps its
-        worker processes from one such pass to the next if `persistent`; passes of one kind then cannot overlap.
+        With a `transform`, a streamed set gives crops of whole photographs instead of their centres. If `persistent`,
+        it keeps its worker processes for the next pass with the same transform; such passes must not overlap.
         """
         if self.images is not None:
             for indices in index_batches:
@@ -187,13 +187,13 @@ def load_data(
     same_classes: bool = True,
     strict: bool = False,
 ) -> ImageData:
-    """Load one split; nothing of any other split is read.
+    """Load one split without reading any other.
 
-    `like` is the training split where another one is loaded, or a trained classifier: its size and normalisation are
-    taken over, a class may lack images, and above 64 px the centre of a larger image is taken, 224 of 256 px. It must
-    have the `same_classes`, unless that is False. A `strict` set raises ValueError for a file that cannot be read, now
-    or when it is met. Raises ValueError (with the path and what to do) for missing or malformed data, an empty class, a
-    single class, or sizes that need `--image-size`.
+    For another split than train, `like` is the training split or a trained classifier: the split takes its size and
+    normalisation, may lack images of a class, and above 64 px takes the centres of larger images, 224 of 256 px. The
+    classes must be the same unless `same_classes` is False. A `strict` set raises ValueError for an unreadable file,
+    now or when it is reached. Raises ValueError (with the path and the remedy) for missing or malformed data, an empty
+    class, a single class, or sizes that need `--image-size`.
     """
     source = sources.open_source(config.data, config.data_root, split, own_classes=not same_classes)
     say_left_out(source.name, split, source.left_out)
@@ -230,9 +230,9 @@ def load_data(
 
 
 def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
-    """Images held out of a training split, prepared as the split val is: above 64 px, by the centres of larger ones.
+    """Images held out of a training split, prepared like a val split: above 64 px, as centres of larger images.
 
-    The result holds the `indices` alone, numbered from 0; up to 64 px, where nothing differs, it is `data` itself.
+    The result holds only `indices`, renumbered from 0; up to 64 px, where nothing differs, it is `data` itself.
     """
     if data.stem == "cifar":
         return data
@@ -244,14 +244,14 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
 
 
 def _wider(size: int) -> int | None:
-    """To which side images are resized for evaluation, of which the centre is cropped; None up to 64 px."""
+    """The side to which images are resized for evaluation before the centre crop; None up to 64 px."""
     return round(size / CENTRE_SHARE) if _stem_for(size) == "imagenet" else None
 
 
 def open_data(config: DataConfig) -> ImageData:
-    """The training split without decoding or downloading it, to look at single images (`fetch`).
+    """Open the training split without decoding or downloading it, to look at single images (`fetch`).
 
-    Nothing normalises them. Raises ValueError where the data are not there any more.
+    It has no normalisation. Raises ValueError if the data are gone.
     """
     source = sources.open_source(config.data, config.data_root, "train", download=False)
     return ImageData(source, _image_size(source, config), (), (), torch.device("cpu"), None)
@@ -296,5 +296,5 @@ def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[flo
         raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    # A constant channel carries nothing; dividing by its zero deviation would make it carry NaN.
+    # A constant channel carries no information; dividing by its zero deviation would fill it with NaN.
     return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())

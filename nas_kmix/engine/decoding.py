@@ -20,17 +20,17 @@ from nas_kmix.engine.workers import LOOK_EVERY, PREFETCH, prepare_worker, stacke
 
 
 class Decoder(torch.utils.data.Dataset):
-    """Reads single files; a failure travels to the main process as a sentence.
+    """Reads single files; a failure reaches the main process as a sentence.
 
-    An image's shorter side is resized to `resize`, by default `size`, and its centre is cropped to `size`; or
-    `transform` crops it.
+    The shorter side is resized to `resize` (default: `size`) and the centre cropped to `size`, unless `transform`
+    crops the image.
     """
 
     def __init__(self, source: Source, size: int, resize: int | None, transform: PhotoTransform | None = None):
         self.source, self.size, self.resize, self.transform = source, size, resize, transform
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor | str]:
-        """`item` is an index and the epoch that it is read in."""
+        """`item` is (index, epoch)."""
         index, epoch = item
         try:
             image = torch.from_numpy(np.ascontiguousarray(self.source.read(index))).permute(2, 0, 1)
@@ -53,7 +53,7 @@ def decode_all(source: Source, size: int, resize: int | None, *, threads: int, b
     count = len(source.labels)
     images, failures = torch.zeros(count, 3, size, size, dtype=torch.uint8), {}
     decode = Decoder(source, size, resize).__getitem__
-    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:  # Pillow releases the GIL while it decodes
         for index, image in pool.map(decode, ((index, 0) for index in range(count))):
             if isinstance(image, str):
                 failures[index] = image
@@ -61,12 +61,12 @@ def decode_all(source: Source, size: int, resize: int | None, *, threads: int, b
                 images[index] = image
     bad.add(failures)
     if len(failures) == count:
-        raise ValueError(f"{source.name}: not one image can be read; repair the files. The first is {bad.first()}")
+        raise ValueError(f"{source.name}: no image can be read; repair the files. The first is {bad.first()}")
     return images
 
 
 class Plan:
-    """What a DataLoader is to read, put in before each pass: batches of (index, epoch)."""
+    """The batches of (index, epoch) that a DataLoader reads, set before each pass."""
 
     def __init__(self):
         self.batches: list[list[tuple[int, int]]] = []

@@ -1,7 +1,7 @@
-"""One job on several devices or machines, as torchrun starts it: which process this is, and what all agree on.
+"""One job on several devices or machines, started by torchrun: which process this is, and what all agree on.
 
-Without torchrun the world is a single process and every function here returns at once. Decisions travel between the
-CPUs (gloo), gradients by DistributedDataParallel between the devices (NCCL on GPUs).
+Without torchrun the world is a single process and every function here returns at once. CPUs exchange
+decisions (gloo), devices exchange gradients through DistributedDataParallel (NCCL on GPUs).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import distributed, nn
 
 @dataclass(frozen=True)
 class World:
-    """Process `rank` of `size`; rank 0 alone writes files and speaks."""
+    """Process `rank` of `size`; only rank 0 writes files and prints."""
 
     rank: int = 0
     size: int = 1
@@ -27,7 +27,7 @@ class World:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """Which of `n` items are this process's: consecutive ones, the numbers differing by at most one."""
+        """This process's slice of `n` items; the sizes of the slices differ by at most one."""
         bounds = [n * rank // self.size for rank in (self.rank, self.rank + 1)]
         return slice(*bounds)
 
@@ -47,7 +47,7 @@ class World:
         return together.tolist()
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """What every process gives, in the order of their ranks (a sync point)."""
+        """The payloads of all processes, in rank order (a sync point)."""
         if self.size == 1:
             return [payload]
         lengths = [int(n) for n in self.total(*(len(payload) * (rank == self.rank) for rank in range(self.size)))]
@@ -58,7 +58,7 @@ class World:
         return [given[:n].numpy().tobytes() for given, n in zip(everyone, lengths, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process gets here."""
         self.total(0.0)
 
     def align_buffers(self, model: nn.Module) -> None:
@@ -75,15 +75,15 @@ class World:
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, also where there is no world any more or none yet."""
+    """Whether this process is rank 0, even before a world exists and after it has ended."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The world that torchrun has started this process in, or that of a single process.
+    """The world in which torchrun started this process, or that of a single process.
 
-    Raises OSError, a sentence, where the processes do not find each other or another one is lost.
+    Raises OSError with one sentence if the processes do not find each other or one of them is lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -101,9 +101,7 @@ def joined(device: torch.device) -> Iterator[World]:
     except (distributed.DistError, RuntimeError) as error:
         if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise
-        raise OSError(
-            f"Another process of this job has ended ({_first_line(error)}); its own log tells why."
-        ) from error
+        raise OSError(f"Another process of this job has ended ({_first_line(error)}); its own log says why.") from error
     finally:
         distributed.destroy_process_group()
 
@@ -113,7 +111,7 @@ def _first_line(error: Exception) -> str:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU that belongs to this process where torchrun started one process for each."""
+    """This process's own GPU, if torchrun started one process per GPU."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device

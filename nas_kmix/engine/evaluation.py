@@ -15,7 +15,7 @@ from nas_kmix.engine.distributed import World
 from nas_kmix.engine.progress import Progress
 
 EVALUATION_BATCH = 256  # images, by default
-TOP = 5  # the second accuracy that is customary, where there are more classes than that
+TOP = 5  # with more classes than this, top-5 accuracy is reported too
 
 
 @torch.no_grad()
@@ -29,11 +29,11 @@ def evaluate(
     indices: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Evaluate in evaluation mode on `indices` of `data`, by default on all good images; the mode is put back.
+    """Evaluate in eval mode on `indices` of `data` (default: all good images); the model's mode is restored.
 
     Returns `loss` (cross-entropy in nats, hard labels), `accuracy` and, with more than five classes, `accuracy_top5`,
-    as means over the images, in [0, 1]. Bad files count neither way. Each process of the `world`
-    takes its share of the images, and all get the same result. `progress` counts this process's images.
+    as means over the images, in [0, 1]. Bad files do not count. Each process of the `world` takes
+    its share of the images, and all get the same result. `progress` counts this process's images.
     """
     compute, world = compute or Compute(), world or World()
     indices = data.good() if indices is None else indices
@@ -58,6 +58,6 @@ def evaluate(
     model.train(was_training)
     *sums, count = world.total(*sums.tolist(), count)
     if count == 0:
-        raise ValueError(f"{data.source.name}: not one image of the split {data.source.split} can be read.")
+        raise ValueError(f"{data.source.name}: no image of the {data.source.split} split can be read.")
     loss, first, fifth = (value / count for value in sums)
     return {"loss": loss, "accuracy": first} | ({"accuracy_top5": fifth} if data.num_classes > TOP else {})

@@ -1,4 +1,4 @@
-"""TensorBoard's file of a run. Its own writer has a thread, whose failures nobody catches; this one fails in place."""
+"""A run's file for TensorBoard, whose own writer is a thread whose failures nobody catches; this one fails in place."""
 
 from __future__ import annotations
 

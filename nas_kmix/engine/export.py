@@ -16,16 +16,16 @@ TOLERANCE = 1e-5
 
 @torch.no_grad()
 def export_model(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Write `model`, in evaluation mode, as a program of normalised images (N, 3, S, S) for any N to `path`.
+    """Write `model` in eval mode to `path`, as a program on normalised images (N, 3, S, S) for any N.
 
-    What was written is loaded again and must agree with the model on `images` and on the first of them alone, to 1e-5
-    of the largest logit. Raises ValueError if it does not, and nothing is written then.
+    Before it is written, the program is loaded again and must agree with the model on `images`, and on the first alone,
+    to 1e-5 of the largest logit. Raises ValueError if it does not.
     """
     model = model.eval()
-    example = images[:1].expand(2, -1, -1, -1)  # of a batch of one the size would be taken for fixed
+    example = images[:1].expand(2, -1, -1, -1)  # with a batch of one, export takes the size for fixed
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # said of every network whose tensors do not share storage; nothing is wrong
+    with warnings.catch_warnings():  # harmless: no tensors share storage
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
         torch.export.save(program, buffer)
     buffer.seek(0)

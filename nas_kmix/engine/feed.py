@@ -1,8 +1,8 @@
-"""The batches of a training: read in a drawn order, augmented, mixed, and shared out among the processes of a world.
+"""Training batches: read in random order, augmented, mixed, and divided among the processes of a world.
 
-Everything drawn is a function of (seed, epoch, step). A resident set is small enough for every process to prepare the
-whole batch and take its rows of it, so that several processes train on the very batches of a single one. A streamed set
-is divided before it is read: the same images, but crops and mixing partners are then drawn process by process.
+Every draw is a function of (seed, epoch, step). With a resident set every process prepares the whole batch and takes
+its own rows, so that several processes train on exactly the batches of a single one. A streamed set is divided before
+it is read: the images are the same, but every process draws its own crops and mixing partners.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ORDER, AUGMENT, DROP_PATH, LAYERS = 1, 2, 3, 4  # random streams: a draw of one 
 class Share:
     """One process's part of a batch, with its drop-path mask (layers, edges, N) or None.
 
-    n: images of the part; total: those of all parts. Where the part is empty, some image of weight 0 takes its place,
-    since every process must join in.
+    n: images of the part; total: images of all parts. An empty part holds one image of weight 0, since every process
+    must take part.
     """
 
     images: Tensor
@@ -55,10 +55,10 @@ class Feed:
     world: World
     seed: int
     photographs: bool = False
-    """Crop the whole photographs of a streamed set above 64 px, not the centre squares that it is reduced to."""
+    """In a streamed set above 64 px, crop whole photographs instead of their centre squares."""
 
     def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[Share | None]:
-        """The shares from `first_step` on; None in the place of a batch of which no file could be read."""
+        """The shares from `first_step` on; None for a batch without a readable file."""
         plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.seed, ORDER, epoch))[first_step:]
         if not self.data.resident:
             plan = [batch[self.world.share(len(batch))] for batch in plan]
@@ -102,10 +102,10 @@ class Feed:
 def step_batches(
     indices: np.ndarray, batch_size: int, first: int, steps: int, *, seed: tuple[int, ...]
 ) -> list[np.ndarray]:
-    """Batches `first` to `first + steps - 1` of an endless row of shuffled passes over `indices`, cut where they fill.
+    """Batches `first` to `first + steps - 1` of an endless sequence of shuffled passes over `indices`.
 
-    A function of `seed` and the numbers of the batches alone. All batches have `batch_size` images, or all that there
-    are if those are fewer.
+    They depend only on `seed` and on their numbers. All have `batch_size` images, or all of `indices` if those are
+    fewer.
     """
     n = len(indices)
     size = min(batch_size, n)
@@ -118,7 +118,7 @@ def step_batches(
 
 
 def epoch_batches(indices: np.ndarray, batch_size: int, steps: int, *, seed: tuple[int, ...]) -> list[np.ndarray]:
-    """`steps` batches of a shuffled pass over `indices`, followed by further shuffled passes where it is short.
+    """`steps` batches of a shuffled pass over `indices`, followed by further passes if one is too short.
 
     A function of `seed` alone, e.g. (seed, stream, epoch). The last batch of a single pass may be smaller.
     """

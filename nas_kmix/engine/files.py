@@ -1,6 +1,6 @@
-"""Reading and writing files so that nothing half-written ever stands under a final name, and nothing read runs code.
+"""Read and write files so that no half-written file ever has its final name, and nothing that is read runs code.
 
-Every write goes to a temporary neighbour, is flushed to the disk and then renamed. JSON, NPZ and tensors only.
+Every write goes to a temporary file beside the target, is flushed to disk and then renamed. JSON, NPZ and tensors only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 TEMPORARY_SUFFIX = ".nas_kmix.part"
-# What an archive may unpack to whatever it is made of, and how often its own size beyond that: deflate reaches 1,000
-# times on zeros, photographs and scores never 100.
+# An archive may unpack to this many bytes in any case, and to this multiple of its own size: deflate reaches 1,000 on
+# zeros, but never 100 on photographs and scores.
 SURELY_FITS, MOST_EXPANSION = 1 << 28, 100
 
 
 def write_bytes(path: Path, payload: bytes) -> None:
-    """Write atomically. Raises OSError naming `path`; the temporary file is gone then and the old file untouched."""
+    """Write atomically. Raises OSError naming `path`; the temporary file is then removed and the old file untouched."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def write_bytes(path: Path, payload: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = error.strerror or error
-        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the rights.") from error
+        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the permissions.") from error
 
 
 def _to_disk(descriptor: int) -> None:
@@ -71,7 +71,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
-    """torch.save by way of memory, so that a full disk is an OSError and not a broken archive."""
+    """torch.save through memory, so that a full disk raises OSError instead of leaving a broken archive."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_bytes(path, buffer.getvalue())
@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
 def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an archive, or those of `names` that it has; the others are not opened. No pickles.
 
-    What the archive says that it unpacks to is checked first. Raises ValueError naming the file.
+    The size that it claims to unpack to is checked first. Raises ValueError naming the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -101,7 +101,7 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
                 if name != member and (names is None or name in names):
                     with archive.open(member) as file:
                         arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-                        if file.read(1):  # also where the checksum is compared
+                        if file.read(1):  # reading to the end also compares the checksum
                             raise ValueError(f"{member} is longer than its header says")
             return arrays
     except FileNotFoundError:
@@ -110,11 +110,11 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
         reason = str(error) or type(error).__name__
         if "Object arrays" in reason:
             reason = "it holds Python objects; save plain arrays with numpy.savez"
-        raise ValueError(f"{path} is not a complete .npz file ({reason}); remove it or make it anew.") from error
+        raise ValueError(f"{path} is not a complete .npz file ({reason}); remove it or make it again.") from error
 
 
 def npz_names(path: Path) -> tuple[str, ...]:
-    """Which arrays an archive has; none where it cannot be read."""
+    """The names of an archive's arrays; empty if it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
@@ -143,7 +143,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
 
 @contextlib.contextmanager
 def damage_named(path: Path, remedy: str) -> Iterator[None]:
-    """Let what goes wrong while the block takes up the content of `path` be a ValueError that names it."""
+    """Turn errors of the block, which uses the content of `path`, into a ValueError that names the file."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError) as error:
@@ -152,14 +152,14 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
 
 
 def _refuse_bomb(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise ValueError where a small file says that it unpacks to a huge one; zipfile never unpacks more than that."""
+    """Raise ValueError if a small file claims to unpack to a huge one; zipfile never unpacks more than claimed."""
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > max(SURELY_FITS, MOST_EXPANSION * size):
         raise ValueError(f"its {size:,} bytes would unpack to {unpacked:,}")
 
 
 def hash_tensors(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and values, whatever file they lie in."""
+    """SHA-256 over names, shapes and values, independent of the file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -1,4 +1,4 @@
-"""Somebody else's data set of (image, label) pairs as a `Source`, so that a proxy applies to it."""
+"""Your own dataset of (image, label) pairs as a `Source`, so that a proxy applies to it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nas_kmix.engine.sources import Source, to_rgb
 
 
 def source_of(dataset: Any) -> Source:
-    """The data set as a Source, its transforms left aside.
+    """The dataset as a Source, without its transforms.
 
-    Knows torchvision's CIFAR classes and ImageFolder, and Subsets of them; of others, the items are read: PIL images
+    Reads torchvision's CIFAR classes and ImageFolder, and Subsets of them, directly; others item by item, as PIL images
     or uint8 (H, W, 3) or (H, W) arrays with integer labels.
     """
     if type(dataset) is torch.utils.data.Subset and _is_known(dataset.dataset):
@@ -36,7 +36,7 @@ def source_of(dataset: Any) -> Source:
 
 
 def _is_known(dataset: Any) -> bool:
-    """Whether its images can be had without reading its items, below any Subsets."""
+    """Whether its images, below any Subsets, can be read without going through its items."""
     if type(dataset) is torch.utils.data.Subset:
         return _is_known(dataset.dataset)
     return hasattr(dataset, "samples") or (hasattr(dataset, "data") and hasattr(dataset, "targets"))
@@ -49,7 +49,7 @@ def _stacked(images: Iterable[Any], name: str) -> np.ndarray:
         pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
             raise ValueError(
-                f"The images of {name} come as {pixels.dtype} {pixels.shape}; give the data set without its transform, "
+                f"The images of {name} come as {pixels.dtype} {pixels.shape}; give the dataset without its transform, "
                 f"as PIL images or uint8 (H, W, 3)."
             )
         rgb.append(to_rgb(pixels[None])[0])

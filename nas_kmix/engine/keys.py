@@ -1,7 +1,7 @@
 """Keys: what the result of a stage depends on, as plain JSON that is stored in the result itself.
 
-A file of an earlier run is used again where its key is the one that this command would give it; otherwise the command
-is refused, with the settings that differ.
+A file of an earlier run is reused if its key is the one that this command would give it; otherwise the command is
+refused, with the settings that differ.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 NOT_IN_KEY = {"part of the key": False}
-"""Metadata of a config's field that changes no result, or whose effect another entry of the key tells."""
+"""Metadata of a config's field that changes no result, or whose effect is in another entry of the key."""
 
 
 class StageMismatchError(ValueError):
-    """A file of an earlier run stands where stage `stage` would write, made with other settings."""
+    """Where stage `stage` would write, there is a file of an earlier run with other settings."""
 
     def __init__(self, message: str, stage: str):
         super().__init__(message)
@@ -30,7 +30,7 @@ def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) 
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """All fields of a dataclass but those marked NOT_IN_KEY, and those of dataclasses in it on the same level."""
+    """The fields of a dataclass and of the dataclasses in it, on one level, except those marked NOT_IN_KEY."""
     found: dict[str, Any] = {}
     for field in fields(config):
         if field.metadata == NOT_IN_KEY:
@@ -45,7 +45,7 @@ def identity(config: Any) -> dict[str, Any]:
 def check_key(path: Path, found: Any, wanted: Mapping[str, Any] | None) -> None:
     """Raise StageMismatchError naming every setting that differs if `path` was not made with the key `wanted`.
 
-    None wants no particular key: the file was given by its path.
+    If `wanted` is None, any key will do: the file was given by its path.
     """
     if wanted is None:
         return

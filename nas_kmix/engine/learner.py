@@ -4,7 +4,7 @@ In:  images and soft labels of one batch.
 Out: the mean loss; and, as plain content, what a checkpoint needs to take the next step as if nothing had happened.
 
 A network may return (logits, auxiliary logits) while it trains, and may offer `draw_drop_path(batch_size, probability,
-generator=)`, whose result it takes as a second argument; nothing else is asked of it.
+generator=)`, whose result it takes as a second argument; nothing else is required.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from nas_kmix.engine.distributed import World
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with Nesterov momentum. The defaults are the paper's PyramidNet-110 on CIFAR (Table 1, after CutMix)."""
+    """SGD with Nesterov momentum. Defaults: the paper's PyramidNet-110 on CIFAR (Table 1, after CutMix)."""
 
     epochs: int = 300
     batch_size: int = 64
     lr: float = 0.25
-    """Learning rate at the start."""
+    """Initial learning rate."""
     schedule: Literal["step", "cosine", "linear"] = "step"
-    """step: x0.1 after each of `milestones`; cosine: to zero over all epochs; linear: likewise, its last five epochs
-    share what is left of the slope (PC-DARTS's on ImageNet)."""
+    """step: divided by ten at each of `milestones` | cosine: to zero over all epochs |
+    linear: to zero, at a fifth of the slope in the last five epochs (PC-DARTS's on ImageNet)."""
     milestones: tuple[float, ...] = (0.75, 0.9)
-    """Shares of the epochs after which `step` divides the rate by ten (225 and 270 of 300)."""
+    """Fractions of the epochs after which `step` divides the learning rate by ten (225 and 270 of 300)."""
     momentum: float = 0.9
     weight_decay: float = 4e-5
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0.0:
             raise ValueError(
-                f"Training needs at least one epoch, a batch size of 1 and a positive learning rate, not "
+                f"Training needs at least one epoch, a batch size of at least 1 and a positive learning rate, not "
                 f"{self.epochs}, {self.batch_size} and {self.lr}."
             )
 
@@ -54,23 +54,23 @@ class Recipe:
 
     nesterov: bool = True
     warmup_epochs: int = 0
-    """First epochs, through which the learning rate rises linearly."""
+    """Epochs of linear learning-rate warm-up."""
     grad_clip: float | None = None
-    """Largest norm of the gradient of all weights together."""
+    """Clip the norm of the gradient of all weights to this value."""
     loss: Literal["cross_entropy", "softmax_bce"] = "cross_entropy"
-    """softmax_bce: binary cross-entropy of every class's probability, the loss of Co-Mixup's published program."""
+    """softmax_bce: binary cross-entropy of every class's softmax probability, as in Co-Mixup's published code."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over all classes."""
     auxiliary_weight: float = 0.4
-    """Weight of the auxiliary head's loss, where the network has such a head."""
+    """Weight of the auxiliary head's loss, if the network has one."""
     drop_path: float = 0.0
-    """Probability that an operation's output is dropped for an image, reached linearly: p * epoch / epochs."""
+    """Drop-path probability per image and operation, rising linearly: p * epoch / epochs."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated and kept."""
+    """Decay of an exponential moving average of the weights; the average is then evaluated and saved."""
     accumulate: int = 1
-    """Parts in which a batch is computed, one after the other, to save memory; BatchNorm sees each on its own."""
+    """Compute each batch in this many parts to save memory (gradient accumulation); BatchNorm sees each part alone."""
     limit_steps: int | None = None
-    """At most so many steps per epoch."""
+    """Maximum number of steps per epoch."""
 
     def __post_init__(self):
         for name in ("label_smoothing", "drop_path"):
@@ -92,7 +92,7 @@ def _flag(name: str) -> str:
 
 
 class Learner:
-    """A model in training with SGD. `model` is the caller's own, trained in place."""
+    """Trains the caller's `model` in place with SGD."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Learner:
             config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            nesterov=recipe.nesterov and config.momentum > 0.0,  # the same without a momentum, but torch refuses it
+            nesterov=recipe.nesterov and config.momentum > 0.0,  # no effect without momentum, but torch refuses it
         )
         self._scaler = torch.amp.GradScaler(self._compute.device.type, enabled=self._compute.amp == "fp16")
         self._average: AveragedModel | None = None
@@ -130,8 +130,8 @@ class Learner:
     def step(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None, weight: float = 1.0) -> Tensor:
         """One step of SGD on images (N, 3, S, S) and soft labels (N, classes); returns the mean loss, on the device.
 
-        `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is what these images count among those
-        of all processes, whose gradients are averaged: 1 where each has as many.
+        `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is the weight of these images when the
+        gradients of all processes are averaged: 1 if all have equally many.
         """
         total = images.new_zeros((), dtype=soft_labels.dtype)
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,7 +140,7 @@ class Learner:
             rows = slice(part[0], part[-1] + 1)
             mask = None if drop_path is None else drop_path[:, :, rows]
             share = len(part) / len(images)
-            waits = i < len(parts) and self._forward is not self.model  # gradients travel once, with the last part
+            waits = i < len(parts) and self._forward is not self.model  # sync gradients once, with the last part
             with self._forward.no_sync() if waits else nullcontext():
                 loss, objective = self._losses(images[rows], soft_labels[rows], mask)
                 self._scaler.scale(objective * (share * weight)).backward()
@@ -155,7 +155,7 @@ class Learner:
         return total
 
     def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of the logits, and the objective, which is that plus the auxiliary head's share."""
+        """The loss of the logits, and the objective: that loss plus the weighted loss of the auxiliary head."""
         with self._compute.autocast():
             images = self._compute.layout(images)
             outputs = self._forward(images) if drop_path is None else self._forward(images, drop_path)
@@ -189,7 +189,7 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.evaluated.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty if the run so far had no use for one
+        if state["scaler"]:  # empty if the run so far did not need one
             self._scaler.load_state_dict(state["scaler"])
         if self._average is not None:
             self.model.load_state_dict(state["unaveraged"])

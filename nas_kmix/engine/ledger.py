@@ -22,7 +22,7 @@ except ImportError:  # Windows: peak memory is not known there
 class StageCost:
     """What one stage has cost over all invocations.
 
-    skipped: this invocation did not run it, as its result was there or not needed; peak_rss_bytes: the most memory the
+    skipped: this invocation did not run it, as its result exists or is not needed; peak_rss_bytes: the most memory the
     process had held by the end of the stage, earlier stages and the data included.
     """
 
@@ -47,14 +47,14 @@ class Ledger:
         return any(not cost.skipped for cost in self.costs.values())
 
     def foreign_stages(self) -> list[str]:
-        """Stages in the file that are not of this ledger; none where there is no file, or a damaged one."""
+        """Stages in the file that this ledger does not have; none if the file is missing or damaged."""
         try:
             return [str(stage) for stage in files.read_json(self._path)["stages"] if stage not in self.costs]
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
     def read_back(self) -> None:
-        """Take up the bills of earlier invocations; a damaged file starts anew."""
+        """Load the bills of earlier invocations; with a damaged file, start from zero."""
         if self._path.exists():
             self.adopt(self._path, tuple(self.costs))
 
@@ -63,9 +63,9 @@ class Ledger:
 
     @contextmanager
     def billing(self, stage: str) -> Iterator[StageCost]:
-        """Bill the time of the block to `stage`; image passes are added to what it yields.
+        """Bill the time of the block to `stage`; the caller adds image passes to the yielded cost.
 
-        A stage inside another one interrupts the other's bill.
+        A nested stage pauses the bill of the outer one.
         """
         outer = self._billing
         if outer is not None:
@@ -80,7 +80,7 @@ class Ledger:
             self._billing = None if outer is None else (outer[0], time.monotonic())
 
     def write(self) -> None:
-        """Bring the file up to date, in the middle of a stage too, so that a killed run is still billed."""
+        """Update the file, even in the middle of a stage, so that a killed run is still billed."""
         if self._billing is not None:
             cost, since = self._billing
             now = time.monotonic()
@@ -98,9 +98,9 @@ class Ledger:
             files.write_json(self._path, {"stages": stages, "total": total})
 
     def adopt_from_run(self, given: Path, stage: str) -> bool:
-        """Bill `given`, the result of `stage` in another run's folder, with what that and the stages before it cost.
+        """Bill what `given`, the result of `stage` in another run's folder, cost there, with the stages before it.
 
-        Returns False where that run's ledger does not tell.
+        Returns False if that run's ledger does not say.
         """
         if given.parent.resolve() == self._path.parent.resolve():
             return True
@@ -108,7 +108,7 @@ class Ledger:
         return self.adopt(given.parent / self._path.name, names[: names.index(stage) + 1])
 
     def adopt(self, cost_json: Path, stages: tuple[str, ...]) -> bool:
-        """Take over the bills of `stages` from another ledger; False where it does not have them."""
+        """Copy the bills of `stages` from another ledger; False if it does not have them."""
         try:
             recorded = files.read_json(cost_json)["stages"]
             adopted = {
@@ -129,8 +129,8 @@ class Ledger:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held so far; 0 where the system does not tell."""
-    if sys.platform == "linux":  # where ru_maxrss begins with what the parent process held
+    """The most memory this process has held so far; 0 if the system does not say."""
+    if sys.platform == "linux":  # where ru_maxrss starts from the parent's memory
         with suppress(OSError, StopIteration):
             status = Path("/proc/self/status").read_text().splitlines()
             return 1024 * int(next(line for line in status if line.startswith("VmHWM:")).split()[1])

@@ -17,7 +17,7 @@ from nas_kmix.engine.progress import Progress
 
 
 class Log:
-    """The log in `folder`; one that does not `write` ignores what it is given.
+    """The log in `folder`; unless it `writes`, it ignores what it is given.
 
     `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss".
     """
@@ -28,7 +28,7 @@ class Log:
         self._events: EventFile | None = None
 
     def read_back(self) -> None:
-        """Take up the rows of earlier invocations, up to the first damaged one."""
+        """Load the rows of earlier invocations, up to the first damaged one."""
         with suppress(OSError, csv.Error, KeyError, TypeError, ValueError):
             text = (self._folder / "metrics.csv").read_text(encoding="utf-8")
             for row in csv.DictReader(io.StringIO(text)):
@@ -40,7 +40,7 @@ class Log:
         self._rows.clear()
 
     def add(self, stage: str, epoch: int, **values: float) -> None:
-        """Add a row. A repeated epoch replaces its row. TensorBoard counts by the value `step` where there is one."""
+        """Add a row. A repeated epoch replaces its row. TensorBoard plots over the value `step` if given."""
         if not self._writes:
             return
         self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
@@ -63,7 +63,7 @@ class Log:
             self._show(epoch, image(f"{stage}/{name}", pixels, dataformats="HWC"))
 
     def _show(self, epoch: int, *summaries: Any) -> None:
-        """Add to TensorBoard's events, the flags before the first. A run goes on without them: they are copies."""
+        """Add events for TensorBoard, preceded by the flags. They are copies, so a run goes on without them."""
         from torch.utils.tensorboard.summary import hparams
 
         try:
@@ -75,11 +75,11 @@ class Log:
                 self._events = events
             self._events.add(epoch, *summaries)
         except (OSError, ValueError) as error:
-            Progress.say(f"warning: TensorBoard misses {self._folder}, epoch {epoch} ({error})")
+            Progress.say(f"warning: no TensorBoard events of {self._folder}, epoch {epoch} ({error})")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as one level of `part.name`, other values than numbers and truth values as text."""
+    """Nested settings flattened to `part.name`; values other than numbers and booleans become text."""
     found: dict[str, bool | int | float | str] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -1,10 +1,10 @@
 """The one skeleton of a resumable training loop: restore, step, measure, save, stop.
 
-In:  a `Task`, which knows its network, its batches and what to do with them; a run to save, bill and log in.
-Out: the task, trained. Stopped or killed at any moment and run again, it ends with the same bits.
+In:  a `Task`, which knows its network, its batches and what to do with them; a run that saves, bills and logs.
+Out: the trained task. A task that is stopped or killed at any moment and run again ends with the same bits.
 
-A training is a row of periods of some steps each, epochs as a rule. After every period the task logs and records what
-it found, and its state is saved; within one it is saved once a minute, and when a signal asks the run to stop.
+Training is a sequence of periods, usually epochs, of some steps each. After every period the task logs and records its
+results, and its state is saved; within a period it is saved once a minute, and when a signal asks the run to stop.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from nas_kmix.engine.run import Run, checkpoint_name
 
 
 class Task(Protocol):
-    """What a loop goes through. Everything random in it is a function of (seed, period, step)."""
+    """What the loop trains. Everything random in it is a function of (seed, period, step)."""
 
     def start(self, period: int) -> None:
         """Set what holds throughout a period, such as the learning rate."""
 
     def batches(self, period: int, first_step: int) -> Iterator[Any]:
-        """The batches of the period from `first_step` on; None takes the place of one that could not be read."""
+        """The batches of the period from `first_step` on; None stands for one that could not be read."""
 
     def step(self, batch: Any, period: int, step: int, meter: Meter) -> int:
-        """Take one step and add its sums to `meter`, `loss` among them; returns the images that it was taken on.
+        """Take one step, add its sums to `meter` (`loss` among them) and return its number of images.
 
-        An image counts once for each time that it went forward and backward through the network.
+        An image counts once for every forward and backward pass.
         """
 
     def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
-        """Log and record the period, whose means per image these are.
+        """Log and record the period, given its means per image.
 
-        Returns the names of the files in which the state is to be kept, beside the checkpoint.
+        Returns the names of the files to save the state to, besides the checkpoint.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; `key`, `meter`, `epoch` and `step` are the loop's."""
+        """Tensors and plain values; the names `key`, `meter`, `epoch` and `step` are the loop's."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 def run_loop(
     task: Task, periods: Sequence[int], *, name: str, key: Mapping[str, Any], run: Run, checkpoint: str | None = None
 ) -> None:
-    """Go through `periods`, the steps of each, from the start or from the run's checkpoint.
+    """Run `periods`, given by their steps, from the start or from the run's checkpoint.
 
-    `name` stands in messages; what comes before its slash is the stage that is billed. The state is kept in the file
-    `checkpoint`, and is only taken up by a task with the same `key`. Raises StoppedError (the state is saved),
+    `name` appears in messages; the part before its slash is the stage that is billed. The state is saved in the file
+    `checkpoint`, and only a task with the same `key` resumes from it. Raises StoppedError (the state is saved),
     NonFiniteLossError, StageMismatchError, and ValueError for a damaged checkpoint.
     """
     checkpoint = checkpoint or checkpoint_name(name)
@@ -59,7 +59,7 @@ def run_loop(
     with run.resumed(checkpoint, key) as state:
         if state is not None:
             task.load_state_dict(state)
-            if run.world.main:  # whose checkpoint holds the sums of all processes
+            if run.world.main:  # its checkpoint holds the sums of all processes
                 meter.load_state_dict(state["meter"])
             first_period, first_step = int(state["epoch"]), int(state["step"])
 
@@ -70,7 +70,7 @@ def run_loop(
         run.save_checkpoint(file, key, {**task.state_dict(), **position})
 
     progress = run.progress(name, sum(periods), done=sum(periods[:first_period]) + first_step)
-    if first_period == len(periods):  # nothing is done, and nothing billed: a finished training tells the same again
+    if first_period == len(periods):  # a finished training: nothing to do or to bill
         progress.close()
         return
     with run.stage(name.partition("/")[0]) as cost:

@@ -1,4 +1,4 @@
-"""Running means of a training epoch that stay on the device until somebody asks."""
+"""Running means of a training epoch that stay on the device until they are read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Meter:
             )
 
     def gather(self, world: World) -> None:
-        """Bring the sums of all processes together in rank 0; the others go on from nothing."""
+        """Add up the sums of all processes in rank 0; the others restart from zero."""
         if world.size == 1:
             return
         names = sorted(self._sums)
@@ -65,7 +65,7 @@ class Meter:
         return {name: float(total) / max(1, self._counts[name]) for name, total in self._sums.items()}
 
     def note(self, stage: str, epoch: int, step: int) -> str:
-        """The mean loss of the epoch in a few words, brought up to date, after `check`, every 50 steps."""
+        """The mean loss of the epoch in a few words, updated every 50 steps after a `check`."""
         if step % STEPS_BETWEEN_CHECKS == 0:
             self.check(stage, epoch)
             self._note = f", loss {self.means()['loss']:.3f}"

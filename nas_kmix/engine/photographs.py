@@ -1,6 +1,6 @@
-"""Training crops of whole photographs: torchvision's v2 transforms, made by the processes that decode the files.
+"""Training crops of whole photographs: torchvision's v2 transforms, run by the processes that decode the files.
 
-Every image has a seed of its own in every epoch, so that crops depend neither on the number of workers nor on how a
+Every image has its own seed in every epoch, so that crops depend neither on the number of workers nor on how a
 batch is divided among processes.
 """
 
@@ -34,6 +34,6 @@ class PhotoTransform:
         if any(self.augmentation.color_jitter):
             steps.append(v2.ColorJitter(*self.augmentation.color_jitter))
         seed = np.random.default_rng([self.seed, CROPS, epoch, index]).integers(2**63)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the state that all share
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.default_generator.manual_seed(int(seed))
             return v2.Compose(steps)(image)

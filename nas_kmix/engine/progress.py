@@ -1,4 +1,4 @@
-"""What a person sees while a long stage runs: a bar on a terminal, plain lines elsewhere, and an estimate first."""
+"""The progress of a long stage: a bar on a terminal, plain lines elsewhere, and an early estimate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Progress:
         self._report(f"{label}: {total} {unit}s{resumed}")
 
     def update(self, steps: int = 1, note: str = "") -> None:
-        """Count `steps`; `note` is what the line should end with."""
-        if steps == 0:  # nothing of what was wanted could be read
+        """Count `steps`; `note` ends the line."""
+        if steps == 0:  # nothing could be read
             return
         self.done += steps
         now = time.monotonic()

@@ -1,6 +1,6 @@
-"""One run: its open folder, its lock, and the wish to stop.
+"""One run: its open folder, its lock, and requests to stop.
 
-A run goes through stages (`pipeline.stage`). What they cost is in its `ledger`, what they measure in its `log`.
+A run goes through stages (`pipeline.stage`). Its `ledger` holds what they cost, its `log` what they measure.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LOCK = ".lock"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 _locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-"""Those that this process holds."""
+"""The locks that this process holds."""
 
 
 def _leave_locks_to_parent() -> None:
-    """A data loader's worker outlives a killed run by seconds; with the lock, it would keep the next one out."""
+    """A data loader's worker outlives a killed run by seconds; holding the lock, it would keep the next run out."""
     while _locks:
         _locks.pop().close()
 
@@ -46,18 +46,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def checkpoint_name(stage: str) -> str:
-    """The file in the run folder that a stage resumes from, unless that is a result itself."""
+    """The file in the run folder that a stage resumes from, unless it resumes from its result."""
     return f"checkpoints/{stage.replace('/', '-')}.pt"
 
 
 class Run:
     """An open run folder. Use as a context manager: it holds the lock and the signal handlers.
 
-    Of the processes of `world` only rank 0 writes, and all read, so that they need the folder in common.
+    Only rank 0 of `world` writes, but all processes read, so they must share the folder.
     """
 
     on_record: Callable[..., None]
-    """What a command wants to be told of after each record of a stage that says so (see `pipeline.search`)."""
+    """Called after each record of a search with what it found (see `pipeline.one_search`); set by the command."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Run:
     ):
         """`records` are the JSON files that describe the run, by name.
 
-        They are written when the first stage starts, so that a refused command leaves those of the results in place.
+        They are written when the first stage starts, so that a refused command keeps those of existing results.
         """
         self.folder = Path(folder)
         self.world = world or World()
@@ -91,7 +91,7 @@ class Run:
         if foreign := self.ledger.foreign_stages():
             raise ValueError(
                 f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)} in "
-                f"{self.path('cost.json')}); choose another."
+                f"{self.path('cost.json')}); choose another folder."
             )
         if self.world.main:
             self._take_folder()
@@ -159,7 +159,7 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageCost]:
-        """Bill the block to stage `name`; image passes are added to what it yields."""
+        """Bill the block to stage `name`; the caller adds image passes to the yielded cost."""
         self._write_records()
         with self.ledger.billing(name) as cost:
             yield cost
@@ -167,12 +167,12 @@ class Run:
     def finish(self) -> None:
         """Complete the records once all stages are done.
 
-        A command that ran no stage leaves those of the results as they are, but for where the images lie now,
-        config.json's `input`.
+        A command that ran no stage keeps the existing records and updates only config.json's `input`, where the images
+        are now.
         """
         if self._records:
             given = self._records["config.json"]
-            with suppress(ValueError, TypeError):  # there is none, or it is damaged: written anew
+            with suppress(ValueError, TypeError):  # missing or damaged: written again
                 self._records["config.json"] = files.read_json(self.path("config.json")) | {"input": given["input"]}
             if self.path("env.json").exists():
                 del self._records["env.json"]
@@ -185,7 +185,7 @@ class Run:
         self._records = {}
 
     def go_on_alone(self) -> bool:
-        """End the common work of the processes: True in the one that does the rest by itself."""
+        """End the joint work of the processes; True in the one that goes on alone."""
         main, self.world = self.world.main, World() if self.world.main else self.world
         return main
 
@@ -212,21 +212,21 @@ class Run:
         return bool(self.world.highest(due)[0])
 
     def save_checkpoint(self, name: str, key: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Write the file `name`, below the folder."""
-        self.ledger.write()  # first: killed between the two, a run has paid for work that it repeats, never the reverse
+        """Write the checkpoint `name`, a path below the folder."""
+        self.ledger.write()  # first: if killed in between, a run is billed for work that it repeats, never the reverse
         if self.world.main:
             files.save_tensors(self.path(name), {"key": dict(key), **state})
         self._checkpoint_time = time.monotonic()
 
     @contextmanager
     def resumed(self, name: str, key: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """The state that `save_checkpoint` wrote, for a block that takes it up; None where there is none.
+        """The state that `save_checkpoint` wrote, for the block to restore; None if there is none.
 
-        Raises StageMismatchError for a state of another command, ValueError for one that cannot be taken up.
+        Raises StageMismatchError for a state with another key, ValueError for one that cannot be restored.
         """
         path, state = self.path(name), None
         if path.exists():
-            state = files.load_tensors(path)  # on the CPU: whoever takes a tensor up moves it to its device
+            state = files.load_tensors(path)  # on the CPU: whoever restores a tensor moves it to its device
             check_key(path, state.get("key"), key)
         with files.damage_named(path, "remove it, or use --fresh"):
             yield state
@@ -247,10 +247,10 @@ def open_run(
     stages: tuple[str, ...],
     compared_by: tuple[str, ...] = (),
 ) -> Iterator[Run]:
-    """The run of a command in `folder`, on the device and among the processes that it is started on.
+    """Open a command's run in `folder`, on its device and among its processes.
 
-    `config` is what config.json shall say of it. Raises ValueError for a folder that is in use or another command's,
-    and for a device that is not there; OSError for a folder that cannot be written to.
+    `config` goes into config.json. Raises ValueError for a folder that is in use or another command's, and for a device
+    that is not available; OSError for a folder that cannot be written to.
     """
     compute = pick_compute(device)
     records = {"config.json": config, "env.json": environment(compute.device)}

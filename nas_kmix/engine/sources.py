@@ -23,7 +23,7 @@ from nas_kmix.engine.folders import SplitFolderError, list_images, meant_by, sub
 
 # Whatever a file is called, only these are decoded: Pillow hands PostScript, for one, to a program of its own.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# A lossy file may decode to other pixels under another library version: it is recognised by its bytes instead.
+# Another library version may decode a lossy file to other pixels, so it is recognised by its bytes.
 LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})
 # The constants that the published training scripts use.
 CIFAR_CONSTANTS = {
@@ -65,7 +65,7 @@ class Source:
         return replace(self, labels=self.labels[indices], **pixels)
 
     def place(self, index: int) -> str:
-        """Where an image lies in the set: its path below the folder, or its number."""
+        """Where an image is in the set: its path below the folder, or its number."""
         return f"image {index}" if self.paths is None else self.paths[index]
 
     def describe(self, index: int) -> str:
@@ -85,9 +85,9 @@ class Source:
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
 
     def content(self, index: int) -> str:
-        """16 hex digits of the image's RGB pixels, or of the file's bytes where its format is lossy.
+        """16 hex digits of a hash of the image's RGB pixels, or of the file's bytes if its format is lossy.
 
-        Bytes are not decoded here, so a broken JPEG has a content too. Raises BadImageError.
+        Bytes are not decoded, so a broken JPEG has a hash too. Raises BadImageError.
         """
         if self.paths is not None and Path(self.paths[index]).suffix.lower() in LOSSY_SUFFIXES:
             try:
@@ -100,7 +100,7 @@ class Source:
         return hashlib.blake2b(payload, digest_size=8).hexdigest()
 
     def native_sizes(self) -> Counter[tuple[int, int]]:
-        """How many images have which (H, W). Reads file headers only; unreadable files are not counted."""
+        """The number of images of each size (H, W). Reads file headers only; unreadable files are not counted."""
         if self.arrays is not None:
             return Counter({self.arrays.shape[1:3]: len(self.arrays)})
         sizes: Counter[tuple[int, int]] = Counter()
@@ -111,13 +111,11 @@ class Source:
             except Exception:  # a damaged file may raise nearly anything; `read` says what is wrong
                 continue
         if not sizes:
-            raise ValueError(
-                f"{self.name}: not one image can be read; repair the files. The first is {self.describe(0)}."
-            )
+            raise ValueError(f"{self.name}: no image can be read; repair the files. The first is {self.describe(0)}.")
         return sizes
 
     def identity(self) -> bytes:
-        """What tells this set of pixels from another: the pixels, or the files' names and sizes."""
+        """Hash of the images: of their pixels, or of the files' names and sizes."""
         digest = hashlib.sha256()
         if self.arrays is not None:
             for pixels in self.arrays if self.arrays.dtype == object else (self.arrays,):
@@ -132,7 +130,7 @@ class Source:
 def open_source(data: str, root: Path, split: str, *, download: bool = True, own_classes: bool = False) -> Source:
     """Open `split` (train | val | test) of what `--data` names. Raises ValueError naming the path and the remedy.
 
-    CIFAR is fetched where it is not under `root` yet, unless `download` forbids it. A folder's classes are those of its
+    CIFAR is downloaded if it is not under `root` yet and `download` allows it. A folder's classes are those of its
     training images or, with `own_classes`, of the split.
     """
     if (data == "digits" or data in CIFAR_CONSTANTS) and split not in ("train", "test"):
@@ -178,7 +176,7 @@ def splits_of(data: str) -> tuple[str, ...]:
 
 
 def _digits(split: str) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8 to 32x32; every fifth of each class, as it comes, is for testing."""
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 32x32; every fifth of a class is for testing."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -235,7 +233,7 @@ def _npz(path: Path, split: str) -> Source:
     labels = labels.astype(np.int64)
     if names is not None:
         names = _class_names(path, names)
-    # Without names every class must show itself; a stray label in the millions would make as many classes.
+    # Without names every class must occur; otherwise a stray label in the millions would make as many classes.
     classes = len(np.unique(labels)) if names is None else len(names)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
@@ -248,12 +246,12 @@ def _npz(path: Path, split: str) -> Source:
 
 def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind not in "US":
-        raise ValueError(f"--data {path}: class_names must be a list of texts, not {names.dtype} {names.shape}.")
+        raise ValueError(f"--data {path}: class_names must be a list of strings, not {names.dtype} {names.shape}.")
     try:
         found = tuple(name.decode() if isinstance(name, bytes) else name for name in names.tolist())
         "".join(found).encode()
     except ValueError as error:
-        raise ValueError(f"--data {path}: class_names are no Unicode text ({error}); write them anew.") from error
+        raise ValueError(f"--data {path}: class_names are not Unicode text ({error}); write them again.") from error
     if len(set(found)) < len(found):
         raise ValueError(f"--data {path}: class_names has a name twice; give every class its own.")
     return found

@@ -1,7 +1,7 @@
 """Supervised training: a model and resident or streamed images in, a trained model out.
 
-It knows no method: how a batch is mixed and how the model is evaluated are functions handed to it. Batch order,
-augmentation, drop-path and layers that draw are functions of (seed, epoch, step), so resuming needs no random state.
+It knows no method: it is handed the functions that mix a batch and evaluate the model. Batch order, augmentation,
+drop-path and random layers are functions of (seed, epoch, step), so resuming needs no random state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINEAR_TAIL = 5  # last epochs of the linear schedule, at a fifth of its slope
 
 
 def learning_rate(config: OptimConfig, epoch: int, warmup_epochs: int = 0) -> float:
-    """The rate throughout `epoch`, counted from 0. It rises to `config.lr` in the `warmup_epochs` first epochs."""
+    """The learning rate of `epoch`, counted from 0. It rises to `config.lr` over the first `warmup_epochs` epochs."""
     if epoch < warmup_epochs:
         return config.lr * (epoch + 1) / warmup_epochs
     if config.schedule == "cosine":
@@ -46,9 +46,9 @@ def learning_rate(config: OptimConfig, epoch: int, warmup_epochs: int = 0) -> fl
 
 @dataclass(frozen=True)
 class Validation:
-    """How a model is evaluated while it trains: `evaluate` turns it into metrics, e.g. val_accuracy and test_accuracy.
+    """How a model is evaluated while it trains: `evaluate` returns metrics, e.g. val_accuracy and test_accuracy.
 
-    `select` names the metric whose highest value chooses the epoch that best.pt keeps; None chooses no epoch.
+    `select` names the metric whose highest value selects the epoch in best.pt; None selects no epoch.
     """
 
     evaluate: Callable[[nn.Module], dict[str, float]]
@@ -61,9 +61,9 @@ class Validation:
 
 @dataclass(frozen=True)
 class Trained:
-    """`model` is the one to use, the averaged one where an average was kept.
+    """`model` is the network to use, the averaged one if an average was kept.
 
-    last and best: the metrics of the last epoch and of the chosen one, with its number, from 0, as `epoch`.
+    last and best: the metrics of the last and of the selected epoch, with its number, from 0, as `epoch`.
     """
 
     model: nn.Module
@@ -93,10 +93,10 @@ def train(
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
     The loss is the cross-entropy against the soft labels of `mix`. `seed` fixes the order of the batches, the
-    augmentation and the mixing. Bills and logs to `run` under the name `stage`. The
-    file `checkpoint` (default: the stage's own) is resumed from; `content` and the state of `bad` are stored in it
-    besides. With a `validation` that selects, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`.
-    Raises NonFiniteLossError, StoppedError (its state saved) and StageMismatchError.
+    augmentation and the mixing. Bills and logs to `run` under the name `stage`. Training resumes from the file
+    `checkpoint` (default: the stage's own), which also holds `content` and the state of `bad`. If `validation` selects
+    an epoch, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`. Raises NonFiniteLossError,
+    StoppedError (its state saved) and StageMismatchError.
     """
     recipe = recipe or Recipe()
     indices = data.good() if indices is None else indices
