@@ -34,6 +34,7 @@ from nas_kmix.boxes import (
     pixel_shares,
     stick_lengths,
 )
+from nas_kmix.engine.labels import class_indices
 from nas_kmix.saliency import SALIENCY, peaks
 
 FEW_SOURCES = 3  # up to this K, pasting bytes by masks is faster than a gather
@@ -160,12 +161,13 @@ class Mixer:
     ) -> tuple[Tensor, Tensor]:
         """Mix images (N, C, H, W) with one another: returns (N, C, H, W) and soft labels float32 (N, classes).
 
-        The inputs are not modified. Raises ValueError for images or labels of the wrong shape or range.
+        Labels are class indices (N,) or one-hot (N, classes), also arrays and lists. The inputs are not modified.
+        Raises ValueError for images or labels of the wrong shape or range.
         """
-        self._check_batch(images, labels)
+        labels = self._checked_labels(images, labels)
         rng = self._generator() if rng is None else rng
         if rng.random() >= self.p:
-            return images, F.one_hot(labels.long(), self.num_classes).float()
+            return images, F.one_hot(labels, self.num_classes).float()
         return self.mix(images, labels, rng)
 
     def mix(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -176,14 +178,14 @@ class Mixer:
         """Draw how to mix a batch (N, C, H, W); the plan is on the images' device."""
         raise NotImplementedError
 
-    def _check_batch(self, images: Tensor, labels: Tensor) -> None:
+    def _checked_labels(self, images: Tensor, labels: Tensor) -> Tensor:
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images must be (N, C, H, W) with N of at least 1, not {tuple(images.shape)}.")
-        if labels.shape != (len(images),) or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be {len(images)} class indices, one per image, not {labels.dtype} {tuple(labels.shape)}."
-            )
-        _check_range(labels, self.num_classes)
+        found = class_indices(labels, device=images.device)
+        if len(found) != len(images) or (np.ndim(labels) == 2 and np.shape(labels)[1] not in (1, self.num_classes)):
+            raise ValueError(f"labels must be {len(images)}, one per image, not {tuple(np.shape(labels))}.")
+        _check_range(found, self.num_classes)
+        return found
 
     def _generator(self) -> np.random.Generator:
         """This process's own generator: a different one in every DataLoader worker and every epoch.

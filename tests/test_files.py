@@ -225,7 +225,7 @@ def test_checkpoints_cut_short_anywhere_are_refused(tmp_path, old_format):
     payload, path = saved(STATE, _use_new_zipfile_serialization=not old_format), tmp_path / "x.pt"
     for length in [*range(0, len(payload), 61), len(payload) - 1]:
         path.write_bytes(payload[:length])
-        with pytest.raises(ValueError, match=f"{path} is cut short or not a checkpoint of ours.*--fresh"):
+        with pytest.raises(ValueError, match=f"{path} is cut short or not a checkpoint of ours.*give a file"):
             files.load_tensors(path)
 
 
@@ -246,7 +246,7 @@ FOREIGN = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_foreign_files_are_no_checkpoints(tmp_path, payload):
     (tmp_path / "x.pt").write_bytes(payload)
-    with pytest.raises(ValueError, match=rf"{tmp_path / 'x.pt'} is .*not a checkpoint of ours.*--fresh"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'x.pt'} is .*not a checkpoint of ours.*give a file"):
         files.load_tensors(tmp_path / "x.pt")
 
 
@@ -307,3 +307,21 @@ def test_a_file_system_without_fsync_can_be_written_to(tmp_path, write, monkeypa
     monkeypatch.setattr(os, "fsync", refuse)
     write(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nobody_is_told_to_remove_a_file_of_his_own(tmp_path):
+    """A foreign checkpoint or data set is not a leftover of a run."""
+    foreign = tmp_path / "resnet50.pth"
+    torch.save(torch.zeros(3), foreign, _use_new_zipfile_serialization=False)
+    listed = tmp_path / "list.pt"
+    torch.save([1, 2], listed)
+    (tmp_path / "set.npz").write_bytes(b"PK cut short")
+    for path in (foreign, listed):
+        with pytest.raises(ValueError, match="give a file that search") as caught:
+            files.load_tensors(path)
+        assert "remove it" not in str(caught.value)
+        with pytest.raises(ValueError, match="remove it, or use --fresh"):
+            files.load_tensors(path, remedy=files.REMOVE_OURS)
+    with pytest.raises(ValueError, match="copy or make it anew") as caught:
+        files.read_npz(tmp_path / "set.npz")
+    assert "remove it" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +61,7 @@ def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], s
     Returns 0, 1 (a full disk, no memory, a lost worker, a loss that is not finite), 2 (bad usage), 130 or 143
     (signals). `remedy` says what to do about a file made with other settings.
     """
+    _prepare_streams()
     try:
         try:
             work()
@@ -87,6 +90,16 @@ def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], s
         print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def _prepare_streams() -> None:
+    """Let no character that a terminal lacks, and no stream that was closed (>&-), end a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _out_of_memory(error: RuntimeError | MemoryError) -> str | None:

@@ -83,9 +83,10 @@ def is_main() -> bool:
 def joined(device: torch.device) -> Iterator[World]:
     """The world in which torchrun started this process, or that of a single process.
 
-    Raises OSError with one sentence if the processes do not find each other or one of them is lost.
+    Raises ValueError for an environment that torchrun does not make, and OSError with one sentence if the processes do
+    not find each other or one of them is lost.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world_size()
     if size == 1:
         yield World()
         return
@@ -104,6 +105,19 @@ def joined(device: torch.device) -> Iterator[World]:
         raise OSError(f"Another process of this job has ended ({_first_line(error)}); its own log says why.") from error
     finally:
         distributed.destroy_process_group()
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"The environment has WORLD_SIZE={text}, which is no number of processes; unset it.")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(text) > 1 and missing:
+        raise ValueError(
+            f"The environment has WORLD_SIZE={text} but no {', '.join(missing)}; start the processes with torchrun, or "
+            f"unset WORLD_SIZE for a single one."
+        )
+    return int(text)
 
 
 def _first_line(error: Exception) -> str:

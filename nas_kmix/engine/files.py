@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 TEMPORARY_SUFFIX = ".nas_kmix.part"
+REMOVE_OURS = "remove it, or use --fresh"
+GIVE_ANOTHER = "give a file that search.py or train_eval.py has written"  # a user's own file is not ours to remove
 # An archive may unpack to this many bytes in any case, and to this multiple of its own size: deflate reaches 1,000 on
 # zeros, but never 100 on photographs and scores.
 SURELY_FITS, MOST_EXPANSION = 1 << 28, 100
@@ -110,7 +112,7 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
         reason = str(error) or type(error).__name__
         if "Object arrays" in reason:
             reason = "it holds Python objects; save plain arrays with numpy.savez"
-        raise ValueError(f"{path} is not a complete .npz file ({reason}); remove it or make it again.") from error
+        raise ValueError(f"{path} is not a complete .npz file ({reason}); copy it again or make it again.") from error
 
 
 def npz_names(path: Path) -> tuple[str, ...]:
@@ -122,8 +124,11 @@ def npz_names(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load what `save_tensors` wrote: plain containers and tensors only. Raises ValueError naming the file."""
+def load_tensors(path: Path, device: torch.device | str = "cpu", *, remedy: str = GIVE_ANOTHER) -> dict[str, Any]:
+    """Load what `save_tensors` wrote: plain containers and tensors only.
+
+    Raises ValueError naming the file and the `remedy`, which is `REMOVE_OURS` for a file of the run folder alone.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
             _refuse_bomb(archive, path.stat().st_size)
@@ -134,10 +139,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
         raise ValueError(f"{path}: there is no such file.") from None
     except Exception as error:  # a damaged pickle may raise nearly anything
         raise ValueError(
-            f"{path} is cut short or not a checkpoint of ours ({type(error).__name__}); remove it, or use --fresh."
+            f"{path} is cut short or not a checkpoint of ours ({type(error).__name__}); {remedy}."
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of ours; remove it, or use --fresh.")
+        raise ValueError(f"{path} is not a checkpoint of ours; {remedy}.")
     return state
 
 

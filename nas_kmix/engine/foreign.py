@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from nas_kmix.engine.labels import class_indices
 from nas_kmix.engine.sources import Source, to_rgb
 
 
 def source_of(dataset: Any) -> Source:
     """The dataset as a Source, without its transforms.
 
-    Reads torchvision's CIFAR classes and ImageFolder, and Subsets of them, directly; others item by item, as PIL images
-    or uint8 (H, W, 3) or (H, W) arrays with integer labels.
+    Knows torchvision's CIFAR classes and ImageFolder, and Subsets of them; of others, the items are read: PIL images
+    or uint8 (H, W, 3), (3, H, W) or (H, W) arrays, with labels as in `labels`.
     """
     if type(dataset) is torch.utils.data.Subset and _is_known(dataset.dataset):
         return source_of(dataset.dataset).part(np.asarray(dataset.indices, dtype=np.int64))
@@ -30,7 +31,10 @@ def source_of(dataset: Any) -> Source:
         else:
             images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
         pixels = {"arrays": _stacked(images, type(dataset).__name__)}
-    labels = np.asarray(labels, dtype=np.int64)
+    try:
+        labels = class_indices(labels).cpu().numpy()
+    except ValueError as error:
+        raise ValueError(f"{type(dataset).__name__}: {error}") from error
     names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
     return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
 
@@ -47,10 +51,17 @@ def _stacked(images: Iterable[Any], name: str) -> np.ndarray:
     rgb = []
     for image in images:
         pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        channels_first = pixels.ndim == 3 and pixels.shape[0] in (1, 3)
+        if channels_first and (isinstance(image, torch.Tensor) or pixels.shape[2] not in (1, 3)):
+            pixels = pixels.transpose(1, 2, 0)  # (C, H, W), as tensors are
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim not in (2, 3)
+            or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3))
+        ):
             raise ValueError(
-                f"The images of {name} come as {pixels.dtype} {pixels.shape}; give the dataset without its transform, "
-                f"as PIL images or uint8 (H, W, 3)."
+                f"The images of {name} come as {pixels.dtype} {pixels.shape}; give the data set without its transform, "
+                f"as PIL images, uint8 (H, W, 3) or uint8 (3, H, W)."
             )
         rgb.append(to_rgb(pixels[None])[0])
     if len({pixels.shape for pixels in rgb}) == 1:

@@ -226,9 +226,10 @@ class Run:
         """
         path, state = self.path(name), None
         if path.exists():
-            state = files.load_tensors(path)  # on the CPU: whoever restores a tensor moves it to its device
+            # On the CPU: whoever restores a tensor moves it to its device.
+            state = files.load_tensors(path, remedy=files.REMOVE_OURS)
             check_key(path, state.get("key"), key)
-        with files.damage_named(path, "remove it, or use --fresh"):
+        with files.damage_named(path, files.REMOVE_OURS):
             yield state
 
     def remove_checkpoint(self, name: str) -> None:

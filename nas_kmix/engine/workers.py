@@ -48,8 +48,8 @@ class WorkerError(OSError):
 def read(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches, from workers that end with this process.
 
-    A slow disk is waited for, with a warning; a lost worker is not. Raises WorkerError, torch's RuntimeError for a lost
-    worker (see `explain`), and StoppedError where a signal came in and no batch after it.
+    A slow disk is waited for, with a warning; a lost worker is not. Raises WorkerError, and StoppedError where a
+    signal came in and no batch after it.
     """
     iterator, warned = _begin(loader), False
     while True:
@@ -59,6 +59,8 @@ def read(loader: DataLoader) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
+            if (sentence := explain(error)) is not None:
+                raise WorkerError(sentence) from error
             if not str(error).startswith("DataLoader timed out"):
                 raise
             pinning = getattr(iterator, "_pin_memory_thread", None)
@@ -119,10 +121,11 @@ def _deaths_expected() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """A sentence for torch's error about a lost worker; None for any other error."""
+    """A sentence for torch's error about a lost worker, which may come up anywhere; None for any other error."""
     if not isinstance(error, RuntimeError) or not str(error).startswith(DEAD):
         return None
-    cause = "was killed (out of memory?)" if "killed by signal: Killed" in str(error) else "has ended"
+    killed = "killed by signal: Killed" in str(error) or any(worker.exitcode == -9 for worker in _workers)
+    cause = "was killed (out of memory?)" if killed else "has ended"
     return f"A worker process that decodes images {cause}: use fewer --workers, or --workers 0."
 
 

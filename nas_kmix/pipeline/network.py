@@ -138,9 +138,9 @@ def load(
     key: Key | None,
 ) -> Trained | None:
     """The network of a finished training, with the weights that were evaluated; None for an unfinished one."""
-    state = files.load_tensors(path)
+    state = files.load_tensors(path, remedy=files.REMOVE_OURS)
     check_key(path, state.get("key"), key)
-    with files.damage_named(path, "remove it, or use --fresh"):
+    with files.damage_named(path, files.REMOVE_OURS):
         if int(state["epoch"]) < config.optim.epochs:
             return None
         model.load_state_dict(state["model"])

@@ -129,7 +129,8 @@ def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, 
     made with `key`.
     """
     compute = compute or Compute()
-    state = files.load_tensors(path, compute.device)
+    remedy = files.GIVE_ANOTHER if key is None else files.REMOVE_OURS  # given, or found in the run folder
+    state = files.load_tensors(path, compute.device, remedy=remedy)
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a scorer of nas_kmix; make one with search.py --stop-after scorer.")
     check_key(path, state.get("key"), key)
