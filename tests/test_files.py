@@ -322,6 +322,6 @@ def test_nobody_is_told_to_remove_a_file_of_his_own(tmp_path):
         assert "remove it" not in str(caught.value)
         with pytest.raises(ValueError, match="remove it, or use --fresh"):
             files.load_tensors(path, remedy=files.REMOVE_OURS)
-    with pytest.raises(ValueError, match="copy or make it anew") as caught:
+    with pytest.raises(ValueError, match="copy it again or make it again") as caught:
         files.read_npz(tmp_path / "set.npz")
     assert "remove it" not in str(caught.value)
