@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from scipy import special
-from scipy.stats import qmc
 
 from nas_kmix.boxes import boxes_from_uniforms
 from nas_kmix.engine.keys import NOT_IN_KEY
@@ -42,9 +41,6 @@ class ScoringConfig:
     partners: Literal["fresh", "fixed", "common"] = "fresh"
     """fresh: new partners at every draw | fixed: the same at all draws of an image |
     common: the same for all images at one draw, with the same phi and boxes."""
-    sequence: Literal["independent", "sobol"] = "independent"
-    """How the draws of an image follow each other in phi and positions: independently, or as a Sobol' sequence with a
-    random shift of its own, which covers them more evenly."""
     baselines: bool = False
     """Also measure what other methods select by: predictive entropy under mixing and without, EL2N, BALD and variation
     ratio of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre
@@ -94,16 +90,9 @@ def draw(indices: np.ndarray, pool_rows: np.ndarray, size: tuple[int, int], conf
     sticks = np.empty((n, config.draws, free))
     boxes = np.empty((n, config.draws, free, 2))
     partners = np.empty((n, config.draws, free), dtype=np.int64)
-    sobol = config.sequence == "sobol"
-    points = (sobol_points if sobol else np.zeros)((config.draws, 3 * free - 1))
     for m in range(config.draws):
-        step = 0 if sobol else m  # all points of an image's sequence share one shift
-        shares, places = (
-            uniforms(PHI, step, indices, free - 1, config),
-            uniforms(BOXES, step, indices, 2 * free, config),
-        )
-        sticks[:, m, 1:] = (shares + points[m, : free - 1]) % 1.0
-        boxes[:, m] = ((places + points[m, free - 1 :]) % 1.0).reshape(n, free, 2)
+        sticks[:, m, 1:] = uniforms(PHI, m, indices, free - 1, config)
+        boxes[:, m] = uniforms(BOXES, m, indices, 2 * free, config).reshape(n, free, 2)
         draw = 0 if config.partners == "fixed" else m
         partners[:, m] = draw_partners(uniforms(PARTNERS, draw, indices, free + 1, config), indices, pool_rows)
     # The anchor breaks its share off the stick. Of the rest, a Dirichlet over K - 1 partners breaks off pieces of
@@ -128,15 +117,6 @@ def uniforms(stream: int, draw: int, indices: np.ndarray, count: int, config: Sc
     philox = np.random.Philox(key=[config.seed, stream], counter=[first * counters, draw, 0, 0])
     block = np.random.Generator(philox).random((last - first + 1, counters * DOUBLES_PER_COUNTER))
     return block[indices - first, :count]
-
-
-def sobol_points(shape: tuple[int, int]) -> np.ndarray:
-    """The first points of the Sobol' sequence, float64 (points, dimensions) in [0, 1).
-
-    Shifted modulo one by a uniform vector (Cranley & Patterson, 1976), each is uniform, and together they stay even.
-    """
-    n, dimensions = shape
-    return qmc.Sobol(dimensions, scramble=False).random_base2((n - 1).bit_length())[:n]  # a power of two, or it warns
 
 
 def draw_partners(uniforms: np.ndarray, indices: np.ndarray, pool_rows: np.ndarray) -> np.ndarray:

@@ -108,7 +108,7 @@ class ScoreTable:
         Spearman's correlation between the values from two random halves of the draws, averaged over 20 splits and
         stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, where the
         values are all the same, and for measures that do not follow from the losses. With `partners="fixed"` the halves
-        share their partners, and this is too high; with `sequence="sobol"` they lose the evenness, and it is too low.
+        share their partners, and this is too high.
         """
         draws = self.losses.shape[1]
         if draws < 4 or len(self.losses) < 3 or measure in self.columns:

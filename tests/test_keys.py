@@ -68,7 +68,6 @@ OTHER = {
     "scorer.optim.schedule": "linear",
     "scoring.loss": "anchor",
     "scoring.partners": "fixed",
-    "scoring.sequence": "sobol",
     "search.arch_grad_clip": 1.0,
     "search.arch_steps": 5,
     "search.edges_by": "alpha-beta",

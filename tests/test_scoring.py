@@ -188,60 +188,6 @@ def test_fixed_partners_keep_phi_and_boxes_fresh():
     assert all(len(np.unique(boxes[i].reshape(8, -1), axis=0)) > 1 for i in range(30))
 
 
-def van_der_corput(number):
-    """The first dimension of the Sobol' sequence: the binary digits, mirrored at the point."""
-    return sum(int(digit) / 2 ** (place + 1) for place, digit in enumerate(reversed(f"{number:b}")))
-
-
-def gray_code(number):
-    return number ^ (number >> 1)
-
-
-def sticks_and_places(config, n, monkeypatch):
-    """The uniforms behind `draw`: stick lengths (n, draws) of the first partner, offsets (n, draws, 2, 2)."""
-    given = []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            anchors, "boxes_from_uniforms", lambda v, size, u: given.append((v, u)) or np.zeros((*v.shape, 4))
-        )
-        anchors.draw(np.arange(n), np.arange(n), (32, 32), config)
-    (v, places), beta = given[0], stats.beta(config.alpha, config.alpha)
-    return beta.cdf(v[:, 1]).reshape(n, -1), places.reshape(n, config.draws, 2, 2)
-
-
-@pytest.mark.parametrize("partners", ["fresh", "common"])
-def test_a_sobol_sequence_is_shifted_as_a_whole(partners, monkeypatch):
-    """Differences modulo one are those of the sequence itself; each image has a shift of its own unless in common."""
-    config = ScoringConfig(draws=12, partners=partners, sequence="sobol", alpha=1.0)
-    shares, places = sticks_and_places(config, 200, monkeypatch)
-    expected = [van_der_corput(gray_code(m)) for m in range(12)]
-    np.testing.assert_allclose((shares - shares[:, :1]) % 1.0, np.tile(expected, (200, 1)), atol=1e-9)
-    shifts = np.hstack([shares[:, :1], places[:, 0].reshape(200, 4)])
-    assert len(np.unique(shifts, axis=0)) == (200 if partners == "fresh" else 1)
-    if partners == "fresh":
-        assert stats.kstest(shifts.ravel(), "uniform").pvalue > 1e-3
-
-
-def test_sobol_draws_are_more_even_than_independent_ones(monkeypatch):
-    """Sixteen draws of an image fall into the sixteen sixteenths of every quantity, one into each, up to the shift."""
-    cells = {}
-    for sequence in ("sobol", "independent"):
-        config = ScoringConfig(draws=16, sequence=sequence, alpha=1.0)
-        shares, places = sticks_and_places(config, 50, monkeypatch)
-        values = np.concatenate([shares[:, :, None], places.reshape(50, 16, 4)], axis=2)
-        turned = (values - values[:, :1]) % 1.0
-        cells[sequence] = [len(set(np.round(turned[i, :, d] * 16, 6) // 1)) for i in range(50) for d in range(5)]
-    assert set(cells["sobol"]) == {16}
-    assert np.mean(cells["independent"]) < 12
-
-
-def test_more_sobol_draws_begin_with_the_fewer():
-    few, many = (
-        anchors.draw(np.arange(9), np.arange(9), (32, 32), ScoringConfig(draws=m, sequence="sobol")) for m in (10, 20)
-    )
-    np.testing.assert_array_equal(many.boxes.reshape(9, 20, 2, 4)[:, :10], few.boxes.reshape(9, 10, 2, 4))
-
-
 def test_a_model_in_training_mode_is_scored_in_eval_mode_and_given_back(data):
     model = build_backbone("tiny", num_classes=CLASSES, seed=1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
