@@ -210,7 +210,8 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
     def fail(backend):
         raise RuntimeError("Gloo connectFullMesh failed\nwith a stack below")
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", fail)
     with pytest.raises(OSError, match=r"do not find each other \(Gloo connectFullMesh failed\)"), joined(two_ranks.CPU):
         pass

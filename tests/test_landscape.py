@@ -336,8 +336,7 @@ def test_a_crash_loses_what_came_after_the_last_save_and_no_more(trained, undist
             return original(self, at)
 
         patch.setattr(Objective, "value", failing)
-        with pytest.raises(MemoryError):
-            landscape.main(command(trained, tmp_path, "tiny"))
+        assert landscape.main(command(trained, tmp_path, "tiny")) == 1
     state = torch.load(tmp_path / "checkpoints" / "tiny.pt", weights_only=True)
     assert len(state["losses"]) == 11 and not list(tmp_path.glob("*.npz"))
     assert landscape.main(command(trained, tmp_path, "tiny")) == 0

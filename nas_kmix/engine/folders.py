@@ -56,7 +56,7 @@ def list_images(folder: Path, classes: Iterable[str]) -> Listing:
         labels += [label] * len(found)
     for path in paths:
         if any(0xD800 <= ord(character) <= 0xDFFF for character in path):  # how Python shows bytes that are no UTF-8
-            raise ValueError(f"{folder} holds {path!a}, a name that is no Unicode text; rename that file or folder.")
+            raise ValueError(f"{folder} holds {path!a}, a name that is not Unicode text; rename that file or folder.")
     for parent in sorted({(folder / name).parent for name in classes}):
         if count := len(loose_images(parent)):
             others["images beside the class folders"] += count
