@@ -268,7 +268,9 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
         raise unusable(classes)
     unknown = sorted({*subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
     if strays := list_images(folder, [f"{split}/{name}" for name in unknown]).paths:
-        raise SplitFolderError(f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or remove it.")
+        raise SplitFolderError(
+            f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or remove it."
+        )
     found = list_images(folder, [f"{split}/{name}" for name in names if (folder / split / name).is_dir()])
     if not found.paths:
         raise unusable(folder / split, found.left_out)
