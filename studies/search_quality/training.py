@@ -182,6 +182,7 @@ def run_cell(cell: Cell, data: ImageData, halves: Halves) -> Generator[None, Non
             if step in setting.forks:
                 for arch_lr in setting.arch_lrs:
                     yield from training.fork(step, arch_lr)
+                # What there is so far, for whoever has to end a long cell.
                 print(f"{cell.name}: {json.dumps(readings)}", file=sys.stderr, flush=True)
             if step < setting.rest_steps:
                 training.weight_step(step)
