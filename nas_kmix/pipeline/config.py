@@ -44,7 +44,7 @@ class Config:
     """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
     preset: Literal["quick", "cpu", "gpu", "paper", "imagenet"] = "quick"
-    """quick: digits, half a minute | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
+    """quick: digits, under a minute | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
     paper: the paper's settings | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
@@ -87,7 +87,7 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    # Shows that everything works, in half a minute on two cores. The ranking is mostly noise, the genotype useless.
+    # Shows that everything works, in under a minute on two idle cores. The ranking is mostly noise.
     "quick": Config(
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
@@ -101,8 +101,8 @@ PRESETS: dict[str, Config] = {
         ),
         device=DeviceConfig(channels_last=True),
     ),
-    # CIFAR-100 without a GPU: 25 minutes on one thread at --ratio 0.05, with a scorer of 46 % accuracy
-    # (studies/first_run). For comparing proxies with each other, not with published genotypes.
+    # CIFAR-100 without a GPU, in about half an hour on one idle thread. The scorer reaches 46 % accuracy
+    # (studies/first_run); how long alpha rests comes from studies/search_quality.
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),
