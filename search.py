@@ -1,6 +1,6 @@
 """Search for an architecture on a proxy dataset: images in, `genotype.json` out.
 
-    python search.py --out runs/digits                                # handwritten digits, under a minute on two cores
+    python search.py --out runs/digits                                # handwritten digits, a minute on two cores
     python search.py --preset cpu --data cifar100 --out runs/c100     # a small scorer and supernet
     python search.py --preset paper --data cifar100 --out runs/paper  # the paper's settings, for a GPU
     python search.py --preset paper --data cifar100 --stop-after proxy --export-list proxy.tsv
