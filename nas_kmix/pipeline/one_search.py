@@ -275,17 +275,16 @@ class _Searching:
         return self.run.compute.layout(images), batch.labels
 
     def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
-        done, bilevel = self.search.steps_done, self.search.config
-        arch_step = done - bilevel.rest_steps
-        diagnostics = self.search.model.diagnostics(self.config.edges_by)._asdict()
-        lr = learning_rate(bilevel, done - 1)
-        self.run.log.add(self.name, period, step=done, arch_step=max(0, arch_step), lr=lr, **means, **diagnostics)
-        if arch_step >= 0:
-            self.rows.append(history.row_of(self.search, self.config.edges_by))
+        bilevel, row = self.search.config, history.row_of(self.search, self.config.edges_by)
+        done, lr = row["step"], learning_rate(bilevel, row["step"] - 1)
+        place = {"step": done, "arch_step": max(0, row["arch_step"])}
+        self.run.log.add(self.name, period, **place, lr=lr, **means, **row["diagnostics"])
+        if row["arch_step"] >= 0:
+            self.rows.append(row)
             history.write_history(self.rows, self.folder)
-            tables, genotype = [row["tables"] for row in self.rows], history.genotype_of(self.rows[-1])
+            tables = [row["tables"] for row in self.rows]
             records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))
-            self.run.on_record(self.name, done, tables, genotype, records=records)
+            self.run.on_record(self.name, done, tables, history.genotype_of(row), records=records)
         return ()
 
     def state_dict(self) -> dict[str, Any]:
