@@ -3,7 +3,7 @@
     python -m studies.search_quality.whole --only preset/cpu/101     # one of them; without --only, all that are missing
     python -m studies.search_quality.whole --only rates              # alone on the machine: image passes per second
 
-A cell is a run folder, and appends its line to runs.jsonl: the command, the genotype, the tables of every record and
+A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record and
 the cost. After --minutes a cell saves its state and the program ends with code 75; the same command goes on from there.
 """
 
@@ -66,12 +66,12 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     commands = {"rates": RATES}
     for name, (seeds, flags) in PRESETS.items():
         for seed in seeds:
-            given = f" --proxy {config.out / f'preset-cpu-{seed}' / 'proxy.json'}" if name == "gpu" else ""
+            given = f" --proxy {config.out}/preset-cpu-{seed}/proxy.json" if name == "gpu" else ""
             commands[f"preset/{name}/{seed}"] = f"{flags} --seed {seed}{given}"
     for arm, flags in PROXIES.items():
         for seed in PROXY_SEEDS:
             needs_scores = "random" not in flags and "none" not in flags
-            given = f" --scores {config.out / f'preset-cpu-{seed}' / 'scores.npz'}" if needs_scores else ""
+            given = f" --scores {config.out}/preset-cpu-{seed}/scores.npz" if needs_scores else ""
             commands[f"proxies/{arm}/{seed}"] = f"--preset cpu {flags} --seed {seed}{given}"
     return {name: partial(run, name, flags, config) for name, flags in commands.items()}
 
@@ -80,12 +80,12 @@ def run(name: str, flags: str, config: Config) -> dict[str, Any]:
     """Search, and return what the line holds. Raises StoppedError at its time."""
     folder = config.out / name.replace("/", "-")
     data = [] if "quick" in flags else ["--data", config.cifar100]
-    command = [*flags.split(), *data, "--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
-    result = search.run(search.parse(command))
+    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
+    result = search.run(search.parse([*flags.split(), *data, *place]))
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
     return {
-        "command": command,
+        "flags": flags,
         "genotype": result.genotype.to_json(),
         "records": _records(folder, history),
         "cost": _passes(files.read_json(folder / "cost.json")["stages"]),

@@ -51,7 +51,7 @@ SCORINGS = {
     "paper": "",
     "anchor": "--scoring.partners common --scoring.loss anchor --scoring.baselines",
 }
-"""Two scorings by the same scorer: the paper's, and all images mixed with the same partners and judged by their own label."""
+"""Two scorings by one scorer: the paper's; and the same mixes for all images, judged by their own labels."""
 
 
 @dataclass(frozen=True)
