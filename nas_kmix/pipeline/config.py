@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,6 +58,8 @@ class Config:
     """Also write the proxy to this file, one line `path-or-index, label, class name` per image, for other trainers."""
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
+    jobs: int = min(8, os.cpu_count() or 1)
+    """Child processes of one thread each that work side by side; results are the same whatever the number."""
     report: bool = True
     """Show the architecture in TensorBoard during the search, and write the page report.html at the end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
@@ -185,6 +188,8 @@ def check_flags(config: Config) -> None:
         if measured and getattr(config.search, name) != getattr(preset, name):
             flags = " and ".join(f"--{step.replace('_', '-')}" for step in steps)
             raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flags}; change those, or leave it out.")
+    if config.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {config.jobs}.")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
 
