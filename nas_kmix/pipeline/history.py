@@ -52,3 +52,13 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
     files.write_text(genotypes, "\n".join(lines) + "\n")
     stacked = {name: np.stack([row["tables"][name].numpy() for row in rows]) for name in ARCHITECTURE_NAMES}
     files.write_npz(alphas, stacked)
+
+
+def read_history(folder: Path) -> list[tuple[int, Genotype]]:
+    """(architecture step, genotype) of every record in `folder`; none if its file is gone. Raises ValueError."""
+    path = folder / FILES[0]
+    if not path.exists():
+        return []
+    with files.damage_named(path, files.REMOVE_OURS):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(int(row["arch_step"]), Genotype.from_json(row["genotype"])) for row in rows]
