@@ -1,6 +1,6 @@
 """One bilevel search on the two halves of a proxy: its settings, and the loop that a run goes through.
 
-In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history beside it.
+In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history in a folder.
 
 `darts_space.bilevel` takes the bilevel steps. This module reads their batches, augments them and, with `search_size`,
 averages them to fewer pixels. First the weights move alone, then the architecture too. From then on `history` records
@@ -40,6 +40,7 @@ from nas_kmix.sampling import split_by_class
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
+SET_ASIDE = 0.1  # of all images, where there is no proxy
 TURN = 1000
 """Steps on the weights before which the gradient of alpha favours pools (studies/search_quality)."""
 
@@ -89,7 +90,8 @@ class SearchConfig:
     record_every: int | None = None
     """Steps between rows of the log and, once the architecture moves, of genotypes.jsonl. Default: an epoch."""
     seeds: int = 1
-    """Number of searches on the same proxy; genotype.json is the one that shares most edges with the others."""
+    """Number of searches on the same proxy. The finals compare them; without finals, genotype.json is the one that
+    shares most edges with the others."""
     cuda_graphs: bool = field(default=False, metadata=NOT_IN_KEY)
     """On a GPU, record a step once, then replay it: nine times as fast for a small supernet. First order, no fp16."""
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
@@ -157,9 +159,10 @@ class Halves:
 
     @staticmethod
     def of_all_images(data: ImageData, arch_share: float, *, seed: int) -> Halves:
-        """All images that can be read, divided by class."""
-        weights, arch = split_by_class(data.good(), data.labels[data.good()], arch_share, seed=seed)
-        return Halves(weights, arch, identity=f"all images, arch_share {arch_share}")
+        """All images that can be read, divided by class, but for a tenth that is left for the verdict of the finals."""
+        used, _ = split_by_class(data.good(), data.labels[data.good()], SET_ASIDE, seed=seed + 1)
+        weights, arch = split_by_class(used, data.labels[used], arch_share, seed=seed)
+        return Halves(weights, arch, identity=f"all images but {SET_ASIDE:.0%}, arch_share {arch_share}")
 
 
 def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, run: Run) -> None:
@@ -178,7 +181,7 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
 
 def search_once(
     name: str,
-    path: Path,
+    folder: Path,
     config: SearchConfig,
     halves: Halves,
     data: ImageData,
@@ -186,7 +189,7 @@ def search_once(
     run: Run,
     key: Key,
 ) -> Genotype:
-    """Search, and write the genotype after the last step to `path`, with the history beside it."""
+    """Search, write the history into `folder`, and return the genotype after the last step."""
     epoch_steps = halves.epoch_steps(config.batch_size)
     bilevel = config.bilevel(run.compute.amp, epoch_steps)
     supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
@@ -194,11 +197,10 @@ def search_once(
     search = (GraphedSearch if graphed else Search)(supernet, bilevel)
     every = config.record_every or epoch_steps
     periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
-    task = _Searching(name, path.parent, search, periods, config, halves, data, run)
+    task = _Searching(name, folder, search, periods, config, halves, data, run)
     run_loop(task, periods, name=name, key=key, run=run)
     genotype = history.genotype_of(task.rows[-1])
     history.say_how_sure(genotype, task.rows, name, run)
-    genotype.save(path, provenance=key)
     return genotype
 
 
