@@ -80,8 +80,9 @@ def run(name: str, flags: str, config: Config) -> dict[str, Any]:
     """Search, and return what the line holds. Raises StoppedError at its time."""
     folder = config.out / name.replace("/", "-")
     seed = flags.split("--seed ")[1].split()[0]
-    if f"scorer-{seed}/scores.npz" in flags:  # one scorer a seed serves all proxies
-        _search(f"--preset cpu --seed {seed} --stop-after scores", config.out / f"scorer-{seed}", config)
+    scorer = config.out / f"scorer-{seed}"
+    if str(scorer) in flags and not (scorer / "scores.npz").exists():  # one scorer a seed serves all proxies
+        _search(f"--preset cpu --seed {seed} --stop-after scores", scorer, config)
     result = _search(flags, folder, config)
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
