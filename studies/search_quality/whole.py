@@ -42,7 +42,7 @@ PROXIES = {
     "random-.1": "--ratio 0.1 --method random",
     "all": "--proxy none",
 }
-PROXY_SEEDS = range(101, 107)
+PROXY_SEEDS = range(1, 7)
 RATES = "--preset cpu --scorer.epochs 1 --rest-steps 320 --arch-steps 10 --seed 0"  # 32 to 1, as the preset
 
 
@@ -71,7 +71,7 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     for arm, flags in PROXIES.items():
         for seed in PROXY_SEEDS:
             needs_scores = "random" not in flags and "none" not in flags
-            given = f" --scores {config.out}/preset-cpu-{seed}/scores.npz" if needs_scores else ""
+            given = f" --scores {config.out}/scorer-{seed}/scores.npz" if needs_scores else ""
             commands[f"proxies/{arm}/{seed}"] = f"--preset cpu {flags} --seed {seed}{given}"
     return {name: partial(run, name, flags, config) for name, flags in commands.items()}
 
@@ -79,9 +79,11 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
 def run(name: str, flags: str, config: Config) -> dict[str, Any]:
     """Search, and return what the line holds. Raises StoppedError at its time."""
     folder = config.out / name.replace("/", "-")
-    data = [] if "quick" in flags else ["--data", config.cifar100]
-    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
-    result = search.run(search.parse([*flags.split(), *data, *place]))
+    seed = flags.split("--seed ")[1].split()[0]
+    scorer = config.out / f"scorer-{seed}"
+    if str(scorer) in flags and not (scorer / "scores.npz").exists():  # one scorer a seed serves all proxies
+        _search(f"--preset cpu --seed {seed} --stop-after scores", scorer, config)
+    result = _search(flags, folder, config)
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
     return {
@@ -90,6 +92,12 @@ def run(name: str, flags: str, config: Config) -> dict[str, Any]:
         "records": _records(folder, history),
         "cost": _passes(files.read_json(folder / "cost.json")["stages"]),
     }
+
+
+def _search(flags: str, folder: Path, config: Config) -> search.Result:
+    data = [] if "quick" in flags else ["--data", config.cifar100]
+    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
+    return search.run(search.parse([*flags.split(), *data, *place]))
 
 
 def _records(folder: Path, history: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
