@@ -30,7 +30,7 @@ from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.feed import step_batches
 from nas_kmix.engine.keys import NOT_IN_KEY
-from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 from nas_kmix.manifest import ProxyManifest
@@ -40,6 +40,7 @@ from nas_kmix.sampling import split_by_class
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
 LAST_RECORDS = 4  # how many records the final genotype is compared with
+SETTLED = GENOTYPE_EDGES - 2  # edges that must then be there on average for a genotype to be called settled
 TURN = 1000
 """Steps on the weights before which the gradient of alpha favours pools (studies/search_quality)."""
 
@@ -170,8 +171,8 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
     )
     if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
         run.say(
-            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; before about {TURN:,} "
-            "its gradient favours pools, whatever the images. Raise --rest-steps."
+            f"warning: the architecture starts to move after only {bilevel.rest_steps:,} steps. Before about {TURN:,} "
+            "the weights mean so little that it drifts towards pools, whatever the images; raise --rest-steps"
         )
 
 
@@ -210,9 +211,10 @@ def _say_how_sure(genotype: Genotype, rows: Sequence[history.Row], name: str, ru
     earlier = [history.genotype_of(row) for row in rows[-LAST_RECORDS - 1 : -1]]
     if earlier:
         mean = np.mean([genotype.shared_edges(other) for other in earlier])
+        settled = "it had settled" if mean >= SETTLED else "it was still changing, so trust it little"
         run.say(
-            f"{name}: the {len(earlier)} records before the last share {mean:.1f} of {GENOTYPE_EDGES} edges with the "
-            "genotype"
+            f"{name}: the {len(earlier)} records before the last had {mean:.1f} of the {GENOTYPE_EDGES} edges of the "
+            f"genotype on average: {settled}"
         )
     if genotype.collapsed:
         skips, pools = genotype.skip_connections()[0], genotype.pools()[0]
@@ -274,18 +276,17 @@ class _Searching:
             images = F.interpolate(images, size=(self.config.search_size,) * 2, mode="area")
         return self.run.compute.layout(images), batch.labels
 
-    def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
+    def end(self, period: int, means: Mapping[str, float]) -> Ended:
         bilevel, row = self.search.config, history.row_of(self.search, self.config.edges_by)
         done, lr = row["step"], learning_rate(bilevel, row["step"] - 1)
         place = {"step": done, "arch_step": max(0, row["arch_step"])}
-        self.run.log.add(self.name, period, **place, lr=lr, **means, **row["diagnostics"])
         if row["arch_step"] >= 0:
             self.rows.append(row)
             history.write_history(self.rows, self.folder)
             tables = [row["tables"] for row in self.rows]
             records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))
             self.run.on_record(self.name, done, tables, history.genotype_of(row), records=records)
-        return ()
+        return Ended({**place, "lr": lr, **means, **row["diagnostics"]})
 
     def state_dict(self) -> dict[str, Any]:
         return {"search": self.search.state_dict(), "history": self.rows}
