@@ -220,7 +220,7 @@ class CifarNetwork(Network):
     """The network for small images: the stem keeps H and W, the cells reduce them to a fourth."""
 
     kind = "cifar"
-    minimum_size = 32
+    minimum_size = 16
 
     def __init__(
         self,

@@ -681,7 +681,7 @@ def test_files_that_cannot_be_read_are_left_out_listed_and_counted(mode, damaged
 def test_bad_files_found_late_are_listed_too(damaged_folder, tmp_path, monkeypatch):
     """Of a large streamed set only a sample is read before training; the rest turns up while scoring."""
     folder, bad = damaged_folder
-    monkeypatch.setattr(engine_data._measure_constants, "__defaults__", (7,))
+    monkeypatch.setattr(engine_data.augment.measure_constants, "__defaults__", (7,))
     streamed = ["--max-resident-gb", 0, "--image-size", 16]
     completed(command(folder, tmp_path / "run", *streamed, *TO_PROXY))
     listed = (tmp_path / "run" / "bad_images.txt").read_bytes()

@@ -128,9 +128,9 @@ def test_a_run_keeps_to_its_schedule_across_a_resume(train_only, tmp_path, monke
 
 def test_images_that_are_too_small_are_refused_with_the_flag(tmp_path, capsys):
     path = tmp_path / "small.npz"
-    np.savez(path, train_images=draw_pixels(4, 28, 28, 3), train_labels=np.arange(4) % 2)
+    np.savez(path, train_images=draw_pixels(4, 12, 12, 3), train_labels=np.arange(4) % 2)
     assert train_eval.main([*SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "images have 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
+    assert "images have 12 px" in (said := capsys.readouterr().err) and "use --image-size 16" in said
     assert run(path, tmp_path / "run", "--image-size", 32, "--epochs", 1)["epochs"] == 1
 
 
@@ -433,7 +433,7 @@ def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, mon
     """The rest of the last epoch does not read it again, and constants are measured on a part of a large set."""
     cut_in_half(photographs / "train/ant/3.jpg")
     flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2]
-    monkeypatch.setattr(data_module, "_measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
+    monkeypatch.setattr(data_module.augment, "measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
     with monkeypatch.context() as patch:
         met, read = [], Source.read
 
