@@ -16,11 +16,11 @@ from torch import nn
 
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data, prepared_for_evaluation
+from nas_kmix.engine.datasets import splits_of
 from nas_kmix.engine.distributed import World, is_main
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.folders import SplitFolderError, look_alikes
 from nas_kmix.engine.progress import Progress
-from nas_kmix.engine.sources import splits_of
 from nas_kmix.sampling import split_by_class
 
 

@@ -304,7 +304,6 @@ def test_other_settings_are_refused_and_nothing_changes(npz, alone, tmp_path, ca
         (["--genotype", "PC_DARTS_cifar", "--max-macs", "many"], "many"),
         (["--genotype", "PC_DARTS_cifar", "--train-images", "1000"], "--train-images 1000"),
         (["--genotype", "PC_DARTS_cifar", "--val-share", "1"], "--val-share"),
-        (["--genotype", "PC_DARTS_cifar", "--image-size", "100"], "128"),
         (["--eval-only", "nowhere.pt"], "nowhere.pt"),
         (["--eval-only", "nowhere.pt", "--backbone", "tiny"], "--eval-only"),
         (["--eval-only", "nowhere.pt", "--max-macs", "1M"], "--eval-only reads the network"),
@@ -434,7 +433,7 @@ def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, mon
     """The rest of the last epoch does not read it again, and constants are measured on a part of a large set."""
     cut_in_half(photographs / "train/ant/3.jpg")
     flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2]
-    monkeypatch.setattr(data_module, "_measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
+    monkeypatch.setattr(data_module.augment, "measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
     with monkeypatch.context() as patch:
         met, read = [], Source.read
 

@@ -44,7 +44,8 @@ from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.cli import with_home
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
-from nas_kmix.engine.sources import Source, open_class_folders
+from nas_kmix.engine.datasets import open_class_folders
+from nas_kmix.engine.sources import Source
 
 START = 2  # random stream, beside runs.SUBSET
 Flat = tyro.conf.arg(name="")

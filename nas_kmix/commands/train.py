@@ -15,12 +15,13 @@ from torch import nn
 from darts_space import CifarNetwork, ImageNetNetwork, cost
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.commands.summary import of_evaluation, of_training
+from nas_kmix.commands.summary import of_evaluation, of_images, of_training
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.datasets import located
 from nas_kmix.engine.distributed import is_main, joined
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.export import export_model
@@ -28,7 +29,6 @@ from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, open_run
-from nas_kmix.engine.sources import located
 from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline import network
@@ -159,11 +159,8 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
             run.clear(RESULTS)
         if config.preset in PAPER:
             run.say(f"the paper's {PAPER[config.preset].doc}")
-        run.say(
-            f"{data.source.name}: {len(training.indices)} training images of {data.num_classes} classes, "
-            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}; "
-            f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
-        )
+        run.say(of_images(data, len(training.indices), config.augmentation))
+        run.say(f"network: {result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds")
         run.say(where_validation_comes_from(config.input.data, splits, evaluated, config.val_share))
         settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
         if settings.sync_batchnorm:
@@ -190,6 +187,8 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
     compute = pick_compute(config.device)
     with joined(compute.device) as world:
         trained = load_classifier(config.eval_only)
+        if config.input.image_size != PRESETS[config.preset].input.image_size:
+            trained = replace(trained, image_size=config.input.image_size)
         options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         sets = other_splits(config.input, trained, **options, same_classes=False)
         if not sets:
@@ -200,8 +199,8 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
             here = sets[split].data.class_names
             if world.main and not config.quiet:
                 Progress.say(
-                    f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
-                    f"{len(set(here) & set(names))} of its {len(here)} classes"
+                    f"{split}: {len(part.indices)} images of {part.data.image_size} px; the network, trained on "
+                    f"{len(names)} classes, knows {len(set(here) & set(names))} of its {len(here)} classes"
                 )
         model = compute.layout(trained.model.to(compute.device))
         own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())

@@ -16,6 +16,7 @@ import tyro
 
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.meter import NonFiniteLossError
+from nas_kmix.engine.named_sets import survives_mirroring
 from nas_kmix.engine.signals import StoppedError
 from nas_kmix.engine.workers import end_workers, explain
 
@@ -23,15 +24,26 @@ Config = TypeVar("Config")
 
 
 def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str | None) -> Config:
-    """Parse flags into a config; `--preset` (default: `quick`) is read first and sets the other flags' defaults."""
-    preset = "quick"
-    for i, argument in enumerate(argv):
-        if argument == "--preset" and i + 1 < len(argv):
-            preset = argv[i + 1]
-        elif argument.startswith("--preset="):
-            preset = argument.split("=", 1)[1]
-    default = presets.get(preset, presets["quick"])  # an unknown preset is refused later, with its name
+    """Parse flags into a config.
+
+    `--preset` (default: `quick`) is read first and sets the other flags' defaults, and `--data` that of `--flip`, which
+    is off for digits, letters and SVHN.
+    """
+    default = presets.get(_value(argv, "--preset"), presets["quick"])  # an unknown one is refused later, with its name
+    flip = survives_mirroring(_value(argv, "--data") or default.input.data)
+    default = replace(default, augmentation=replace(default.augmentation, flip=flip))
     return with_home(tyro.cli(type(default), args=argv, default=default, description=description))
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """The last value that is given to the flag."""
+    value = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if argument == flag:
+            value = following
+        elif argument.startswith(f"{flag}="):
+            value = argument.split("=", 1)[1]
+    return value
 
 
 def with_home(config: Config) -> Config:
