@@ -1,4 +1,13 @@
-"""The command search.py: run the stages in order, and print and write what goes with them."""
+"""Search for an architecture on a proxy dataset: images in, `genotype.json` out.
+
+    nas-kmix search --out runs/digits                             # handwritten digits, a minute on two cores
+    nas-kmix search --preset cpu --data cifar100 --out runs/c100  # a small scorer and supernet
+    nas-kmix search --preset cpu --data cifar100 --dry-run        # what that would do, and how long it would take
+    nas-kmix search --config runs/c100/config.json --seed 1 --out runs/c100-1
+
+search.py is the same command. It runs the stages in order, and prints and writes what goes with them. Run the same
+command again to resume.
+"""
 
 from __future__ import annotations
 
@@ -164,13 +173,20 @@ def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
     lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
     if result.genotype is not None:
         picture = ["--picture", str(folder / "cells.png")]
-        next_command = ["-m", "nas_kmix.analysis.cells", str(folder / search.FILE), *picture]
+        next_command = ["python", "-m", "nas_kmix.analysis.cells", str(folder / search.FILE), *picture]
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        next_command = ["search.py", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
+        next_command = [
+            *cli.program("search.py", "search"),
+            *rest_of(argv),
+            "--proxy",
+            str(path),
+            "--out",
+            f"{folder}-search",
+        ]
     else:
         return "\n".join(lines)
-    lines.append(f"next         python {shlex.join(next_command)}")
+    lines.append(f"next         {shlex.join(next_command)}")
     return "\n".join(lines)
 
 
@@ -217,6 +233,11 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         nonlocal config
         config = parse(argv, description)
+        if config.invocation.dry_run:
+            from nas_kmix.commands.dry_run import of_search  # rarely needed
+
+            print("\n".join(of_search(config)))
+            return
         result = run(config)
         if is_main():
             print(_summary(config, result, argv))

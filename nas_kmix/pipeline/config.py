@@ -11,6 +11,7 @@ import tyro
 
 from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.cli import Invocation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
@@ -55,6 +56,7 @@ class Config:
     given: Annotated[Given, Flat] = field(default_factory=Given)
     export_list: Path | None = None
     """Also write the proxy to this file, one line `path-or-index, label, class name` per image, for other trainers."""
+    invocation: Annotated[Invocation, Flat] = field(default_factory=Invocation)
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     report: bool = True
@@ -75,11 +77,14 @@ class Config:
         return self.selection.method != "random" or self.stop_after in ("scorer", "scores")
 
     def spread(self) -> Config:
-        """The same config, with the shared seed and augmentation copied into the config of every stage."""
+        """The same config, with the shared seed and augmentation copied into the config of every stage.
+
+        Cutout is the search's alone, as in PC-DARTS's code: the scorer's images are mixed.
+        """
         common = {"seed": self.seed, "augmentation": self.augmentation}
         return replace(
             self,
-            scorer=replace(self.scorer, **common),
+            scorer=replace(self.scorer, seed=self.seed, augmentation=replace(self.augmentation, cutout=0)),
             scoring=replace(self.scoring, seed=self.seed),
             selection=replace(self.selection, seed=self.seed),
             search=replace(self.search, **common),
