@@ -161,7 +161,8 @@ def test_settings_may_lie_where_their_flags_are():
     )
     assert (found.input.data, found.input.image_size, found.selection.ratio, found.seed) == ("x.npz", 64, 1.0, 3)
     assert (found.scorer.optim.epochs, found.scorer.optim.milestones) == (3, (0.5,))
-    assert found.search == search.PRESETS["quick"].search and found.device.device == "cpu"
+    assert found.search == search.PRESETS["quick"].search and found.device.device == "cpu" and not found.with_finals
+    assert configured(found, {"finals": {"epochs": 3}}).finals.epochs == 3
 
 
 def test_the_config_of_a_run_gives_the_same_bytes_in_another_folder(searched, tmp_path, monkeypatch):
@@ -239,7 +240,11 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(npz, tmp_path, cap
         "proxy     select, 39 of 96 images, 13 to 13 of each class: 20 train the weights, 19 the architecture"
     )
     assert lines[4].startswith("search    2 steps on the weights, then 2 on the architecture too, 8 images: about ")
-    assert lines[5].startswith("total     about ") and not (tmp_path / "run").exists()
+    assert lines[5].startswith("total     about ")
+    assert search.main([*command(npz, tmp_path / "run"), "--dry-run", "--finals"]) == 0
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.startswith("finals    at most 4 candidates and 6 random ones, for 2, 4, 8 epochs of 20 images: about ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_tells_what_is_there_from_what_is_missing(npz, searched, tmp_path, capsys):
@@ -286,6 +291,7 @@ def test_the_estimate_is_near_the_truth(npz, tmp_path):
     """Of memory, which does not depend on what else the machine does: the line through two batches fits a third."""
     from nas_kmix.backbones import build_backbone
     from nas_kmix.commands import dry_run
+    from nas_kmix.engine import forecast
     from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
 
     data = load_data(DataConfig(data=str(npz)))
@@ -295,8 +301,8 @@ def test_the_estimate_is_near_the_truth(npz, tmp_path):
     def step(n):
         learner.step(*dry_run._random_images(n, 16, data))
 
-    found = dry_run._at(48, *dry_run._measured(step, model))
-    assert found.bytes == pytest.approx(dry_run._cost(step, 48, model).bytes, rel=0.02)
+    found = forecast.at(48, *forecast.measured(step, model))
+    assert found.bytes == pytest.approx(forecast.cost_of(step, 48, model).bytes, rel=0.02)
     assert found.bytes > 4 * sum(p.numel() * 4 for p in model.parameters())
 
 

@@ -10,41 +10,31 @@ augmenting images is not timed.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from darts_space import Search
+from darts_space import GENOTYPES, Search, build_network, read_genotype
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
+from nas_kmix.engine.forecast import Cost, at, free_memory, gigabytes, measured
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.sources import located
-from nas_kmix.pipeline import network, proxy, scorer, scores, search
+from nas_kmix.pipeline import finals, network, proxy, scorer, scores, search
+from nas_kmix.pipeline.candidates import CHECKPOINTS
 from nas_kmix.pipeline.config import ALL_IMAGES, Config, check_flags, check_later_stages
 from nas_kmix.pipeline.one_search import Halves
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
-
-SMALL = 8  # images in the smaller of the two batches; the larger has twice as many
-COPIES = 4  # of the weights: they, their gradients, the momentum, and one that comes and goes
-
-
-class Cost(NamedTuple):
-    """What a step, or a stage, takes."""
-
-    seconds: float
-    bytes: float
 
 
 @dataclass
@@ -73,14 +63,14 @@ class Chain:
         if cost is None:
             return f"{name:9} {what}"
         self.seconds, self.bytes = self.seconds + cost.seconds, max(self.bytes, cost.bytes)
-        return f"{name:9} {what}: about {duration(cost.seconds)}, {_gigabytes(cost.bytes)}"
+        return f"{name:9} {what}: about {duration(cost.seconds)}, {gigabytes(cost.bytes)}"
 
     def end(self) -> Iterator[str]:
         resident = 0 if self.data.images is None else self.data.images.numel()
-        needed, free = resident + self.bytes, _free_memory(self.data.device)
-        yield f"{'total':9} about {duration(self.seconds)} and {_gigabytes(needed)}, besides PyTorch and the reading"
+        needed, free = resident + self.bytes, free_memory(self.data.device)
+        yield f"{'total':9} about {duration(self.seconds)} and {gigabytes(needed)}, besides PyTorch and the reading"
         if free is not None and needed > free:
-            yield f"warning: only {_gigabytes(free)} are free; lower the batch size of the largest stage"
+            yield f"warning: only {gigabytes(free)} are free; lower the batch size of the largest stage"
 
 
 # -- search.py ---------------------------------------------------------------------------------------------------------
@@ -110,7 +100,7 @@ def of_search(config: Config) -> Iterator[str]:
         halves, line = _halves(config, chain, table, known)
         yield line
         if until != "proxy":
-            yield _search(config, chain, halves)
+            yield from _search_and_finals(config, chain, halves)
     yield from chain.end()
 
 
@@ -137,7 +127,7 @@ def _scoring(config: Config, chain: Chain, trained: scorer.Scorer | None, found:
     def score(n: int) -> None:
         score_dataset(model, trained.data, settings, indices=good[:n], compute=chain.compute)
 
-    cost = _at(len(good), *_measured(score, model))
+    cost = at(len(good), *measured(score, model))
     kept = Cost(cost.seconds, 0.0)  # nothing is kept for a backward pass
     return chain.line(scores.NAME, f"{settings.draws} losses of each of {len(good):,} images", kept)
 
@@ -162,10 +152,38 @@ def _halves(config: Config, chain: Chain, table: Any, known: bool) -> tuple[Halv
     return halves, chain.line("proxy", f"{state}, {len(indices):,} of {len(data):,} images{each}: {_shares(halves)}")
 
 
+def _search_and_finals(config: Config, chain: Chain, halves: Halves) -> Iterator[str]:
+    data, settings, found = chain.data, config.finals, None
+    roles = finals.divide(data, halves.weights, halves.arch, settings) if config.with_finals else None
+    searched = chain.find(search, config.search, halves, data) if halves.identity else None
+    yield chain.line(search.NAME, "found") if searched is not None else _search(config, chain, halves)
+    if roles is None:
+        return
+    given = {text: read_genotype(text) for text in config.candidates}
+    if searched is not None:
+        entrants = finals.entrants(searched.candidates, searched.provenance, given, settings, data)
+        found = chain.find(finals, settings, entrants, roles, data)
+    yield chain.line(finals.NAME, "found") if found is not None else _finals(config, chain, len(roles.train))
+
+
+def _finals(config: Config, chain: Chain, images: int) -> str:
+    """As many candidates as a search can have, of which half goes on after each rung."""
+    settings, data = config.finals, chain.data
+    shape = {"kind": data.stem, "layers": settings.layers, "num_classes": data.num_classes, "auxiliary": False}
+    model = build_network({**shape, "channels": settings.channels, "genotype": GENOTYPES["PC_DARTS_cifar"].to_json()})
+    optim = OptimConfig(1, settings.batch_size, settings.lr)
+    step = _training_step(model.to(chain.compute.device), optim, Recipe(grad_clip=5.0), chain)
+    most = config.search.seeds * (1 + CHECKPOINTS) + len(config.candidates)
+    rungs = range(settings.rungs)
+    steps = sum((math.ceil(most / 2**rung) + settings.controls) * settings.steps(images, rung) for rung in rungs)
+    one = at(min(settings.batch_size, images), *step)
+    epochs = ", ".join(str(settings.epochs_of(rung)) for rung in rungs)
+    said = f"at most {most} candidates and {settings.controls} random ones, for {epochs} epochs of {images:,} images"
+    return chain.line(finals.NAME, said, Cost(steps * one.seconds / config.jobs, one.bytes * config.jobs))
+
+
 def _search(config: Config, chain: Chain, halves: Halves) -> str:
     settings, data, compute = config.search, chain.data, chain.compute
-    if halves.identity and chain.find(search, settings, halves, data) is not None:
-        return chain.line(search.NAME, "found")
     bilevel = settings.bilevel(compute.amp, halves.epoch_steps(settings.batch_size))
     supernet = compute.layout(settings.supernet(data).to(compute.device))
     task, size = Search(supernet, bilevel), settings.search_size or data.image_size
@@ -174,10 +192,10 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
         images, labels = _random_images(n, size, data)
         return compute.layout(images), labels.argmax(1)
 
-    resting = _measured(lambda n: task.weight_step(batch(n)), supernet)
-    moving = _measured(lambda n: task.arch_step(batch(n), batch(n)), supernet)
+    resting = measured(lambda n: task.weight_step(batch(n)), supernet)
+    moving = measured(lambda n: task.arch_step(batch(n), batch(n)), supernet)
     n = min(settings.batch_size, len(halves.weights))
-    weights, arch = _at(n, *resting), _at(min(settings.batch_size, len(halves.arch)), *moving)
+    weights, arch = at(n, *resting), at(min(settings.batch_size, len(halves.arch)), *moving)
     seconds = settings.seeds * (bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds)
     several = f"{settings.seeds} times " if settings.seeds > 1 else ""
     steps = f"{several}{bilevel.rest_steps:,} steps on the weights, then {bilevel.arch_steps:,} on the architecture too"
@@ -205,13 +223,13 @@ def of_training(
 def _training_step(model: nn.Module, optim: OptimConfig, recipe: Recipe, chain: Chain) -> tuple[Cost, Cost]:
     learner = Learner(chain.compute.layout(model).train(), optim, replace(recipe, accumulate=1), chain.compute)
     size, data = chain.data.image_size, chain.data
-    return _measured(lambda n: learner.step(*_random_images(n, size, data)), model)
+    return measured(lambda n: learner.step(*_random_images(n, size, data)), model)
 
 
 def _epochs(name: str, optim: OptimConfig, images: int, step: tuple[Cost, Cost]) -> tuple[str, Cost]:
     """A line on a training, and its cost."""
     steps, n = math.ceil(images / optim.batch_size), min(optim.batch_size, images)
-    whole = _at(n, *step)
+    whole = at(n, *step)
     said = f"train {name} for {optim.epochs} epochs of {steps:,} steps with {n} images"
     return said, Cost(optim.epochs * images / n * whole.seconds, whole.bytes)
 
@@ -222,40 +240,6 @@ def _random_images(n: int, size: int, data: ImageData) -> tuple[Tensor, Tensor]:
     images = torch.randn(n, 3, size, size, generator=generator)
     labels = torch.nn.functional.one_hot(torch.arange(n) % data.num_classes, data.num_classes).float()
     return images.to(data.device), labels.to(data.device)
-
-
-def _measured(step: Callable[[int], Any], model: nn.Module) -> tuple[Cost, Cost]:
-    """What `step` costs with 8 and with 16 images, once a first one has warmed up."""
-    step(SMALL)
-    return _cost(step, SMALL, model), _cost(step, 2 * SMALL, model)
-
-
-def _cost(step: Callable[[int], Any], n: int, model: nn.Module) -> Cost:
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        with suppress(NotImplementedError, RuntimeError):  # a tensor without storage
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    _synchronise(model)
-    start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step(n)
-    _synchronise(model)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return Cost(time.perf_counter() - start, COPIES * weights + sum(kept.values()))
-
-
-def _synchronise(model: nn.Module) -> None:
-    if (device := next(model.parameters()).device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _at(n: int, small: Cost, large: Cost) -> Cost:
-    """On the line through both, at `n` images; never less than a share of the small batch."""
-    place, share = (n - SMALL) / SMALL, n / (4 * SMALL)
-    return Cost(*(max(a + (b - a) * place, a * min(1.0, share)) for a, b in zip(small, large, strict=True)))
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -270,17 +254,3 @@ def _images(data: ImageData, count: int) -> str:
 
 def _shares(halves: Halves) -> str:
     return f"{len(halves.weights):,} train the weights, {len(halves.arch):,} the architecture"
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{max(1.0, count / 1e6):.0f} MB"
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes free on the device; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return None

@@ -27,6 +27,8 @@ def configured(config: Config, values: Mapping[str, Any]) -> Config:
             parts.setdefault(name, {}).update(value)
         elif name in hints and (not is_part or isinstance(value, type(getattr(config, name)))):
             own[name] = _converted(value, hints[name], name)
+        elif (field := _field_with_flag(hints, name)) is not None:  # --finals and --finals.epochs
+            own[field] = _converted(value, hints[field], name)
         elif (group := _flat_group_with(config, name)) is not None:  # --device is in the part `device`
             parts.setdefault(group, {})[name] = value
         elif is_part:
@@ -37,6 +39,13 @@ def configured(config: Config, values: Mapping[str, Any]) -> Config:
             close = difflib.get_close_matches(name, _names(config), 1)
             raise ValueError(f"there is no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
     return replace(config, **own, **{name: configured(getattr(config, name), part) for name, part in parts.items()})
+
+
+def _field_with_flag(hints: Mapping[str, Any], flag: str) -> str | None:
+    """The field that has a flag of another name (tyro's `name=`)."""
+    return next(
+        (f for f, hint in hints.items() if flag in (getattr(m, "name", None) for m in get_args(hint)[1:])), None
+    )
 
 
 def _flat_groups(config: Any) -> Iterator[str]:
