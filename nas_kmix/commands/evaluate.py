@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import pick_compute
-from nas_kmix.engine.distributed import World, joined
+from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.progress import Progress
 from nas_kmix.pipeline import network
 from nas_kmix.pipeline.export import export_network
@@ -31,27 +31,22 @@ def evaluate_checkpoint(config: Config) -> dict[str, Any]:
         evaluated = {split: of_known_classes(part, names, str(trained.path)) for split, part in sets.items()}
         for split, part in evaluated.items():
             here = sets[split].data.class_names
-            _say(
-                f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
-                f"{len(set(here) & set(names))} of its {len(here)} classes",
-                world,
-            )
+            if world.main and not config.quiet:
+                Progress.say(
+                    f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
+                    f"{len(set(here) & set(names))} of its {len(here)} classes"
+                )
         model = compute.layout(trained.model.to(compute.device))
         own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())
-        progress = Progress(network.EVALUATION, own, unit="image", silent=not world.main)
+        progress = Progress(network.EVALUATION, own, unit="image", silent=config.quiet or not world.main)
         metrics = evaluate_all(model, evaluated, compute, world, progress)
         progress.close()
         bad = BadFileList((part.data for part in evaluated.values()), world).gather()
-        if bad:
+        if bad and world.main:
             first = next(iter(bad.values()))
-            _say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}", world)
+            Progress.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}")
         if config.export is not None and world.main:
             examples = next(iter(evaluated.values())).examples()
             export_network(model, preparation_of(trained), examples, config.export, raw=config.export_raw)
         images = {split: part.readable(bad) for split, part in evaluated.items()}
         return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
-
-
-def _say(line: str, world: World) -> None:
-    if world.main:
-        Progress.say(line)

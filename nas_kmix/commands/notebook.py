@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from darts_space import Genotype, Network, load_network
 from nas_kmix.commands import search as search_command
 from nas_kmix.commands import train as train_command
 from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.settings import configured
 from nas_kmix.engine.training import BEST
 from nas_kmix.engine.workers import end_workers
@@ -44,16 +46,25 @@ class Trained:
         return load_network(best if best.exists() else self.folder / network.FILE)
 
 
-def search(preset: str = "quick", *, out: str | Path | None = None, **settings: Any) -> search_command.Result:
-    """Run search.py's stages, from images to a genotype, and return what they made."""
-    return _run(search_command.run, search_command.PRESETS, "search", preset, out, settings)
+def search(
+    preset: str = "quick", *, out: str | Path | None = None, on_log: OnLog | None = None, **settings: Any
+) -> search_command.Result:
+    """Run search.py's stages, from images to a genotype, and return what they made.
+
+    `on_log(stage, step, values)` hears of every row of the log.
+    """
+    run = partial(search_command.run, on_log=on_log)
+    return _run(run, search_command.PRESETS, "search", preset, out, settings)
 
 
-def train(preset: str = "quick", *, out: str | Path | None = None, **settings: Any) -> Trained:
+def train(
+    preset: str = "quick", *, out: str | Path | None = None, on_log: OnLog | None = None, **settings: Any
+) -> Trained:
     """Train as train_eval.py does. `genotype` may be a `Genotype`, a name, a file or a text."""
     if isinstance(settings.get("genotype"), Genotype):
         settings["genotype"] = settings["genotype"].to_text()
-    result = _run(train_command.run, train_command.PRESETS, "train", preset, out, settings)
+    run = partial(train_command.run, on_log=on_log)
+    result = _run(run, train_command.PRESETS, "train", preset, out, settings)
     return Trained(Path(result["folder"]), result)
 
 
@@ -77,7 +88,8 @@ def _run(
 
 
 def _own_folder(name: str, config: Any) -> Path:
-    """A folder for these settings; where and how to compute does not count."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("out", "fresh", "device")}
+    """A folder for these settings; where and how to compute does not count, nor what is said."""
+    without = ("out", "fresh", "quiet", "jobs", "device")
+    settings = {key: value for key, value in asdict(config).items() if key not in without}
     text = json.dumps(settings, default=str, sort_keys=True)
     return Path("runs", f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")

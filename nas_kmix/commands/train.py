@@ -21,7 +21,9 @@ from torch import nn
 
 from darts_space import CifarNetwork, ImageNetNetwork, cost
 from nas_kmix.analysis.report import write_report_of_run
+from nas_kmix.commands import dry_run as forecast
 from nas_kmix.commands.evaluate import evaluate_checkpoint
+from nas_kmix.commands.summary import of_evaluation, of_training
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
@@ -30,6 +32,7 @@ from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.learner import OptimConfig, Recipe
+from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.engine.sources import located
 from nas_kmix.engine.workers import check_room
@@ -65,6 +68,8 @@ class Config(NetworkTraining):
     """Remove what an earlier run left in --out and start over."""
     skip_bad: bool = False
     """Leave out unreadable image files and list them; otherwise the first one stops the command."""
+    quiet: bool = False
+    """Print nothing but warnings and the JSON of the results."""
     report: bool = True
     """Write report.html, a page about the run, at the end."""
     eval_only: Path | None = None
@@ -130,16 +135,18 @@ PRESETS |= {  # the rows of the paper's tables, which train on all training imag
 }
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
     """Train or evaluate, and return what the last line of the output says.
 
+    `on_log(stage, step, values)` hears of every row of the log of a training.
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
     _check_flags(config)
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
         return evaluate_checkpoint(config)
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
+    watched = {"compared_by": COMPARED_BY, "on_log": on_log, "quiet": config.quiet}
+    with open_run(config.out, asdict(config), config.device, stages=STAGES, **watched) as run:
         _check_processes(config, run)
         data, splits, training, evaluated = _load_images(config, run.compute)
         model = network.build(config.network, data, seed=config.seed)
@@ -181,8 +188,6 @@ def run(config: Config) -> dict[str, Any]:
 
 def dry_run(config: Config) -> Iterator[str]:
     """What `run` would do, line by line; refusals are the same."""
-    from nas_kmix.commands.dry_run import Chain, of_training  # rarely needed
-
     _check_flags(config)
     if config.eval_only is not None:
         raise ValueError("--eval-only trains nothing and takes no time to speak of; leave out --dry-run.")
@@ -191,8 +196,8 @@ def dry_run(config: Config) -> Iterator[str]:
     data, splits, training, evaluated = _load_images(config, compute)
     model = network.build(config.network, data, seed=config.seed)
     name = config.network.backbone or f"{config.network.layers} cells of {model.channels} channels"
-    chain = Chain(data, compute, config.out, config.fresh)
-    yield from of_training(name, model, config.optim, config.recipe, len(training.indices), chain)
+    chain = forecast.Chain(data, compute, config.out, config.fresh)
+    yield from forecast.of_training(name, model, config.optim, config.recipe, len(training.indices), chain)
     yield where_validation_comes_from(config.input.data, splits, evaluated, config.val_share)
 
 
@@ -277,10 +282,11 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         config = parse(argv, description)
         if config.invocation.dry_run:
-            print("\n".join(dry_run(config)))
-            return
+            return print("\n".join(dry_run(config)))
         result = run(config)
         if is_main():
+            if not config.quiet:
+                print((of_training if config.eval_only is None else of_evaluation)(result))
             print(json.dumps(result))
 
     return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")

@@ -30,7 +30,7 @@ from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.feed import step_batches
 from nas_kmix.engine.keys import NOT_IN_KEY
-from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 from nas_kmix.manifest import ProxyManifest
@@ -275,7 +275,7 @@ class _Searching:
         cost.images_forward += REMOVAL_PASSES * sum(len(labels) for _, labels in batches)
         return self.search.removal_losses(batches)
 
-    def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
+    def end(self, period: int, means: Mapping[str, float]) -> Ended:
         bilevel, done, edges_by = self.search.config, self.search.steps_done, self.config.edges_by
         removal = self._removal() if edges_by == "removal" and done >= bilevel.rest_steps else None
         if edges_by == "removal" and removal is None:
@@ -283,14 +283,13 @@ class _Searching:
         row = history.row_of(self.search, edges_by, removal)
         lr = learning_rate(bilevel, done - 1)
         place = {"step": done, "arch_step": max(0, row["arch_step"])}
-        self.run.log.add(self.name, period, **place, lr=lr, **means, **row["diagnostics"])
         if row["arch_step"] >= 0:
             self.rows.append(row)
             history.write_history(self.rows, self.folder)
             tables = [row["tables"] for row in self.rows]
             records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))
             self.run.on_record(self.name, done, tables, history.genotype_of(row), records=records)
-        return ()
+        return Ended({**place, "lr": lr, **means, **row["diagnostics"]})
 
     def state_dict(self) -> dict[str, Any]:
         return {"search": self.search.state_dict(), "history": self.rows}
