@@ -1,4 +1,7 @@
-"""The command search.py: run the stages in order, and print and write what goes with them."""
+"""Search for an architecture on a proxy dataset, as search.py does: images in, `genotype.json` out.
+
+The stages run in order, and what goes with them is printed and written. The same command again resumes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from darts_space import Genotype, read_genotype
 from nas_kmix.analysis.report import write_report_of_run
+from nas_kmix.commands import dry_run
 from nas_kmix.commands.summary import of_images, of_search
 from nas_kmix.engine import bad_files, cli
 from nas_kmix.engine.bad_files import BadFileList
@@ -177,6 +181,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         nonlocal config
         config = parse(argv, description)
+        if config.invocation.dry_run:
+            return print("\n".join(dry_run.of_search(config)))
         result = run(config)
         if is_main():
             print(of_search(config, result, argv))
