@@ -4,10 +4,13 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from processes import ROOT
 
 from nas_kmix.engine.children import ChildError, Children, run_in_children
 
@@ -119,3 +122,14 @@ def _runs(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\nfrom nas_kmix.engine.children import run_in_children\n"
+        "print('here', run_in_children(math.sqrt, [4, 9], jobs=2))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "here [2.0, 3.0]\n", "")

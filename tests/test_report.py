@@ -40,7 +40,7 @@ from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, redraw, score_dataset
 
-IDS = {"cells", "search", "proxy", "mixes", "cost", "compare", "landscape", "robustness"}
+IDS = {"cells", "search", "finals", "proxy", "mixes", "cost", "compare", "landscape", "robustness"}
 NAMES = ('<script>alert("ant")</script>', "b&amp;'ee'", "</style><img src=http://wasp.example/x>")
 TINY = shlex.split(
     "--threads 1 --device cpu -j 0 --no-finals --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 6 --ratio .4 "

@@ -114,8 +114,8 @@ PRESETS: dict[str, Config] = {
         finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),
         device=DeviceConfig(channels_last=True),
     ),
-    # CIFAR-100 without a GPU, in about an hour of one idle thread, half of it for the finals. The scorer reaches 46 % accuracy
-    # (studies/first_run); how long alpha rests comes from studies/search_quality.
+    # CIFAR-100 without a GPU, in about an hour of one idle thread, half of it for the finals. The scorer reaches 46 %
+    # accuracy (studies/first_run); how long alpha rests comes from studies/search_quality.
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),
