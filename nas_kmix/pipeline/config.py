@@ -62,6 +62,8 @@ class Config:
     """Remove what an earlier run left in --out and start over."""
     jobs: int = min(8, os.cpu_count() or 1)
     """Child processes of one thread each that work side by side; results are the same whatever the number."""
+    quiet: bool = False
+    """Print nothing but warnings and the results."""
     report: bool = True
     """Show the architecture in TensorBoard during the search, and write the page report.html at the end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
@@ -104,12 +106,13 @@ PRESETS: dict[str, Config] = {
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
         scorer=ScorerConfig(
-            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4)
+            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
+            val_share=0.1,
         ),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
             rest_steps=600, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
-            layers=3, edges_by="alpha", arch_lr=6e-3, record_every=5,
+            layers=3, edges_by="removal", arch_lr=6e-3, record_every=5,
         ),
         finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),
         device=DeviceConfig(channels_last=True),
@@ -120,11 +123,12 @@ PRESETS: dict[str, Config] = {
         preset="cpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4)
+            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4),
+            val_share=0.1,
         ),
         search=SearchConfig(
             rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
-            edges_by="alpha", arch_lr=6e-3, record_every=25,
+            edges_by="removal", arch_lr=6e-3, record_every=25,
         ),
         finals=FinalsConfig(epochs=3, rungs=2, batch_size=32),
         device=DeviceConfig(channels_last=True),
@@ -134,11 +138,12 @@ PRESETS: dict[str, Config] = {
         preset="gpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
+            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4),
+            val_share=0.1,
         ),
         search=SearchConfig(
             rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",
-            edges_by="alpha", arch_lr=6e-3, record_every=25, cuda_graphs=True,
+            edges_by="removal", arch_lr=6e-3, record_every=25, cuda_graphs=True,
         ),
         with_finals=False,
         device=DeviceConfig(channels_last=True),
@@ -247,6 +252,8 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if size > data.image_size:
         raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
     search.bilevel(config.device.amp, epoch_steps=1)  # checks its values
+    if search.edges_by == "removal" and not search.edge_normalisation:
+        raise ValueError("--edges-by removal needs beta to remove an edge; add --edge-normalisation or use alpha.")
     if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
         flag = "--unrolled" if search.unrolled else "--amp fp16"
         raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")
