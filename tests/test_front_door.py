@@ -35,6 +35,7 @@ SETTINGS = {  # TINY as keywords
     "workers": 0,
     "report": False,
     "ratio": 0.4,
+    "finals": False,
     "scorer": {"epochs": 2, "batch_size": 8},
     "scoring": {"draws": 4},
     "channels": 2,
@@ -153,6 +154,7 @@ def test_settings_may_lie_where_their_flags_are():
         {
             "data": Path("x.npz"),
             "device": "cpu",
+            "finals": False,
             "ratio": 1,
             "scorer": {"epochs": 3, "milestones": [0.5]},
             "image_size": 64,
@@ -241,7 +243,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(npz, tmp_path, cap
     )
     assert lines[4].startswith("search    2 steps on the weights, then 2 on the architecture too, 8 images: about ")
     assert lines[5].startswith("total     about ")
-    assert search.main([*command(npz, tmp_path / "run"), "--dry-run", "--finals"]) == 0
+    with_finals = [word for word in command(npz, tmp_path / "run") if word != "--no-finals"]
+    assert search.main([*with_finals, "--dry-run"]) == 0
     last = capsys.readouterr().out.splitlines()[-2]
     assert last.startswith("finals    at most 4 candidates and 6 random ones, for 2, 4, 8 epochs of 20 images: about ")
     assert not (tmp_path / "run").exists()

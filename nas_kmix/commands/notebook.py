@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,9 +84,24 @@ def _run(
     default = replace(default, device=default.device.suited_to(settings.get("device", default.device.device)))
     config = with_home(configured(default, {**settings, "preset": preset}))
     try:
-        return run(replace(config, out=_own_folder(name, config) if out is None else Path(out).expanduser()))
+        with _without_main():
+            return run(replace(config, out=_own_folder(name, config) if out is None else Path(out).expanduser()))
     finally:
         end_workers()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the caller's script from child processes, each of which would run it from its beginning."""
+    main = sys.modules["__main__"]
+    known = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    for name in known:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in known.items():
+            setattr(main, name, value)
 
 
 def _own_folder(name: str, config: Any) -> Path:

@@ -75,7 +75,8 @@ class Config(NetworkTraining):
     eval_only: Path | None = None
     """Evaluate this last.pt, best.pt or scorer.pt on the val and test splits of --data, without training."""
     export: Path | None = None
-    """Also write the network to this file, .pt2 (torch.export) or .onnx, as a program from uint8 images to logits."""
+    """Also write the network after the last epoch, or that of --eval-only, to this file, .pt2 (torch.export) or .onnx:
+    a program from uint8 images to logits."""
     export_raw: bool = False
     """Let the exported program take normalised float32 images."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
