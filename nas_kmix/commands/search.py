@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from darts_space import Genotype
+from darts_space import Genotype, read_genotype
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.commands.summary import of_images, of_search
 from nas_kmix.engine import bad_files, cli
@@ -20,14 +21,14 @@ from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
-from nas_kmix.pipeline import history, proxy, scorer, scores, search
+from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
-STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
-RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
+STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME, finals.NAME)
+RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, *history.FILES, *finals.FILES, finals.FILE, bad_files.FILE)
 COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # of runs, by TensorBoard
 PICTURES = 5  # of the architecture, shown by TensorBoard during a search
 
@@ -40,6 +41,8 @@ class Result:
     table: ScoreTable | None = None
     proxy: ProxyManifest | None = None
     genotype: Genotype | None = None
+    finals: dict[str, Any] | None = None
+    """What `result.json` says."""
 
 
 def run(config: Config, *, on_log: OnLog | None = None) -> Result:
@@ -75,7 +78,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
 
 
 def _stages(config: Config, data: ImageData, run: Run) -> Result:
-    """Scorer, scores, proxy, genotype: each is given, found or made, up to `--stop-after`."""
+    """Scorer, scores, proxy, search, finals: each is given, found or made, up to `--stop-after`."""
     result, given = Result(run.folder), config.given
     if config.uses_scores:
         trained = None
@@ -104,7 +107,16 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
             place = given.proxy or run.path(proxy.FILE)
             raise ValueError(f"{place} has no image to train the architecture; make one at a larger --ratio.")
         halves = search.Halves.of_proxy(chosen)
-    return replace(result, genotype=obtain(search, config.search, halves, data, run=run))
+    if not config.with_finals:
+        searched = obtain(search, config.search, halves, data, run=run)
+        genotype = obtain(search.Unproved(), config.search, searched, halves, data, run=run)
+        return replace(result, genotype=genotype)
+    roles = finals.divide(data, halves.weights, halves.arch, config.finals)  # refuses before anything is searched
+    given = {text: read_genotype(text) for text in config.candidates}
+    searched = obtain(search, config.search, halves, data, run=run)
+    entrants = finals.entrants(searched.candidates, searched.provenance, given, config.finals, data)
+    proved = obtain(finals, config.finals, entrants, roles, data, run=run)
+    return replace(result, genotype=proved.genotype, finals=proved.result)
 
 
 # -- around the stages -------------------------------------------------------------------------------------------------
@@ -141,6 +153,8 @@ REUSE = {scores.NAME: ("scorer", scorer.FILE), proxy.NAME: ("scores", scores.FIL
 
 def _remedy(config: Config, error: StageMismatchError) -> str:
     """How to go on if a file made with other settings is in the way, without losing the stages before it."""
+    if error.stage == finals.NAME:
+        return "Remove that file to repeat the finals of the same search, use --fresh, or choose another --out."
     flag, name = REUSE.get(error.stage, ("", ""))
     given = getattr(config.given, flag) if flag else None
     earlier = given or config.out / name

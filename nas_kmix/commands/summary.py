@@ -13,8 +13,9 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.named_sets import survives_mirroring
 from nas_kmix.engine.progress import duration
-from nas_kmix.pipeline import proxy, search
+from nas_kmix.pipeline import finals, proxy
 from nas_kmix.pipeline.config import Config
+from nas_kmix.pipeline.verdict import in_words
 from nas_kmix.scores import GOOD, ScoreTable, draws_needed, verdict
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 RETRAINED_WITH = {"quick": "quick", "cpu": "cpu", "gpu": "cifar", "paper": "cifar", "imagenet": "imagenet"}
 """The preset of train_eval.py for the genotype that a preset of search.py finds."""
+UNPROVED = [
+    "none: with --no-finals nothing was proved. The same command without it trains random architectures beside."
+]
 ORDER = {"mostly noise": "a very different order", "fair": "a similar order", "good": "nearly the same order"}
 MARGIN = 13  # columns of the words on the left
 
@@ -43,7 +47,9 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
     """What a search found, where it is, how far to trust it, what it cost, and what to do next."""
     folder, rows = result.folder, {}
     if result.genotype is not None:
-        rows["genotype"] = str(folder / search.FILE)
+        rows["genotype"] = str(folder / finals.FILE)
+        proof = UNPROVED if result.finals is None else in_words(result.finals)
+        rows["verdict"] = f"\n{'':{MARGIN}}".join(proof)
     if result.proxy is not None and config.given.proxy is None:
         rows["proxy"] = f"{folder / proxy.FILE}, {len(result.proxy.indices)} of {result.proxy.n} images"
     if result.table is not None:
@@ -81,7 +87,7 @@ def _training_command(config: Config, folder: Path) -> list[str]:
     from nas_kmix.commands.train import PRESETS
 
     preset = RETRAINED_WITH[config.preset]
-    flags = ["--genotype", str(folder / search.FILE)]
+    flags = ["--genotype", str(folder / finals.FILE)]
     for name in ("data", "data_root", "split_seed", "image_size"):
         value = getattr(config.input, name)
         if value != getattr(PRESETS[preset].input, name):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import NamedTuple
 
-from nas_kmix.analysis.report import cells, compare, cost, extras, mixes, proxy, search
+from nas_kmix.analysis.report import cells, compare, cost, extras, finals, mixes, proxy, search
 from nas_kmix.analysis.report.markup import Markup, escape, join, missing, number, percent, plural, sentence, tag
 from nas_kmix.analysis.report.parts import UNREADABLE
 from nas_kmix.analysis.report.record import Record
@@ -32,6 +32,7 @@ def _is_search(record: Record) -> bool:
 SECTIONS: dict[str, Section] = {
     "cells": Section("Cells", cells.section, cells.applies),
     "search": Section("Search", search.section, _is_search),
+    "finals": Section("Finals", finals.section, _is_search),
     "training": Section("Training", search.training, lambda record: record.trains),
     "proxy": Section("Proxy dataset", proxy.section, _is_search),
     "mixes": Section("Mixed images", mixes.section, mixes.applies),

@@ -32,13 +32,7 @@ THUMBNAIL = 96  # pixels at most
 
 def section(record: Record) -> Markup:
     """Numbers, histogram, counts, overlaps and pictures of one run's proxy."""
-    if record.trains:
-        return show(record, proxy=_none)
     return show(record, selection=_summary, histogram=_histogram, counts=_counts, overlap=_overlap, pictures=_pictures)
-
-
-def _none(record: Record) -> Markup:
-    raise ValueError(f"{record.name} trained a network; the proxy is in the report of the search.")
 
 
 @dataclass(frozen=True)
