@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,6 +248,18 @@ def test_every_evaluated_epoch_is_told(npz, tmp_path, capsys):
     for line, row in zip(said, rows(tmp_path), strict=True):
         for title, name in (("accuracy", "accuracy"), ("validation", "val_accuracy"), ("test", "test_accuracy")):
             assert f", {title} {100 * float(row[name]):.1f} %" in line
+
+
+def test_evaluation_at_another_size_is_what_was_asked_for(npz, alone, capsys):
+    argv = [*SMALL[:7], "--data", str(npz), "--eval-only", str(alone[0] / "last.pt")]
+    found = train_eval.run(train_eval.parse([*argv, "--image-size", "24"]))
+    assert "images of 24 px" in capsys.readouterr().out and found["val_loss"] != alone[1]["last"]["val_loss"]
+    train = load_data(DataConfig(data=str(npz)))
+    data = load_data(DataConfig(data=str(npz)), split="val", like=replace(train, image_size=24))
+    model = load_network(alone[0] / "last.pt")
+    with torch.no_grad():
+        hits = (model(train.normalise(data.images)).argmax(1).numpy() == data.labels).mean()
+    assert data.images.shape[-1] == 24 and found["val_accuracy"] == pytest.approx(hits)
 
 
 def test_a_backbone_is_trained_and_its_checkpoint_evaluated(npz, tmp_path):

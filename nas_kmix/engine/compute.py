@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -117,6 +118,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and command line, for `env.json`."""
     packages = ("torchvision", "numpy", "scipy", "scikit-learn")
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "packages": {"torch": torch.__version__, **{name: metadata.version(name) for name in packages}},
