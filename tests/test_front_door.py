@@ -246,7 +246,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(npz, tmp_path, cap
     with_finals = [word for word in command(npz, tmp_path / "run") if word != "--no-finals"]
     assert search.main([*with_finals, "--dry-run"]) == 0
     last = capsys.readouterr().out.splitlines()[-2]
-    assert last.startswith("finals    at most 4 candidates and 6 random ones, for 2, 4, 8 epochs of 20 images: about ")
+    assert last.startswith("finals    at most 4 candidates and 2 random ones, for 2, 4 epochs of 20 images: about ")
     assert not (tmp_path / "run").exists()
 
 

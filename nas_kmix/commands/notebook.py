@@ -94,14 +94,12 @@ def _run(
 def _without_main() -> Iterator[None]:
     """Hide the caller's script from child processes, each of which would run it from its beginning."""
     main = sys.modules["__main__"]
-    known = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    for name in known:
-        setattr(main, name, None)
+    known = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None  # as in a notebook, which has no file either
     try:
         yield
     finally:
-        for name, value in known.items():
-            setattr(main, name, value)
+        vars(main).update(known)
 
 
 def _own_folder(name: str, config: Any) -> Path:
