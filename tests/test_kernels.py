@@ -9,7 +9,8 @@ from tensors import draw, gradients_of
 from torch.nn import functional as F
 
 from darts_space.fast import kernels
-from darts_space.fast.kernels import BatchNorm2d, average_pool, batch_norm, concatenate, copied, product, summed
+from darts_space.fast.kernels import average_pool, concatenate, copied, product, summed
+from darts_space.fast.norm import BatchNorm2d, batch_norm
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5, 7), (1, 3, 1, 9), (2, 5, 1, 1), (8, 1, 3, 3)])

@@ -13,6 +13,7 @@ import tyro
 from torch import nn
 
 from darts_space import CifarNetwork, ImageNetNetwork, cost
+from darts_space.fast.norm import join_norms
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import bad_files, cli, files
@@ -129,7 +130,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.eval_only is not None:
         return _evaluate_checkpoint(config)
     with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
-        _check_processes(config, run)
+        config.mix.check_processes(run.world.size)
         options = {"device": run.compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         data = load_data(config.input, **options)
         _check_size(config, data)
@@ -158,8 +159,10 @@ def run(config: Config) -> dict[str, Any]:
         )
         run.say(where_validation_comes_from(config.input.data, splits, evaluated, config.val_share))
         settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
-        if settings.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if settings.sync_batchnorm and run.compute.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the same, in fewer kernels
+        elif settings.sync_batchnorm:
+            join_norms(model)
         bad = BadFileList((training.data, *(part.data for part in evaluated.values())), run.world)
         trained = obtain(network, settings, model, training, evaluated, bad, run=run)
         run.finish()
@@ -254,13 +257,6 @@ def _check_flags(config: Config) -> None:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
     if config.eval_every < 1 or (config.train_images is not None and config.train_images < 1):
         raise ValueError("--eval-every and --train-images must be at least 1.")
-
-
-def _check_processes(config: Config, run: Run) -> None:
-    device = run.compute.device
-    if config.sync_batchnorm and device.type != "cuda":
-        raise ValueError(f"--sync-batchnorm needs CUDA devices, but this is {device.type}; leave it out.")
-    config.mix.check_processes(run.world.size)
 
 
 def _check_size(config: Config, data: ImageData) -> None:

@@ -184,11 +184,6 @@ class Run:
             files.write_json(self.path(name), record)
         self._records = {}
 
-    def go_on_alone(self) -> bool:
-        """End the joint work of the processes; True in the one that goes on alone."""
-        main, self.world = self.world.main, World() if self.world.main else self.world
-        return main
-
     def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""
         if self.world.main:

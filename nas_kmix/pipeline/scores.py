@@ -92,4 +92,5 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
             table = replace(table, columns={**table.columns, **others})
     if run.world.main:
         table.save(path)
-    return table
+    run.world.barrier()  # rank 0 alone measures the baselines
+    return table if run.world.main else ScoreTable.load(path)

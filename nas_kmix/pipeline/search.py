@@ -15,7 +15,8 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import history
-from nas_kmix.pipeline.one_search import Halves, SearchConfig, say_how_long, search_once
+from nas_kmix.pipeline.halves import Halves
+from nas_kmix.pipeline.one_search import SearchConfig, say_how_long, search_once
 from nas_kmix.pipeline.stage import Key, obtain
 
 NAME = "search"
@@ -58,7 +59,8 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
         f"seeds: chose seed-{chosen}, which shares the most edges with the others, on average {mean:.1f} of "
         f"{GENOTYPE_EDGES}"
     )
-    genotypes[chosen].save(path, provenance={**key, "chosen": f"seed-{chosen}", "shared_edges": shared})
+    if run.world.main:
+        genotypes[chosen].save(path, provenance={**key, "chosen": f"seed-{chosen}", "shared_edges": shared})
     return genotypes[chosen]
 
 

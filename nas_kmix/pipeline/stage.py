@@ -9,7 +9,8 @@ A stage is a module, or an object, with two names and three functions:
     make(path, config, *inputs, run=, key=)      # compute the result and write the file
 
 `config` is the stage's own part of the flags; `inputs` are the results of earlier stages. Resuming is up to `make`,
-through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
+through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`. All processes of the run's world call `obtain`
+and so `make`, with the same inputs, and get the same result; rank 0 writes the file.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def obtain(stage: Stage[Result], config: Any, *inputs: Any, run: Run, given: Pat
             )
         return result
     path, key = run.path(stage.FILE), stage.key(config, *inputs)
-    result = stage.load(path, config, *inputs, run=run, key=key) if path.exists() else None
+    found = bool(run.world.highest(path.exists())[0])  # all agree before one of them may write it
+    result = stage.load(path, config, *inputs, run=run, key=key) if found else None
     if result is not None:
         run.say(f"{stage.NAME}: {path} is up to date, skipped")
     else:
