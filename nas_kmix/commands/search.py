@@ -81,7 +81,8 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     if config.uses_scores:
         trained = None
         if given.scores is None:
-            trained = obtain(scorer, config.scorer, data, run=run, given=given.scorer)
+            trained = scorer.from_elsewhere(given.scorer, config.scorer, data, run=run)
+            trained = trained or obtain(scorer, config.scorer, data, run=run, given=given.scorer)
         if config.stop_after == "scorer":
             return result
         table = obtain(scores, config.scoring, trained, data, run=run, given=given.scores)
