@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from darts_space.derivation import Removal
+from darts_space.removal import removal_losses
 from darts_space.settings import BilevelConfig, learning_rate
 from darts_space.unrolled import unrolled_gradient
 
@@ -190,6 +192,13 @@ class Search:
     def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Validation loss and its gradient with respect to alpha and beta at the present weights; nothing moves."""
         return self._first_order(val_batch)
+
+    def removal_losses(self, val_batches: Sequence[Batch]) -> Removal:
+        """By how much the validation loss rises if an edge is removed; nothing moves. See `removal.removal_losses`."""
+        rises = removal_losses(self.model, lambda batch: self._loss(batch)[0], val_batches)
+        for rise in rises if self.joint else ():  # addends so far
+            distributed.all_reduce(rise)
+        return rises
 
     def _first_order(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         with _without_gradients(self.weights):

@@ -18,7 +18,7 @@ IMAGES = 30
 FIRST_ORDER = {"batch_size": 8, "rest_steps": 2, "arch_steps": 8, "sync_batchnorm": True}
 CASES = {
     "first-order": FIRST_ORDER,
-    "small-halves": {**FIRST_ORDER, "arch_steps": 1, "batch_size": 64},  # each is one batch, of 19 and 11 images
+    "small-halves": {**FIRST_ORDER, "arch_steps": 1, "batch_size": 64, "edges_by": "removal"},  # of 19 and 11 images
     "second-order": {**FIRST_ORDER, "rest_steps": 0, "arch_steps": 2, "unrolled": True},
     "apart": {**FIRST_ORDER, "rest_steps": 0, "arch_steps": 1, "sync_batchnorm": False},
 }

@@ -36,7 +36,7 @@ TINY = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
     "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8"
 )
-ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1"]  # the shortest search
+ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1", "--edges-by", "alpha"]  # the shortest search
 TO_PROXY = ["--stop-after", "proxy"]
 IMAGES, CLASSES = 72, 3
 STAGES = ("scorer", "scoring", "selection", "search")
@@ -191,11 +191,14 @@ def test_the_log_of_the_search_leads_to_its_genotype(finished):
     assert {"margin_normal", "entropy_normal", "skips_normal", "pools_normal"} <= lines[0].keys()
     with np.load(folder / "alphas.npz") as archive:
         tables = {name: archive[name] for name in archive.files}
-    shapes = {name: (3, 14, 8) if name.startswith("alphas") else (3, 14) for name in ARCHITECTURE_NAMES}
+    names = (*ARCHITECTURE_NAMES, "removal_normal", "removal_reduce")
+    shapes = {name: (3, 14, 8) if name.startswith("alphas") else (3, 14) for name in names}
     assert {name: table.shape for name, table in tables.items()} == shapes
     assert not np.array_equal(tables["alphas_normal"][0], tables["alphas_normal"][1])
     genotype = Genotype.load(folder / "genotype.json")
-    assert genotype == derive(**{name: torch.from_numpy(table[-1]) for name, table in tables.items()}, edges_by="alpha")
+    last = {name: torch.from_numpy(table[-1]) for name, table in tables.items()}
+    removal = last.pop("removal_normal"), last.pop("removal_reduce")
+    assert genotype == derive(**last, edges_by="removal", removal=removal)
     assert lines[-1]["genotype"] == genotype.to_json()
     with open(folder / "metrics.csv", newline="") as file:
         rows = [(row["stage"], row["epoch"]) for row in csv.DictReader(file)]
@@ -209,8 +212,10 @@ def test_every_stage_is_billed(finished):
     for cost in bill["stages"].values():
         assert set(cost) == {"wall_s", "images_forward", "images_backward", "peak_rss_bytes", "skipped"}
         assert cost["wall_s"] > 0 and cost["peak_rss_bytes"] > 1e8 and cost["skipped"] is False
-    # Six steps of the weights and four of the architecture, eight images each.
-    passes = {"scorer": (2 * IMAGES,) * 2, "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": (80, 80)}
+    # Six steps of the weights and four of the architecture, eight images each. At each of three records, the half of
+    # the architecture passes once through the whole supernet and once without each of 24 edges.
+    search = (80 + 3 * 25 * len(ProxyManifest.load(finished[0] / "proxy.json").arch), 80)
+    passes = {"scorer": (2 * IMAGES,) * 2, "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": search}
     for stage, expected in passes.items():
         cost = bill["stages"][stage]
         assert (cost["images_forward"], cost["images_backward"]) == expected
@@ -486,7 +491,7 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
             "normal": [["max_pool_3x3", i % 2] for i in range(8)],
         }
     )
-    monkeypatch.setattr(SuperNet, "genotype", lambda self, edges_by: pools)
+    monkeypatch.setattr(SuperNet, "genotype", lambda *_: pools)
     ended = completed(command(npz, tmp_path, *proxy))
     assert "warning: the architecture moves after 2 steps on the weights; before about 1,000" in ended.out
     assert "the 2 records before the last share 16.0 of 16 edges with the genotype" in ended.out

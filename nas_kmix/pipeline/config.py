@@ -99,7 +99,7 @@ PRESETS: dict[str, Config] = {
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
             rest_steps=600, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
-            layers=3, edges_by="alpha", arch_lr=6e-3, record_every=10,
+            layers=3, edges_by="removal", arch_lr=6e-3, record_every=10,
         ),
         device=DeviceConfig(channels_last=True),
     ),
@@ -113,7 +113,7 @@ PRESETS: dict[str, Config] = {
         ),
         search=SearchConfig(
             rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
-            edges_by="alpha", arch_lr=6e-3, record_every=25,
+            edges_by="removal", arch_lr=6e-3, record_every=25,
         ),
         device=DeviceConfig(channels_last=True),
     ),
@@ -126,7 +126,7 @@ PRESETS: dict[str, Config] = {
         ),
         search=SearchConfig(
             rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",
-            edges_by="alpha", arch_lr=6e-3, record_every=25, cuda_graphs=True,
+            edges_by="removal", arch_lr=6e-3, record_every=25, cuda_graphs=True,
         ),
         device=DeviceConfig(channels_last=True),
     ),
@@ -229,6 +229,8 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if size > data.image_size:
         raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
     search.bilevel(config.device.amp, epoch_steps=1)  # checks its values
+    if search.edges_by == "removal" and not search.edge_normalisation:
+        raise ValueError("--edges-by removal needs beta to remove an edge; add --edge-normalisation or use alpha.")
     if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
         flag = "--unrolled" if search.unrolled else "--amp fp16"
         raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")

@@ -24,10 +24,10 @@ import tyro
 from torch.nn import functional as F
 
 from darts_space import BilevelConfig, Genotype, Search, SuperNet, learning_rate, scaled_lr
-from darts_space.cell import GENOTYPE_EDGES
-from darts_space.derivation import EdgesBy
+from darts_space.derivation import EdgesBy, Removal
 from darts_space.fast.graphs import GraphedSearch
 from darts_space.fast.norm import join_norms
+from darts_space.removal import REMOVAL_PASSES
 from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.feed import Division, step_batches
@@ -39,8 +39,8 @@ from nas_kmix.pipeline import history
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.stage import Key
 
-WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
-LAST_RECORDS = 4  # how many records the final genotype is compared with
+WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
+REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
 TURN = 1000
 """Steps on the weights before which the gradient of alpha favours pools (studies/search_quality)."""
 
@@ -79,7 +79,8 @@ class SearchConfig:
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     edges_by: EdgesBy = "alpha-beta"
-    """What chooses the two inputs of a node: alpha alone, or its product with beta as in PC-DARTS."""
+    """What chooses the two inputs of a node: alpha alone; its product with beta, as in PC-DARTS; or by how much the
+    validation loss rises if an input is removed (studies/search_quality)."""
     arch_lr: float = 6e-4
     """Adam's learning rate for alpha and beta."""
     arch_grad_clip: float | None = None
@@ -179,8 +180,8 @@ def search_once(
     periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
     task = _Searching(name, path.parent, search, periods, config, halves, data, run)
     run_loop(task, periods, name=name, key=key, run=run)
-    genotype = supernet.genotype(config.edges_by)
-    _say_how_sure(genotype, task.rows, name, run)
+    genotype = history.genotype_of(task.rows[-1])
+    history.say_how_sure(genotype, task.rows, name, run)
     if run.world.main:
         genotype.save(path, provenance=key)
     return genotype
@@ -189,22 +190,6 @@ def search_once(
 def _periods(steps: int, every: int) -> list[int]:
     """`steps` cut into periods of `every` steps; the last may be shorter."""
     return [min(every, steps - start) for start in range(0, steps, every)]
-
-
-def _say_how_sure(genotype: Genotype, rows: Sequence[history.Row], name: str, run: Run) -> None:
-    earlier = [history.genotype_of(row) for row in rows[-LAST_RECORDS - 1 : -1]]
-    if earlier:
-        mean = np.mean([genotype.shared_edges(other) for other in earlier])
-        run.say(
-            f"{name}: the {len(earlier)} records before the last share {mean:.1f} of {GENOTYPE_EDGES} edges with the "
-            "genotype"
-        )
-    if genotype.collapsed:
-        skips, pools = genotype.skip_connections()[0], genotype.pools()[0]
-        run.say(
-            f"warning: the search has collapsed: of the normal cell's 8 operations {skips} are skip connections and "
-            f"{pools} are pools. Raise --rest-steps, which keep the architecture fixed, or lower --arch-steps."
-        )
 
 
 @dataclass
@@ -260,13 +245,32 @@ class _Searching:
             )
         rng = np.random.default_rng(self._division.moment(*moment))
         images = augment_batch(batch.images, self.data, self.config.augmentation, rng=rng)[rows]
+        return (self._downsampled(images), batch.labels[rows]), n
+
+    def _downsampled(self, images: torch.Tensor) -> torch.Tensor:
         if self.config.search_size is not None:
             images = F.interpolate(images, size=(self.config.search_size,) * 2, mode="area")
-        return (self.run.compute.layout(images), batch.labels[rows]), n
+        return self.run.compute.layout(images)
+
+    def _removal(self) -> Removal:
+        """How much the loss rises without an edge, on the same images of the architecture's half at every record."""
+        order = np.random.default_rng([self.config.seed, REMOVAL_IMAGES]).permutation(self.halves.arch)
+        size = min(REMOVAL_BATCH, len(order))
+        plan = [order[i * size : (i + 1) * size] for i in range(min(REMOVAL_BATCHES, len(order) // size))]
+        batches, cost = [], self.run.ledger.costs[self.name.partition("/")[0]]
+        for batch in self.data.batches(self._division.plan(plan)):
+            rows, n = self._division.rows(batch)
+            batches.append((self._downsampled(self.data.normalise(batch.images[rows])), batch.labels[rows]))
+            cost.images_forward += REMOVAL_PASSES * n
+        return self.search.removal_losses(batches)
 
     def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
-        bilevel, row = self.search.config, history.row_of(self.search, self.config.edges_by)
-        done, lr = row["step"], learning_rate(bilevel, row["step"] - 1)
+        bilevel, done, edges_by = self.search.config, self.search.steps_done, self.config.edges_by
+        removal = self._removal() if edges_by == "removal" and done >= bilevel.rest_steps else None
+        if edges_by == "removal" and removal is None:
+            edges_by = "alpha"  # only the log sees the genotype of a resting architecture
+        row = history.row_of(self.search, edges_by, removal)
+        lr = learning_rate(bilevel, done - 1)
         place = {"step": done, "arch_step": max(0, row["arch_step"])}
         self.run.log.add(self.name, period, **place, lr=lr, **means, **row["diagnostics"])
         if row["arch_step"] >= 0:
