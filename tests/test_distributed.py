@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import train_eval
 from nas_kmix import scoring
 from nas_kmix.engine import run as run_module
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.distributed import World, joined
+from nas_kmix.engine.distributed import World, joined, unused_part
 from nas_kmix.engine.evaluation import evaluate
 
 ROOT = Path(train_eval.__file__).parent
@@ -35,9 +36,10 @@ SMALL = shlex.split(
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes through /proc")
 
 
-def torchrun(log, *arguments, restarts=0):
+def torchrun(log, *arguments, restarts=0, processes=2):
     """Two processes with gloo, started like the README's eight, in their own process group with output in `log`."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     with open(log, "w") as stream:
         return subprocess.Popen(
@@ -207,12 +209,12 @@ def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_p
 
 
 def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
-    def fail(backend):
+    def fail(url, timeout):
         raise RuntimeError("Gloo connectFullMesh failed\nwith a stack below")
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
     with pytest.raises(OSError, match=r"do not find each other \(Gloo connectFullMesh failed\)"), joined(two_ranks.CPU):
         pass
 
@@ -235,6 +237,25 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     said = log.read_text()
     assert said.count("finishing the step") == 1 and "stopped by SIGTERM; run the same command again to resume" in said
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_every_restart_is_for_a_killed_process(victim, tmp_path):
+    """As many restarts as kills are enough: none goes to processes that look for each other at old addresses."""
+    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=2, processes=3)
+    assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+def test_a_start_shares_no_part_of_the_store_with_an_earlier_one():
+    """Also where an earlier process asked and never came."""
+    store = torch.distributed.HashStore()
+    store.set("nas_kmix/asks/2", "word of a process that was killed")
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: unused_part(store, rank, 3), range(3)))
+        assert not found[0].check(["address"])
+        found[1].set("address", str(start))
+        assert [part.get("address") for part in found] == [str(start).encode()] * 3
 
 
 @pytest.mark.slow
