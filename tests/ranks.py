@@ -18,9 +18,9 @@ PATIENCE = 300  # seconds until processes that hang fail their test
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes through /proc")
 
 
-def torchrun(log, *arguments, count=2, restarts=0):
+def torchrun(log, *arguments, restarts=0, processes=2):
     """Some processes with gloo, started like the README's eight, with output in `log`."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "--max-restarts", restarts]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", restarts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     with open(log, "w") as stream:
         return subprocess.Popen(

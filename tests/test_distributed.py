@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import search
 from nas_kmix import scoring
 from nas_kmix.engine import run as run_module
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.distributed import World, joined
+from nas_kmix.engine.distributed import World, joined, unused_part
 from nas_kmix.engine.evaluation import evaluate
 
 SMALL = shlex.split(
@@ -174,12 +175,12 @@ def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_p
 
 
 def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
-    def fail(backend):
+    def fail(url, timeout):
         raise RuntimeError("Gloo connectFullMesh failed\nwith a stack below")
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
     with pytest.raises(OSError, match=r"do not find each other \(Gloo connectFullMesh failed\)"), joined(two_ranks.CPU):
         pass
 
@@ -202,6 +203,25 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     said = log.read_text()
     assert said.count("finishing the step") == 1 and "stopped by SIGTERM; run the same command again to resume" in said
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_every_restart_is_for_a_killed_process(victim, tmp_path):
+    """As many restarts as kills are enough: none goes to processes that look for each other at old addresses."""
+    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=2, processes=3)
+    assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+def test_a_start_shares_no_part_of_the_store_with_an_earlier_one():
+    """Also where an earlier process asked and never came."""
+    store = torch.distributed.HashStore()
+    store.set("nas_kmix/asks/2", "word of a process that was killed")
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: unused_part(store, rank, 3), range(3)))
+        assert not found[0].check(["address"])
+        found[1].set("address", str(start))
+        assert [part.get("address") for part in found] == [str(start).encode()] * 3
 
 
 @pytest.mark.slow

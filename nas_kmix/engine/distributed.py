@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ from torch import distributed, nn
 
 from nas_kmix.engine.signals import waiting
 
-LONGEST_WAIT = timedelta(
-    days=365
-)  # at a barrier; elsewhere half an hour without an answer is an error (gloo's default)
+PATIENCE = timedelta(minutes=30)  # torch's own; torchrun ends the others long before where one has failed
+LONGEST_WAIT = timedelta(days=365)  # at a barrier, where another process may have work of its own
 SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -111,7 +111,9 @@ def joined(device: torch.device) -> Iterator[World]:
         yield World()
         return
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=unused_part(store, rank, size), rank=rank, world_size=size)
     except (distributed.DistError, RuntimeError) as error:
         raise OSError(
             f"The processes of this job do not find each other ({_first_line(error)}): one of them has ended, the "
@@ -125,6 +127,33 @@ def joined(device: torch.device) -> Iterator[World]:
         raise OSError(f"Another process of this job has ended ({_first_line(error)}); its own log says why.") from error
     finally:
         distributed.destroy_process_group()
+
+
+def unused_part(store: distributed.Store, rank: int, size: int) -> distributed.Store:
+    """A part of the store that the processes of this start alone write to (a sync point).
+
+    torchrun keeps one store for all its restarts. It holds the addresses of processes that have ended, which the new
+    ones would try to reach (pytorch issue 135712), and the number of the restart differs between machines. So rank 0
+    makes up a name, and tells it to whoever asks with a word that nobody has asked with before.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"nas_kmix/asks/{rank}", word)
+        name = store.get(f"nas_kmix/answers/{word}").decode()
+        store.set(f"nas_kmix/knows/{name}/{rank}", "")
+        return distributed.PrefixStore(name, store)
+    name, waiting = uuid.uuid4().hex, set(range(1, size))
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while waiting:
+        if time.monotonic() > deadline:
+            raise distributed.DistStoreError(f"process {min(waiting)} has not come within {PATIENCE}")
+        for other in tuple(waiting):
+            if store.check([f"nas_kmix/asks/{other}"]):  # the word may be one of an earlier start: ask again
+                store.set(f"nas_kmix/answers/{store.get(f'nas_kmix/asks/{other}').decode()}", name)
+            if store.check([f"nas_kmix/knows/{name}/{other}"]):
+                waiting.remove(other)
+        time.sleep(0.02)
+    return distributed.PrefixStore(name, store)
 
 
 def _world_size() -> int:
