@@ -13,7 +13,7 @@ import pytest
 import train_eval
 
 ROOT = Path(train_eval.__file__).parent
-PATIENCE = 300  # seconds until processes that hang fail their test
+PATIENCE = 600  # seconds until processes that hang fail their test
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes through /proc")
 
@@ -35,12 +35,13 @@ def run_ranks(server, count, function, *arguments):
     processes = [server.Process(target=_rank, args=(rank, count, port, function, arguments)) for rank in range(count)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + PATIENCE
     for process in processes:
-        process.join(PATIENCE)
+        process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * count
+    assert codes == [0] * count, codes
 
 
 def _rank(rank, count, port, function, arguments):

@@ -34,13 +34,14 @@ from nas_kmix.scores import ScoreTable
 
 TINY = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
-    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8"
+    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8 --no-finals"
 )
 ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1", "--edges-by", "alpha"]  # the shortest search
 TO_PROXY = ["--stop-after", "proxy"]
 IMAGES, CLASSES = 72, 3
 STAGES = ("scorer", "scoring", "selection", "search")
-RESULTS = {"scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz"}
+SEARCHED = {"candidates.json", "genotype.json", "genotypes.jsonl", "alphas.npz"}
+RESULTS = {"scorer.pt", "scores.npz", "proxy.json", *SEARCHED}
 
 
 # -- data, commands and what they leave --------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def same_bytes(folder: Path, other: Path, *names: str) -> None:
 def same_results(folder: Path, other: Path) -> None:
     """Bit-identical results, and nothing left over."""
     same_bytes(folder, other, "scores.npz", "proxy.json", "metrics.csv", "genotypes.jsonl", "alphas.npz")
-    same_bytes(folder, other, "genotype.json")
+    same_bytes(folder, other, "candidates.json", "genotype.json")
     assert results_of(folder) == RESULTS and not (folder / "checkpoints").exists()
 
 
@@ -208,8 +209,9 @@ def test_the_log_of_the_search_leads_to_its_genotype(finished):
 
 def test_every_stage_is_billed(finished):
     bill = json.loads((finished[0] / "cost.json").read_text())
-    assert tuple(bill["stages"]) == STAGES and set(bill) == {"stages", "total"}
-    for cost in bill["stages"].values():
+    assert tuple(bill["stages"]) == (*STAGES, "finals") and set(bill) == {"stages", "total"}
+    assert bill["stages"]["finals"]["wall_s"] == 0 and bill["stages"]["finals"]["skipped"]
+    for cost in (bill["stages"][stage] for stage in STAGES):
         assert set(cost) == {"wall_s", "images_forward", "images_backward", "peak_rss_bytes", "skipped"}
         assert cost["wall_s"] > 0 and cost["peak_rss_bytes"] > 1e8 and cost["skipped"] is False
     # Six steps of the weights and four of the architecture, eight images each. At each of three records, the half of
@@ -226,10 +228,17 @@ def test_every_stage_is_billed(finished):
 
 def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished):
     folder, ended = finished
-    genotype, *others = ended.out.splitlines()[-6:]
+    genotype, *others = ended.out.splitlines()[-7:]
     assert Genotype.from_text(genotype) == Genotype.load(folder / "genotype.json") and ended.err == ""
     reliability = ScoreTable.load(folder / "scores.npz").reliability()
-    expected = ("genotype.json", "proxy.json", f"{reliability:.2f} for the CV", "search", "nas_kmix.analysis.cells")
+    expected = (
+        "genotype.json",
+        "nothing was proved",
+        "proxy.json",
+        f"{reliability:.2f} for the CV",
+        "search",
+        "nas_kmix.analysis.cells",
+    )
     for line, words in zip(others, expected, strict=True):
         assert words in line
 
@@ -259,7 +268,7 @@ def test_the_next_command_is_without_what_a_search_replaces():
 def test_the_same_command_skips_every_stage(copy, npz):
     before, costs = files_of(copy), costs_of(copy)
     ended = completed(command(npz, copy))
-    assert ended.out.count("is up to date, skipped") == 4
+    assert ended.out.count("is up to date, skipped") == 5
     after = files_of(copy)
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == {"cost.json"}
@@ -276,7 +285,7 @@ def test_the_same_command_skips_every_stage(copy, npz):
         (["--scoring.draws", "5", *TO_PROXY, "--scoring.k", "4"], "scores.npz", "draws was 4, now 5; k was 3, now 4",
          "scorer.pt"),
         (["--ratio", ".2", *TO_PROXY], "proxy.json", "ratio was 0.4, now 0.2", "scores.npz"),
-        (["--lr", ".02", *ONE_STEP], "genotype.json", "lr was 0.025, now 0.02", "proxy.json"),
+        (["--lr", ".02", *ONE_STEP], "candidates.json", "lr was 0.025, now 0.02", "proxy.json"),
     ],
     ids=STAGES,
 )  # fmt: skip
@@ -305,12 +314,12 @@ def test_other_data_are_refused(copy, tmp_path):
 
 def test_device_precision_and_workers_are_no_settings_of_a_stage(copy, npz):
     ended = completed(command(npz, copy, "--amp", "bf16", "--no-channels-last", "-j", 1, "--scoring.batch-size", 7))
-    assert ended.out.count("is up to date, skipped") == 4
+    assert ended.out.count("is up to date, skipped") == 5
 
 
 def test_one_search_is_not_overwritten_by_several(copy, npz):
     genotype = (copy / "genotype.json").read_bytes()
-    refused(command(npz, copy, "--seeds", 2), copy / "genotype.json", "--fresh")
+    refused(command(npz, copy, "--seeds", 2), copy / "candidates.json", "--fresh")
     assert (copy / "genotype.json").read_bytes() == genotype
 
 
@@ -352,8 +361,9 @@ def test_one_stage_at_a_time_ends_like_one_command(finished, npz, tmp_path):
     same_results(tmp_path, finished[0])
     bill = costs_of(tmp_path)
     assert [bill[stage]["skipped"] for stage in STAGES] == [True, True, True, False]
-    for stage, cost in costs_of(finished[0]).items():
-        assert bill[stage]["images_forward"] == cost["images_forward"] and bill[stage]["wall_s"] > 0
+    for stage in STAGES:
+        expected = costs_of(finished[0])[stage]["images_forward"]
+        assert bill[stage]["images_forward"] == expected and bill[stage]["wall_s"] > 0
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
@@ -382,7 +392,7 @@ def test_a_given_file_without_its_bill_is_used_with_a_warning(finished, npz, tmp
 def test_no_proxy_searches_on_every_image(npz, tmp_path):
     ended = completed(command(npz, tmp_path, "--proxy", "none", "--method", "random", *ONE_STEP))
     assert "these flags have no effect: " in ended.out and "--method" in ended.out
-    assert results_of(tmp_path) == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
+    assert results_of(tmp_path) == SEARCHED
     assert costs_of(tmp_path)["search"]["images_forward"] == 2 * 8  # a batch of either half
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
 
@@ -432,7 +442,7 @@ def test_a_random_proxy_needs_no_scorer(npz, tmp_path):
 
 
 def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz, tmp_path):
-    argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", "--seeds", 3, *ONE_STEP)
+    argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", "--seeds", 3, *ONE_STEP, "--jobs", 2)
     completed(argv)
     genotypes = [Genotype.load(tmp_path / f"seed-{i}" / "genotype.json") for i in range(3)]
 
@@ -444,12 +454,13 @@ def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz
     assert len(set(map(str, genotypes))) == 3 and len(set(shared)) > 1  # otherwise this shows nothing
     assert Genotype.load(tmp_path / "genotype.json") == genotypes[int(np.argmax(shared))]
     for i in range(3):
-        assert results_of(tmp_path / f"seed-{i}") == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
+        assert {"genotype.json", "genotypes.jsonl", "alphas.npz"} <= results_of(tmp_path / f"seed-{i}")
+        assert not (tmp_path / f"seed-{i}" / "checkpoints").exists()
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert [row["stage"] for row in csv.DictReader(file)] == ["search/seed-0", "search/seed-1", "search/seed-2"]
 
     before = {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"}
-    assert completed(argv).out.count("is up to date, skipped") == 1
+    assert completed(argv).out.count("is up to date, skipped") == 2
     assert {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"} == before
 
 
@@ -838,7 +849,7 @@ def test_bad_folders_are_one_sentence(tmp_path):
     assert not results_of(out)
 
 
-@pytest.mark.parametrize("name", ["scorer.pt", "scores.npz", "proxy.json", "genotype.json"])
+@pytest.mark.parametrize("name", ["scorer.pt", "scores.npz", "proxy.json", "candidates.json", "genotype.json"])
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_a_result_cut_short_is_refused_by_name(name, share, copy, npz):
     content = (copy / name).read_bytes()

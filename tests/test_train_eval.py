@@ -127,10 +127,11 @@ def test_a_run_keeps_to_its_schedule_across_a_resume(train_only, tmp_path, monke
 
 def test_images_that_are_too_small_are_refused_with_the_flag(tmp_path, capsys):
     path = tmp_path / "small.npz"
-    np.savez(path, train_images=draw_pixels(4, 28, 28, 3), train_labels=np.arange(4) % 2)
+    np.savez(path, train_images=draw_pixels(4, 12, 12, 3), train_labels=np.arange(4) % 2)
     assert train_eval.main([*SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "images have 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
-    assert run(path, tmp_path / "run", "--image-size", 32, "--epochs", 1)["epochs"] == 1
+    assert "images have 12 px" in (said := capsys.readouterr().err) and "use --image-size 13, or --no-auxiliary" in said
+    assert run(path, tmp_path / "a", "--image-size", 13, "--epochs", 1)["epochs"] == 1
+    assert run(path, tmp_path / "b", "--no-auxiliary", "--epochs", 1)["epochs"] == 1
 
 
 def test_what_a_run_leaves(npz, alone):

@@ -62,9 +62,9 @@ def mix(images, labels, rng):
     return torch.lerp(images[partner], images, weight), torch.lerp(one_hot[partner], one_hot, weight)
 
 
-def trained(network, run, stage, recipe, **options):
+def trained(network, run, stage, recipe, epochs=3, **options):
     """The states of a network and of its average after a training."""
-    config = OptimConfig(epochs=3, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
+    config = OptimConfig(epochs=epochs, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
     options |= {"mix": mix, "seed": 0, "run": run, "stage": stage, "key": stage_key(stage, {}, {}), "recipe": recipe}
     average = train(network, make_data(17), config, Augmentation(cutout=8), **options).model
     return {"model": network.state_dict(), "average": average.state_dict()}
@@ -80,5 +80,5 @@ def main(out: Path) -> None:
         network, recipe = make_network().double(), replace(recipe, accumulate=1)  # BatchNorm sees each part alone
         if world.size > 1:
             join_norms(network)
-        state["joint"] = trained(network, run, "joint", recipe, joint_norms=world.size > 1)
+        state["joint"] = trained(network, run, "joint", recipe, epochs=1, joint_norms=world.size > 1)
         files.save_tensors(out / f"rank{world.rank}.pt", {**state, "evaluations": evaluations})

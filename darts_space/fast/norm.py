@@ -60,6 +60,22 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class BatchNormOfOne(nn.BatchNorm2d):
+    """BatchNorm that accepts a single value per channel, as the last batch of an epoch may be a single image.
+
+    A single value has no variance, so PyTorch refuses it; here the running statistics normalise it.
+    """
+
+    joint = False
+    """As in `BatchNorm2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = _pixels_of_all_processes(x) if self.training and self.joint else x.shape[0] * x.shape[2] * x.shape[3]
+        if self.training and count == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return BatchNorm2d.forward(self, x) if self.joint else super().forward(x)
+
+
 def join_norms(model: nn.Module) -> None:
     """Let every BatchNorm of `model` take the batches of all processes for a single one, in place.
 
@@ -67,10 +83,17 @@ def join_norms(model: nn.Module) -> None:
     same name and with the same parameters and statistics.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and not hasattr(module, "joint"):
             model.set_submodule(name, module := _ours(module))
         if hasattr(module, "joint"):
             module.joint = True
+
+
+def _pixels_of_all_processes(x: Tensor) -> int:
+    """How many values a joint norm sees of each channel of x (N, C, H, W)."""
+    count = torch.full((), x.numel() // x.shape[1], device=x.device)
+    distributed.all_reduce(count)
+    return int(count)
 
 
 def _ours(norm: nn.BatchNorm2d) -> BatchNorm2d:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from darts_space import Genotype
+from darts_space import Genotype, read_genotype
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.bad_files import BadFileList
@@ -21,14 +22,18 @@ from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.engine.sources import located
-from nas_kmix.pipeline import history, proxy, scorer, scores, search
+from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search, verdict
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scores import ScoreTable, verdict
+from nas_kmix.scores import ScoreTable
+from nas_kmix.scores import verdict as reliable
 
-STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
-RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
+STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME, finals.NAME)
+RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, *history.FILES, *finals.FILES, finals.FILE, bad_files.FILE)
+UNPROVED = [
+    "none: with --no-finals nothing was proved. The same command without it trains random architectures beside."
+]
 COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # of runs, by TensorBoard
 PICTURES = 5  # of the architecture, shown by TensorBoard during a search
 
@@ -41,6 +46,8 @@ class Result:
     table: ScoreTable | None = None
     proxy: ProxyManifest | None = None
     genotype: Genotype | None = None
+    finals: dict[str, Any] | None = None
+    """What `result.json` says."""
 
 
 def run(config: Config) -> Result:
@@ -76,7 +83,7 @@ def run(config: Config) -> Result:
 
 
 def _stages(config: Config, data: ImageData, run: Run) -> Result:
-    """Scorer, scores, proxy, genotype: each is given, found or made, up to `--stop-after`."""
+    """Scorer, scores, proxy, search, finals: each is given, found or made, up to `--stop-after`."""
     result, given = Result(run.folder), config.given
     if config.uses_scores:
         trained = None
@@ -104,7 +111,16 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
             place = given.proxy or run.path(proxy.FILE)
             raise ValueError(f"{place} has no image to train the architecture; make one at a larger --ratio.")
         halves = search.Halves.of_proxy(chosen)
-    return replace(result, genotype=obtain(search, config.search, halves, data, run=run))
+    if not config.with_finals:
+        searched = obtain(search, config.search, halves, data, run=run)
+        genotype = obtain(search.Unproved(), config.search, searched, halves, data, run=run)
+        return replace(result, genotype=genotype)
+    roles = finals.divide(data, halves.weights, halves.arch, config.finals)  # refuses before anything is searched
+    given = {text: read_genotype(text) for text in config.candidates}
+    searched = obtain(search, config.search, halves, data, run=run)
+    entrants = finals.entrants(searched.candidates, searched.provenance, given, config.finals, data)
+    proved = obtain(finals, config.finals, entrants, roles, data, run=run)
+    return replace(result, genotype=proved.genotype, finals=proved.result)
 
 
 # -- around the stages -------------------------------------------------------------------------------------------------
@@ -144,7 +160,7 @@ def _reliability(table: ScoreTable, measure: str) -> str:
     name = measure.upper() if measure == "cv" else measure
     return (
         f"{value:.2f} for the {name} ranking over {draws} draws "
-        f"({verdict(value)}; at 1.00, new draws give the same ranking)"
+        f"({reliable(value)}; at 1.00, new draws give the same ranking)"
     )
 
 
@@ -153,7 +169,9 @@ def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
     lines = []
     folder = result.folder
     if result.genotype is not None:
-        lines += [result.genotype.to_text(), f"genotype     {folder / search.FILE}"]
+        lines += [result.genotype.to_text(), f"genotype     {folder / finals.FILE}"]
+        proof = UNPROVED if result.finals is None else verdict.in_words(result.finals)
+        lines += [f"{'' if i else 'verdict':13}{line}" for i, line in enumerate(proof)]
     if result.proxy is not None and config.given.proxy is None:
         lines.append(f"proxy        {folder / proxy.FILE}, {len(result.proxy.indices)} of {result.proxy.n} images")
     if result.table is not None:
@@ -163,7 +181,7 @@ def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
     lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
     if result.genotype is not None:
         picture = ["--picture", str(folder / "cells.png")]
-        next_command = ["-m", "nas_kmix.analysis.cells", str(folder / search.FILE), *picture]
+        next_command = ["-m", "nas_kmix.analysis.cells", str(folder / finals.FILE), *picture]
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
         next_command = ["search.py", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
@@ -194,6 +212,8 @@ REUSE = {scores.NAME: ("scorer", scorer.FILE), proxy.NAME: ("scores", scores.FIL
 
 def _remedy(config: Config, error: StageMismatchError) -> str:
     """How to go on if a file made with other settings is in the way, without losing the stages before it."""
+    if error.stage == finals.NAME:
+        return "Remove that file to repeat the finals of the same search, use --fresh, or choose another --out."
     flag, name = REUSE.get(error.stage, ("", ""))
     given = getattr(config.given, flag) if flag else None
     earlier = given or config.out / name

@@ -38,7 +38,9 @@ from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits
 
 STAGES = (network.NAME, network.EVALUATION)
 RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
-SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # side in pixels
+SMALLEST = {
+    kind.kind: kind.smallest_with_head for kind in (CifarNetwork, ImageNetNetwork)
+}  # side in pixels, with an auxiliary head
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # of runs, by TensorBoard
 
 Flat = tyro.conf.arg(name="")
@@ -144,7 +146,7 @@ def run(config: Config) -> dict[str, Any]:
         )
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
-        result = {"network": description, "seed": config.seed, **cost(model, data.image_size)}
+        result = {"kind": "train", "network": description, "seed": config.seed, **cost(model, data.image_size)}
         if not data.resident:
             largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
             check_room(largest, data.image_size, data.workers)
@@ -260,11 +262,12 @@ def _check_flags(config: Config) -> None:
 
 
 def _check_size(config: Config, data: ImageData) -> None:
-    smallest = 0 if config.network.genotype is None else SMALLEST[data.stem]
+    with_head = config.network.genotype is not None and config.network.auxiliary
+    smallest = SMALLEST[data.stem] if with_head else 0
     if data.image_size < smallest:
         raise ValueError(
-            f"The images have {data.image_size} px, but a genotype's {data.stem} network takes {smallest} px "
-            f"or more; use --image-size {smallest}."
+            f"The images have {data.image_size} px, but the auxiliary head of a genotype's network takes {smallest} px "
+            f"or more; use --image-size {smallest}, or --no-auxiliary."
         )
 
 

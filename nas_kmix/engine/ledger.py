@@ -54,9 +54,10 @@ class Ledger:
             return []
 
     def read_back(self) -> None:
-        """Load the bills of earlier invocations; with a damaged file, start from zero."""
-        if self._path.exists():
-            self.adopt(self._path, tuple(self.costs))
+        """Load the bills of earlier invocations, also of a version with fewer stages; a damaged file counts as none."""
+        with suppress(ValueError, KeyError, TypeError):
+            recorded = files.read_json(self._path)["stages"]
+            self.adopt(self._path, tuple(stage for stage in self.costs if stage in recorded))
 
     def clear(self) -> None:
         self.costs = {stage: StageCost() for stage in self.costs}

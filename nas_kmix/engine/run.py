@@ -147,8 +147,8 @@ class Run:
 
     def clear(self, names: tuple[str, ...]) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
-        records = ("config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
-        for pattern in (*names, "checkpoints/*.pt", *records):
+        own = ("checkpoints/*.pt", "config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
+        for pattern in (*names, *own, *(f"seed-*/{name}" for name in own)):
             for path in self.folder.glob(pattern) if self.world.main else ():
                 path.unlink()
         self.world.barrier()
@@ -183,6 +183,15 @@ class Run:
         for name, record in self._records.items() if self.world.main else ():
             files.write_json(self.path(name), record)
         self._records = {}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let this process work in the block without the others, which wait for it."""
+        world, self.world = self.world, World()
+        try:
+            yield
+        finally:
+            self.world = world
 
     def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""

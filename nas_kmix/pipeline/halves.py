@@ -11,6 +11,8 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.sampling import split_by_class
 
+SET_ASIDE = 0.1  # of all images, where there is no proxy
+
 
 @dataclass(frozen=True)
 class Halves:
@@ -43,6 +45,7 @@ class Halves:
 
     @staticmethod
     def of_all_images(data: ImageData, arch_share: float, *, seed: int) -> Halves:
-        """All images that can be read, divided by class."""
-        weights, arch = split_by_class(data.good(), data.labels[data.good()], arch_share, seed=seed)
-        return Halves(weights, arch, identity=f"all images, arch_share {arch_share}")
+        """All images that can be read, divided by class, but for a tenth that is left for the verdict of the finals."""
+        used, _ = split_by_class(data.good(), data.labels[data.good()], SET_ASIDE, seed=seed + 1)
+        weights, arch = split_by_class(used, data.labels[used], arch_share, seed=seed)
+        return Halves(weights, arch, identity=f"all images but {SET_ASIDE:.0%}, arch_share {arch_share}")

@@ -79,3 +79,20 @@ def say_how_sure(genotype: Genotype, rows: Sequence[Row], name: str, run: Run) -
             f"warning: the search has collapsed: of the normal cell's 8 operations {skips} are skip connections and "
             f"{pools} are pools. Raise --rest-steps, which keep the architecture fixed, or lower --arch-steps."
         )
+
+
+def read_history(folder: Path) -> list[tuple[int, Genotype]]:
+    """(architecture step, genotype) of every record in `folder`; none if its file is gone. Raises ValueError."""
+    path = folder / FILES[0]
+    if not path.exists():
+        return []
+    with files.damage_named(path, files.REMOVE_OURS):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(int(row["arch_step"]), Genotype.from_json(row["genotype"])) for row in rows]
+
+
+def say_if_gone(genotype: Path, run: Run) -> None:
+    """Warn if the history beside the file of a search's result is missing."""
+    for name in FILES:
+        if not genotype.with_name(name).exists():
+            run.say(f"warning: {genotype.with_name(name)} is gone; remove {genotype.name} to search again and get both")

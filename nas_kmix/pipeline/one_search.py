@@ -1,6 +1,6 @@
 """One bilevel search on the two halves of a proxy: its settings, and the loop that a run goes through.
 
-In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history beside it.
+In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history in a folder.
 
 `darts_space.bilevel` takes the bilevel steps. This module reads their batches, augments them and, with `search_size`,
 averages them to fewer pixels. First the weights move alone, then the architecture too. From then on `history` records
@@ -90,7 +90,8 @@ class SearchConfig:
     record_every: int | None = None
     """Steps between rows of the log and, once the architecture moves, of genotypes.jsonl. Default: an epoch."""
     seeds: int = 1
-    """Number of searches on the same proxy; genotype.json is the one that shares most edges with the others."""
+    """Number of searches on the same proxy. The finals compare them; without finals, genotype.json is the one that
+    shares most edges with the others."""
     sync_batchnorm: bool = False
     """Under torchrun, compute BatchNorm's statistics over the batches of all processes."""
     cuda_graphs: bool = field(default=False, metadata=NOT_IN_KEY)
@@ -99,6 +100,8 @@ class SearchConfig:
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of the initial weights, batches and augmentation; several searches count up from it."""
+    jobs: Annotated[int, tyro.conf.Suppress] = field(default=1, metadata=NOT_IN_KEY)
+    """Child processes for several searches."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "seeds", "record_every"):
@@ -156,7 +159,7 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
 
 def search_once(
     name: str,
-    path: Path,
+    folder: Path,
     config: SearchConfig,
     halves: Halves,
     data: ImageData,
@@ -164,7 +167,7 @@ def search_once(
     run: Run,
     key: Key,
 ) -> Genotype:
-    """Search, and write the genotype after the last step to `path`, with the history beside it."""
+    """Search, write the history into `folder`, and return the genotype after the last step."""
     epoch_steps = halves.epoch_steps(config.batch_size)
     bilevel = config.bilevel(run.compute.amp, epoch_steps)
     supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
@@ -178,12 +181,10 @@ def search_once(
         search = (GraphedSearch if graphed else Search)(supernet, bilevel)
     every = config.record_every or epoch_steps
     periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
-    task = _Searching(name, path.parent, search, periods, config, halves, data, run)
+    task = _Searching(name, folder, search, periods, config, halves, data, run)
     run_loop(task, periods, name=name, key=key, run=run)
     genotype = history.genotype_of(task.rows[-1])
     history.say_how_sure(genotype, task.rows, name, run)
-    if run.world.main:
-        genotype.save(path, provenance=key)
     return genotype
 
 

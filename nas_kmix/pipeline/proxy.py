@@ -20,6 +20,7 @@ from nas_kmix.scores import ScoreTable
 
 NAME = "selection"
 FILE = "proxy.json"
+ALONE = True
 
 
 def key(config: ProxyConfig, table: ScoreTable | None, data: ImageData) -> Key:
@@ -42,14 +43,10 @@ def load(
 def make(
     path: Path, config: ProxyConfig, table: ScoreTable | None, data: ImageData, *, run: Run, key: Key
 ) -> ProxyManifest:
-    """Select the images and write `path`; rank 0 does, and the others read what it has written."""
-    if not run.world.main:
-        run.world.barrier()
-        return load(path, config, table, data, run=run, key=key)
+    """Select the images and write `path`."""
     with run.stage(NAME):
         manifest = make_proxy(data, table, config)
     manifest.save(path)
-    run.world.barrier()
     weights, arch = len(manifest.weights), len(manifest.arch)
     run.say(f"selection: {len(manifest.indices)} images, {weights} for the weights, {arch} for the architecture")
     many = np.bincount(data.labels, minlength=data.num_classes) > 1

@@ -9,8 +9,11 @@ A stage is a module, or an object, with two names and three functions:
     make(path, config, *inputs, run=, key=)      # compute the result and write the file
 
 `config` is the stage's own part of the flags; `inputs` are the results of earlier stages. Resuming is up to `make`,
-through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`. All processes of the run's world call `obtain`
-and so `make`, with the same inputs, and get the same result; rank 0 writes the file.
+through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
+
+All processes of the run's world call `obtain`, with the same inputs, and get the same result. Of a stage with
+`ALONE = True` rank 0 alone calls `make`, and the others then load what it has written; otherwise all call it, and rank
+0 writes the file.
 """
 
 from __future__ import annotations
@@ -60,7 +63,13 @@ def obtain(stage: Stage[Result], config: Any, *inputs: Any, run: Run, given: Pat
     result = stage.load(path, config, *inputs, run=run, key=key) if found else None
     if result is not None:
         run.say(f"{stage.NAME}: {path} is up to date, skipped")
-    else:
+    elif not getattr(stage, "ALONE", False):
         result = stage.make(path, config, *inputs, run=run, key=key)
+    else:
+        if run.world.main:
+            with run.alone():
+                result = stage.make(path, config, *inputs, run=run, key=key)
+        run.world.barrier()
+        result = result if run.world.main else stage.load(path, config, *inputs, run=run, key=key)
     run.remove_checkpoint(checkpoint_name(stage.NAME))  # a run killed just before this line leaves one behind
     return result
