@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 
 import search
+import train_eval
 from darts_space import ARCHITECTURE_NAMES, Genotype, Search, SuperNet, derive
-from nas_kmix.commands.search import rest_of
+from nas_kmix.commands.summary import RETRAINED_WITH, _training_command, rest_of
 from nas_kmix.engine import data as engine_data
+from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
 from nas_kmix.proxy import ProxyManifest
@@ -39,6 +41,7 @@ TINY = shlex.split(
 ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1", "--edges-by", "alpha"]  # the shortest search
 TO_PROXY = ["--stop-after", "proxy"]
 IMAGES, CLASSES = 72, 3
+TRAINED = 65  # by the scorer, which a tenth of the images tests
 STAGES = ("scorer", "scoring", "selection", "search")
 SEARCHED = {"candidates.json", "genotype.json", "genotypes.jsonl", "alphas.npz"}
 RESULTS = {"scorer.pt", "scores.npz", "proxy.json", *SEARCHED}
@@ -127,6 +130,12 @@ def costs_of(folder: Path) -> dict:
     return json.loads((folder / "cost.json").read_text())["stages"]
 
 
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def same_bytes(folder: Path, other: Path, *names: str) -> None:
     for name in names:
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
@@ -201,8 +210,7 @@ def test_the_log_of_the_search_leads_to_its_genotype(finished):
     removal = last.pop("removal_normal"), last.pop("removal_reduce")
     assert genotype == derive(**last, edges_by="removal", removal=removal)
     assert lines[-1]["genotype"] == genotype.to_json()
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [(row["stage"], row["epoch"]) for row in csv.DictReader(file)]
+    rows = [(row["stage"], row["epoch"]) for row in read_rows(folder)]
     assert rows == [("scorer", "0"), ("scorer", "1"), ("search", "0"), ("search", "1"), ("search", "2")]
     assert list(folder.glob("events.out.tfevents.*"))
 
@@ -217,7 +225,8 @@ def test_every_stage_is_billed(finished):
     # Six steps of the weights and four of the architecture, eight images each. At each of three records, the half of
     # the architecture passes once through the whole supernet and once without each of 24 edges.
     search = (80 + 3 * 25 * len(ProxyManifest.load(finished[0] / "proxy.json").arch), 80)
-    passes = {"scorer": (2 * IMAGES,) * 2, "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": search}
+    # The scorer is trained on nine tenths of the images and tested on the others, both twice.
+    passes = {"scorer": (2 * IMAGES, 2 * TRAINED), "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": search}
     for stage, expected in passes.items():
         cost = bill["stages"][stage]
         assert (cost["images_forward"], cost["images_backward"]) == expected
@@ -228,19 +237,77 @@ def test_every_stage_is_billed(finished):
 
 def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished):
     folder, ended = finished
-    genotype, *others = ended.out.splitlines()[-7:]
+    genotype, *others = ended.out.splitlines()[-8:]
     assert Genotype.from_text(genotype) == Genotype.load(folder / "genotype.json") and ended.err == ""
     reliability = ScoreTable.load(folder / "scores.npz").reliability()
     expected = (
         "genotype.json",
         "nothing was proved",
         "proxy.json",
-        f"{reliability:.2f} for the CV",
+        f"{reliability:.2f} of 1",
+        "4 losses each",
         "search",
-        "nas_kmix.analysis.cells",
+        "next         python",
     )
     for line, words in zip(others, expected, strict=True):
         assert words in line
+
+
+def test_the_next_command_trains_the_genotype_on_the_same_images(finished, npz):
+    program, *argv = shlex.split(finished[1].out.splitlines()[-1].removeprefix("next"))[1:]
+    config = train_eval.parse(argv)
+    assert program == "train_eval.py" and config.input == DataConfig(data=str(npz))
+    assert Genotype.load(Path(config.network.genotype)) == Genotype.load(finished[0] / "genotype.json")
+    assert config.out == finished[0].with_name(f"{finished[0].name}-net") and not config.out.exists()
+
+
+@pytest.mark.parametrize("preset", list(search.PRESETS))
+def test_every_preset_has_a_preset_to_train_with(preset):
+    config = search.parse(["--preset", preset, "--data", "images", "--image-size", "96"])
+    found = train_eval.parse(_training_command(config, Path("run"))[1:])
+    assert (found.preset, found.input.data, found.input.image_size) == (RETRAINED_WITH[preset], "images", 96)
+
+
+def test_every_stage_says_when_it_ends_and_what_came_of_it(finished):
+    folder, ended = finished
+    for stage, file in {"scorer": "scorer.pt", "scoring": "scores.npz", "selection": "proxy.json"}.items():
+        assert re.search(rf"^{stage}: done in \d+ s, {folder / file}$", ended.out, re.MULTILINE)
+    rows = [row for row in read_rows(folder) if row["stage"] == "scorer"]
+    share = f"{100 * float(rows[-1]['val_accuracy']):.1f} %"
+    assert f"scorer: names the class of {share} of {IMAGES - TRAINED} images that it was not trained on" in ended.out
+    assert f"scorer: epoch 2/2, loss {float(rows[-1]['loss']):.3f}, accuracy" in ended.out
+    assert re.search(
+        r"^search: step 6/6, loss .*, validation loss .*, accuracy .* %, .* images/s$", ended.out, re.MULTILINE
+    )
+
+
+def test_a_scorer_that_tests_itself_on_no_image_is_trained_on_all(npz, tmp_path):
+    ended = completed(command(npz, tmp_path, "--scorer.val-share", 0, "--stop-after", "scorer"))
+    assert f"trained on all {IMAGES} images" in ended.out and "val_accuracy" not in read_rows(tmp_path)[0]
+    assert costs_of(tmp_path)["scorer"]["images_backward"] == 2 * IMAGES
+
+
+def test_a_quiet_run_says_what_it_found_and_its_warnings(finished, npz, tmp_path):
+    ended = completed(command(npz, tmp_path, "--quiet"))
+    loud = finished[1].out.splitlines()
+    assert len(ended.out.splitlines()) < 10 < len(loud)
+    assert [line for line in ended.out.splitlines() if line.startswith("warning")] == [
+        line for line in loud if line.startswith("warning")
+    ]
+    assert ended.out.splitlines()[-8] == loud[-8], "the genotype"
+
+
+def test_a_listener_hears_what_the_log_holds(npz, tmp_path):
+    heard = []
+    search.run(search.parse(command(npz, tmp_path)), on_log=lambda *row: heard.append(row))
+    assert [(stage, step) for stage, step, _ in heard] == [
+        ("scorer", 0), ("scorer", 1), ("search", 2), ("search", 4), ("search", 6)
+    ]  # fmt: skip
+    for row, (_, _, values) in zip(read_rows(tmp_path), heard, strict=True):
+        written = {name: float(value) for name, value in row.items() if name not in ("stage", "epoch") and value}
+        assert written == pytest.approx({name: value for name, value in values.items() if name in written}, rel=1e-6)
+        assert values.keys() - written.keys() == {"images_per_second", "memory_gib"}
+        assert values["images_per_second"] > 0 and values["memory_gib"] > 0.1
 
 
 def test_the_reliability_of_too_few_draws_is_not_called_good(npz, tmp_path):
@@ -504,8 +571,9 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
     )
     monkeypatch.setattr(SuperNet, "genotype", lambda *_: pools)
     ended = completed(command(npz, tmp_path, *proxy))
-    assert "warning: the architecture moves after 2 steps on the weights; before about 1,000" in ended.out
-    assert "the 2 records before the last share 16.0 of 16 edges with the genotype" in ended.out
+    assert "warning: the architecture moves after 2 steps on the weights; in the first 600" in ended.out
+    settled = "the 2 records before the last had 16.0 of the 16 edges of the genotype on average: it had settled"
+    assert settled in ended.out
     assert (
         "the search has collapsed: of the normal cell's 8 operations 0 are skip connections and 8 are pools"
         in ended.out

@@ -1,7 +1,8 @@
 """One optimisation step and everything that it changes: weights, their average, optimiser, loss scale.
 
 In:  images and soft labels of one batch.
-Out: the mean loss; and, as plain content, what a checkpoint needs to take the next step as if nothing had happened.
+Out: the mean loss and the number of hits; and, as plain content, what a checkpoint needs to take the next step as if
+nothing had happened.
 
 A network may return (logits, auxiliary logits) while it trains, and may offer `draw_drop_path(batch_size, probability,
 generator=)`, whose result it takes as a second argument; nothing else is required.
@@ -130,13 +131,18 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None, weight: float = 1.0) -> Tensor:
-        """One step of SGD on images (N, 3, S, S) and soft labels (N, classes); returns the mean loss, on the device.
+    def step(
+        self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """One step of SGD on images (N, 3, S, S) and soft labels (N, classes).
 
+        Returns the mean loss and the number of hits, on the device. A hit is an image for which the network predicts
+        the class with the largest share of the label.
         `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is the weight of these images when the
         gradients of all processes are averaged: 1 if all have equally many. Joint norms take no images, too.
         """
         total = images.new_zeros((), dtype=soft_labels.dtype)
+        hits = torch.zeros((), dtype=torch.int64, device=images.device)
         self.optimizer.zero_grad(set_to_none=True)
         count = self._parts(len(images))
         masks = [None] * count if drop_path is None else drop_path.tensor_split(count, dim=2)
@@ -145,9 +151,10 @@ class Learner:
             share = len(part) / max(1, len(images))
             waits = i < count and self._forward is not self.model  # sync gradients once, with the last part
             with self._forward.no_sync() if waits else nullcontext():
-                loss, objective = self._losses(part, labels, mask)
+                loss, objective, correct = self._losses(part, labels, mask)
                 self._scaler.scale(objective * (share * weight)).backward()
             total = total + loss.detach() * share
+            hits = hits + correct
         if self.recipe.grad_clip is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
@@ -155,7 +162,7 @@ class Learner:
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        return total
+        return total, hits
 
     def _parts(self, images: int) -> int:
         """The number of parts in which to compute this many images; the same in all processes if norms are joint."""
@@ -163,8 +170,8 @@ class Learner:
             images = int(self._world.highest(images)[0])
         return max(1, min(self.recipe.accumulate, images))
 
-    def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of the logits, and the objective: that loss plus the weighted loss of the auxiliary head."""
+    def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of the logits, the objective (that loss plus the auxiliary head's, weighted), and the hits."""
         with self._compute.autocast():
             images = self._compute.layout(images)
             outputs = self._forward(images) if drop_path is None else self._forward(images, drop_path)
@@ -173,7 +180,7 @@ class Learner:
         objective = loss
         for extra in auxiliary:
             objective = objective + self.recipe.auxiliary_weight * self._loss_of(extra, soft_labels)
-        return loss, objective
+        return loss, objective, (logits.argmax(1) == soft_labels.argmax(1)).sum()
 
     def _loss_of(self, logits: Tensor, soft_labels: Tensor) -> Tensor:
         """In the labels' precision, whatever autocast chose for the logits; 0 of no images."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from nas_kmix.engine import files
 
 try:
@@ -127,6 +129,11 @@ class Ledger:
             return False
         self.costs.update(adopted)
         return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory of the GPU that this process has held so far; without a GPU, of the machine."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:

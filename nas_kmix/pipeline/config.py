@@ -64,6 +64,8 @@ class Config:
     """Remove what an earlier run left in --out and start over."""
     jobs: int = min(8, os.cpu_count() or 1)
     """Child processes of one thread each that work side by side; results are the same whatever the number."""
+    quiet: bool = False
+    """Print nothing but warnings and the results."""
     report: bool = True
     """Show the architecture in TensorBoard during the search, and write the page report.html at the end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
@@ -106,7 +108,8 @@ PRESETS: dict[str, Config] = {
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
         scorer=ScorerConfig(
-            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4)
+            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
+            val_share=0.1,
         ),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
@@ -122,7 +125,8 @@ PRESETS: dict[str, Config] = {
         preset="cpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4)
+            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4),
+            val_share=0.1,
         ),
         search=SearchConfig(
             rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
@@ -136,7 +140,8 @@ PRESETS: dict[str, Config] = {
         preset="gpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
+            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4),
+            val_share=0.1,
         ),
         search=SearchConfig(
             rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",

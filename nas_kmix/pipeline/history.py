@@ -19,6 +19,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.run import Run
 
 FILES = ("genotypes.jsonl", "alphas.npz")
+SETTLED = GENOTYPE_EDGES - 2  # edges that must then be there on average for a genotype to be called settled
 LAST_RECORDS = 4  # how many records the final genotype is compared with
 REMOVAL_NAMES = ("removal_normal", "removal_reduce")
 
@@ -69,9 +70,10 @@ def say_how_sure(genotype: Genotype, rows: Sequence[Row], name: str, run: Run) -
     earlier = [genotype_of(row) for row in rows[-LAST_RECORDS - 1 : -1]]
     if earlier:
         mean = np.mean([genotype.shared_edges(other) for other in earlier])
+        settled = "it had settled" if mean >= SETTLED else "it was still changing, so trust it little"
         run.say(
-            f"{name}: the {len(earlier)} records before the last share {mean:.1f} of {GENOTYPE_EDGES} edges with the "
-            "genotype"
+            f"{name}: the {len(earlier)} records before the last had {mean:.1f} of the {GENOTYPE_EDGES} edges of the "
+            f"genotype on average: {settled}"
         )
     if genotype.collapsed:
         skips, pools = genotype.skip_connections()[0], genotype.pools()[0]

@@ -32,7 +32,7 @@ from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.feed import Division, step_batches
 from nas_kmix.engine.keys import NOT_IN_KEY
-from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import history
@@ -41,8 +41,9 @@ from nas_kmix.pipeline.stage import Key
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
-TURN = 1000
-"""Steps on the weights before which the gradient of alpha favours pools (studies/search_quality)."""
+TURN = 600
+"""Steps on the weights before which the gradient of alpha favours pools even in the smallest supernet, that of the
+preset quick; in larger ones until about 1,400 (studies/search_quality)."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
     )
     if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
         run.say(
-            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; before about {TURN:,} "
-            "its gradient favours pools, whatever the images. Raise --rest-steps."
+            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; in the first {TURN} to "
+            "1,400 its gradient favours pools, whatever the images. Raise --rest-steps."
         )
 
 
@@ -265,7 +266,7 @@ class _Searching:
             cost.images_forward += REMOVAL_PASSES * n
         return self.search.removal_losses(batches)
 
-    def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
+    def end(self, period: int, means: Mapping[str, float]) -> Ended:
         bilevel, done, edges_by = self.search.config, self.search.steps_done, self.config.edges_by
         removal = self._removal() if edges_by == "removal" and done >= bilevel.rest_steps else None
         if edges_by == "removal" and removal is None:
@@ -273,7 +274,6 @@ class _Searching:
         row = history.row_of(self.search, edges_by, removal)
         lr = learning_rate(bilevel, done - 1)
         place = {"step": done, "arch_step": max(0, row["arch_step"])}
-        self.run.log.add(self.name, period, **place, lr=lr, **means, **row["diagnostics"])
         if row["arch_step"] >= 0:
             self.rows.append(row)
         if row["arch_step"] >= 0 and self.run.world.main:
@@ -281,7 +281,7 @@ class _Searching:
             tables = [row["tables"] for row in self.rows]
             records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))
             self.run.on_record(self.name, done, tables, history.genotype_of(row), records=records)
-        return ()
+        return Ended({**place, "lr": lr, **means, **row["diagnostics"]})
 
     def state_dict(self) -> dict[str, Any]:
         return {"search": self.search.state_dict(), "history": self.rows}

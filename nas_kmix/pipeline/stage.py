@@ -6,7 +6,7 @@ A stage is a module, or an object, with two names and three functions:
     FILE = "scores.npz"    # its result in the run folder, which describes itself
     key(config, *inputs)                         # what the result depends on, see `engine.keys`
     load(path, config, *inputs, run=, key=)      # read the file; refuse it if it was made with another key
-    make(path, config, *inputs, run=, key=)      # compute the result and write the file
+    make(path, config, *inputs, run=, key=)      # compute the result, write the file, and say what came of it
 
 `config` is the stage's own part of the flags; `inputs` are the results of earlier stages. Resuming is up to `make`,
 through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
@@ -18,10 +18,12 @@ All processes of the run's world call `obtain`, with the same inputs, and get th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, checkpoint_name
 
 Result = TypeVar("Result")
@@ -63,13 +65,19 @@ def obtain(stage: Stage[Result], config: Any, *inputs: Any, run: Run, given: Pat
     result = stage.load(path, config, *inputs, run=run, key=key) if found else None
     if result is not None:
         run.say(f"{stage.NAME}: {path} is up to date, skipped")
-    elif not getattr(stage, "ALONE", False):
-        result = stage.make(path, config, *inputs, run=run, key=key)
     else:
-        if run.world.main:
-            with run.alone():
-                result = stage.make(path, config, *inputs, run=run, key=key)
-        run.world.barrier()
-        result = result if run.world.main else stage.load(path, config, *inputs, run=run, key=key)
+        began = time.monotonic()
+        result = _made(stage, path, config, *inputs, run=run, key=key)
+        run.say(f"{stage.NAME}: done in {duration(time.monotonic() - began)}, {path}")
     run.remove_checkpoint(checkpoint_name(stage.NAME))  # a run killed just before this line leaves one behind
     return result
+
+
+def _made(stage: Stage[Result], path: Path, config: Any, *inputs: Any, run: Run, key: Key) -> Result:
+    if not getattr(stage, "ALONE", False):
+        return stage.make(path, config, *inputs, run=run, key=key)
+    if run.world.main:
+        with run.alone():
+            result = stage.make(path, config, *inputs, run=run, key=key)
+    run.world.barrier()
+    return result if run.world.main else stage.load(path, config, *inputs, run=run, key=key)

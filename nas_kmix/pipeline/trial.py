@@ -111,7 +111,7 @@ def train_rung(
         learner.set_lr(config.lr * (1 + math.cos(math.pi * step / steps)) / 2)
         rng = np.random.default_rng([seed, AUGMENT, rung, step])
         images = augment_batch(batch.images, data, config.augmentation, rng=rng)
-        total = total + learner.step(images, F.one_hot(batch.labels, data.num_classes).float())
+        total = total + learner.step(images, F.one_hot(batch.labels, data.num_classes).float())[0]
         count += 1
         if step % STEPS_BETWEEN_CHECKS == 0 and not total.isfinite():
             break

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from darts_space import Genotype
+from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
 from studies.cells import read_results
-from studies.search_quality.judged import genotype, unpacked, verdict
+from studies.search_quality.judged import genotypes, verdict
 
 FOLDER = Path(__file__).parent
 Line = Mapping[str, Any]
@@ -53,20 +54,28 @@ def _by_arm(lines: Iterable[Line], start: str) -> dict[str, list[Line]]:
 
 
 def _curve(lines: list[Line]) -> dict[str, Any]:
-    """What the gradient's t statistic, edges by alpha, says at each step: mean and standard error over the seeds."""
-    verdicts = []
-    for line in lines:
-        readings = (reading for reading in line["readings"] if "t" in reading)
-        verdicts.append({r["step"]: verdict(genotype(unpacked(r["t"]), "alpha")) for r in readings})
-    steps = sorted(set.intersection(*(set(one) for one in verdicts)))
-    z, pools = (np.array([[one[step][name] for step in steps] for one in verdicts]) for name in ("z", "pools_normal"))
-    return {
+    """What the gradient's t statistic says at each step: mean and standard error over the seeds.
+
+    z with edges by alpha; where there is one, by removal too.
+    """
+    readings = [{r["step"]: genotypes(r) for r in line["readings"] if "t" in r} for line in lines]
+    steps = sorted(set.intersection(*(set(one) for one in readings)))
+
+    def said(rule: EdgesBy, name: str) -> np.ndarray:
+        return np.array([[verdict(one[step][rule])[name] for step in steps] for one in readings])
+
+    z = said("alpha", "z")
+    curve = {
         "steps": steps,
         "z_mean": z.mean(0).round(3).tolist(),
         "z_se": _errors(z).round(3).tolist(),
-        "pools_mean": pools.mean(0).round(2).tolist(),
+        "pools_mean": said("alpha", "pools_normal").mean(0).round(2).tolist(),
         "n": len(lines),
     }
+    if all("removal" in one[step] for one in readings for step in steps):
+        z = said("removal", "z")
+        curve |= {"removal_z_mean": z.mean(0).round(3).tolist(), "removal_z_se": _errors(z).round(3).tolist()}
+    return curve
 
 
 def _searches(lines: list[Line]) -> list[dict[str, Any]]:
@@ -76,8 +85,7 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
         for reading in line["readings"]:
             if "alpha" in reading:
                 place = reading["step"], reading["arch_lr"], reading["arch_step"]
-                for edges_by in ("alpha", "alpha-beta"):
-                    found = genotype(unpacked(reading["alpha"]), edges_by)
+                for edges_by, found in genotypes(reading).items():
                     groups[(*place, edges_by)].append(verdict(found))
     rows = []
     for (rest, rate, arch_step, edges_by), found in sorted(groups.items()):

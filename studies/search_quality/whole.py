@@ -23,6 +23,7 @@ import tyro
 from darts_space import ARCHITECTURE_NAMES
 from nas_kmix.commands import search
 from nas_kmix.engine import files
+from nas_kmix.pipeline.history import REMOVAL_NAMES
 from studies.cells import run_cells
 from studies.search_quality.training import packed
 
@@ -30,8 +31,8 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "runs.jsonl"
 
 PRESETS = {
-    "cpu": (range(101, 106), "--preset cpu"),
-    "quick": (range(5), "--preset quick"),
+    "cpu": (range(101, 106), "--preset cpu --no-finals"),
+    "quick": (range(5), "--preset quick --no-finals"),
     "gpu": (range(101, 103), "--preset gpu"),  # on the proxies of cpu's first two seeds
 }
 PROXIES = {
@@ -42,8 +43,8 @@ PROXIES = {
     "random-.1": "--ratio 0.1 --method random",
     "all": "--proxy none",
 }
-PROXY_SEEDS = range(101, 107)
-RATES = "--preset cpu --scorer.epochs 1 --rest-steps 320 --arch-steps 10 --seed 0"  # 32 to 1, as the preset
+PROXY_SEEDS = range(1, 7)
+RATES = "--preset cpu --no-finals --scorer.epochs 1 --rest-steps 320 --arch-steps 10 --seed 0"  # 32 to 1, as the preset
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,19 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     for arm, flags in PROXIES.items():
         for seed in PROXY_SEEDS:
             needs_scores = "random" not in flags and "none" not in flags
-            given = f" --scores {config.out}/preset-cpu-{seed}/scores.npz" if needs_scores else ""
-            commands[f"proxies/{arm}/{seed}"] = f"--preset cpu {flags} --seed {seed}{given}"
+            given = f" --scores {config.out}/scorer-{seed}/scores.npz" if needs_scores else ""
+            commands[f"proxies/{arm}/{seed}"] = f"--preset cpu --no-finals {flags} --seed {seed}{given}"
     return {name: partial(run, name, flags, config) for name, flags in commands.items()}
 
 
 def run(name: str, flags: str, config: Config) -> dict[str, Any]:
     """Search, and return what the line holds. Raises StoppedError at its time."""
     folder = config.out / name.replace("/", "-")
-    data = [] if "quick" in flags else ["--data", config.cifar100]
-    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
-    result = search.run(search.parse([*flags.split(), *data, *place]))
+    seed = flags.split("--seed ")[1].split()[0]
+    scorer = config.out / f"scorer-{seed}"
+    if str(scorer) in flags and not (scorer / "scores.npz").exists():  # one scorer a seed serves all proxies
+        _search(f"--preset cpu --seed {seed} --stop-after scores", scorer, config)
+    result = _search(flags, folder, config)
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
     return {
@@ -92,15 +95,22 @@ def run(name: str, flags: str, config: Config) -> dict[str, Any]:
     }
 
 
+def _search(flags: str, folder: Path, config: Config) -> search.Result:
+    data = [] if "quick" in flags else ["--data", config.cifar100]
+    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
+    return search.run(search.parse([*flags.split(), *data, *place]))
+
+
 def _records(folder: Path, history: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Tables of alpha and beta along the search."""
-    arrays = files.read_npz(folder / "alphas.npz")
-    stacked = [torch.from_numpy(arrays[name]) for name in ARCHITECTURE_NAMES]
-    return [
-        {"arch_step": row["arch_step"], "alpha": packed([tables[i] for tables in stacked])}
-        for i, row in enumerate(history)
-        if row["arch_step"] > 0
-    ]
+    arrays = {name: torch.from_numpy(array) for name, array in files.read_npz(folder / "alphas.npz").items()}
+    records = []
+    for i, row in enumerate(history):
+        record = {"arch_step": row["arch_step"], "alpha": packed([arrays[name][i] for name in ARCHITECTURE_NAMES])}
+        if REMOVAL_NAMES[0] in arrays:
+            record["removal"] = packed([arrays[name][i] for name in REMOVAL_NAMES])
+        records.append(record)
+    return records
 
 
 def _passes(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
