@@ -81,7 +81,7 @@ class Run:
         self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
         self.log = Log(self.folder, compared_by=compared_by, on_log=on_log, writes=self.world.main)
         self.on_record = lambda *_, **__: None
-        self._records, self._quiet = dict(records or {}), quiet
+        self._records, self.quiet = dict(records or {}), quiet
         self._stop = StopSignals(speaks=self.world.main)
         self._lock: IO[str] | None = None
         self._new = False
@@ -197,11 +197,11 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""
-        if self.world.main and (not self._quiet or line.startswith("warning:")):
+        if self.world.main and (not self.quiet or line.startswith("warning:")):
             Progress.say(line)
 
     def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
-        return Progress(label, total, done=done, unit=unit, silent=self._quiet or not self.world.main)
+        return Progress(label, total, done=done, unit=unit, silent=self.quiet or not self.world.main)
 
     # -- stopping and going on -----------------------------------------------------------------------------------
 

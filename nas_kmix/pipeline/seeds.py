@@ -64,9 +64,9 @@ class _Task(NamedTuple):
             genotype.save(self.file, provenance=self.key)
         run.remove_checkpoint(checkpoint_name(self.name))
 
-    def search_apart(self, halves: Halves, data: ImageData, compute: Compute) -> None:
+    def search_apart(self, halves: Halves, data: ImageData, compute: Compute, *, quiet: bool) -> None:
         """Search in a run of its own."""
-        with Run(self.folder, stages=(STAGE,), compute=compute) as own:
+        with Run(self.folder, stages=(STAGE,), compute=compute, quiet=quiet) as own:
             self.search(halves, data, own)
 
 
@@ -90,10 +90,10 @@ def search_seeds(
         with run.stage(STAGE) as cost:
             if dealt:
                 for task in open_tasks[run.world.rank :: run.world.size]:
-                    task.search_apart(halves, data, run.compute)
+                    task.search_apart(halves, data, run.compute, quiet=run.quiet)
                 run.world.barrier()
             else:
-                searcher = _Searcher.of(halves, data, run.compute)
+                searcher = _Searcher.of(halves, data, run)
                 run_in_children(searcher, open_tasks, jobs=configs[0].jobs, check=run.raise_if_stopping)
             bills = [_bill(task.folder) for task in tasks]
             cost.images_forward, cost.images_backward = (sum(bill[i] for bill in bills) for i in (0, 1))
@@ -123,18 +123,20 @@ class _Searcher:
     pixels: np.ndarray | None
     """Those of a resident set, uint8 (N, 3, S, S)."""
     device: DeviceConfig
+    quiet: bool
 
     @classmethod
-    def of(cls, halves: Halves, data: ImageData, compute: Compute) -> _Searcher:
+    def of(cls, halves: Halves, data: ImageData, run: Run) -> _Searcher:
         needed = np.union1d(halves.weights, halves.arch)
         places = (np.searchsorted(needed, part) for part in (halves.weights, halves.arch))
         part = replace(data, source=data.source.part(needed), images=None, workers=0, bad=BadFiles())
+        compute = run.compute
         device = DeviceConfig(str(compute.device), threads=1, amp=compute.amp, channels_last=compute.channels_last)
         pixels = data.images[torch.from_numpy(needed)].numpy() if data.resident else None
-        return cls(Halves(*places, halves.identity), part, pixels, device)
+        return cls(Halves(*places, halves.identity), part, pixels, device, run.quiet)
 
     def __call__(self, task: _Task) -> None:
         data: Any = self.data
         if self.pixels is not None:
             data = replace(data, images=torch.from_numpy(self.pixels))
-        task.search_apart(self.halves, data, pick_compute(self.device))
+        task.search_apart(self.halves, data, pick_compute(self.device), quiet=self.quiet)
