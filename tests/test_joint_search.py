@@ -1,5 +1,6 @@
 """The bilevel search under torchrun with gloo: several processes take the steps of one."""
 
+import json
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ import torch
 from conftest import draw_pixels
 from ranks import ROOT, ended, needs_proc, ranks_of, run_ranks, torchrun, wait_for
 
+import search
 from darts_space import Genotype
 from darts_space.search_network import ARCHITECTURE_NAMES
 
@@ -99,6 +101,26 @@ def test_a_killed_process_ends_all_and_restarted_they_end_with_the_same_bytes(np
         assert ("resumed after" in said) == kill and "shared by 2 processes" in said and "Traceback" not in said
     for name in (*RESULTS, "proxy.json", "metrics.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "left-alone" / name).read_bytes(), name
+
+
+def test_whole_searches_are_dealt_out_to_ranks_or_child_processes(npz, tmp_path):
+    """With the same bytes wherever they run."""
+    command = [*SEARCH, "--data", npz, "--seeds", 2, "--arch-steps", 2, "--out"]
+    process = torchrun(tmp_path / "log", ROOT / "search.py", *command, tmp_path / "ranks")
+    for jobs in (1, 2):
+        assert search.main([*map(str, command), str(tmp_path / f"jobs-{jobs}"), "--jobs", str(jobs)]) == 0
+    assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    files = [
+        "candidates.json",
+        "genotype.json",
+        "metrics.csv",
+        *(f"seed-{i}/{name}" for i in (0, 1) for name in RESULTS),
+    ]
+    for name in files:
+        contents = {(tmp_path / run / name).read_bytes() for run in ("ranks", "jobs-1", "jobs-2")}
+        assert len(contents) == 1, name
+    bills = [json.loads((tmp_path / run / "cost.json").read_text())["stages"] for run in ("ranks", "jobs-1", "jobs-2")]
+    assert len({bill["search"]["images_forward"] for bill in bills}) == 1 and bills[0]["search"]["images_forward"] > 0
 
 
 def test_fewer_images_than_processes_are_refused(npz, tmp_path):
