@@ -39,7 +39,7 @@ TRAIN = {
 DEVICE = {f"device.{field.name}" for field in fields(DeviceConfig)}  # a run may go on on another device
 # Filled in from the fields `augmentation` and `seed` of the whole.
 FILLED = {*(f"{part}.seed" for part in ("scorer", "scoring", "selection", "search")), "scorer.augmentation"}
-FILLED |= {"search.augmentation", "finals.augmentation", "finals.seed", "finals.jobs"}
+FILLED |= {"search.augmentation", "finals.augmentation", "finals.seed", "finals.jobs", "search.jobs"}
 # Values to change a field to, where neither the next number nor the opposite will do.
 OTHER = {
     "device.amp": "bf16",
