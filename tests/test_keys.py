@@ -30,8 +30,12 @@ from nas_kmix.splits import divide, other_splits
 SEARCH = {
     *("preset", "out", "stop_after", "given.scorer", "given.scores", "given.proxy", "export_list", "fresh", "report"),
     *("with_finals", "jobs", "quiet", "input.data_root", "scoring.batch_size", "search.cuda_graphs"),
+    *("invocation.config", "invocation.dry_run"),
 }
-TRAIN = {*("preset", "out", "fresh", "quiet", "skip_bad", "report", "eval_only", "export"), "input.data_root"}
+TRAIN = {
+    *("preset", "out", "fresh", "quiet", "skip_bad", "report", "eval_only", "export", "export_raw", "input.data_root"),
+    *("invocation.config", "invocation.dry_run"),
+}
 DEVICE = {f"device.{field.name}" for field in fields(DeviceConfig)}  # a run may go on on another device
 # Filled in from the fields `augmentation` and `seed` of the whole.
 FILLED = {*(f"{part}.seed" for part in ("scorer", "scoring", "selection", "search")), "scorer.augmentation"}
@@ -43,6 +47,7 @@ OTHER = {
     "eval_only": Path("last.pt"),
     "export": Path("net.pt2"),
     "export_list": Path("list.tsv"),
+    "invocation.config": Path("config.json"),
     "given.proxy": Path("proxy.json"),
     "given.scorer": Path("scorer.pt"),
     "given.scores": Path("scores.npz"),
