@@ -196,8 +196,9 @@ class Search:
     def removal_losses(self, val_batches: Sequence[Batch]) -> Removal:
         """By how much the validation loss rises if an edge is removed; nothing moves. See `removal.removal_losses`."""
         rises = removal_losses(self.model, lambda batch: self._loss(batch)[0], val_batches)
-        for rise in rises if self.joint else ():  # addends so far
-            distributed.all_reduce(rise)
+        if self.joint:  # addends so far
+            distributed.all_reduce(together := torch.stack(rises).to(self.device))
+            rises = (together[0].cpu(), together[1].cpu())
         return rises
 
     def _first_order(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:

@@ -509,7 +509,8 @@ def test_a_random_proxy_needs_no_scorer(npz, tmp_path):
 
 
 def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz, tmp_path):
-    argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", "--seeds", 3, "--seed", 7, *ONE_STEP)
+    flags = ["--seeds", 3, "--seed", 7, *ONE_STEP, "--jobs", 2]
+    argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", *flags)
     completed(argv)
     genotypes = [Genotype.load(tmp_path / f"seed-{i}" / "genotype.json") for i in range(3)]
 
