@@ -144,7 +144,7 @@ def test_two_processes_score_as_one_and_search_together(image_folder, tmp_path, 
     assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * (3 + 1)
     assert bills[0]["search"]["images_forward"] == bills[1]["search"]["images_forward"] > 0
     said = (tmp_path / "log").read_text()
-    assert said.count("selection: ") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said
+    assert said.count("selection: done") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said
     assert not (two / "checkpoints").exists()
 
 
