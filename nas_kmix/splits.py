@@ -32,8 +32,8 @@ class Part:
     indices: np.ndarray
 
     def examples(self) -> torch.Tensor:
-        """The first seven images, normalised; fewer if there are fewer."""
-        return self.data.normalise(self.data.fetch(self.indices[:7]).images)
+        """The first seven images, uint8 (7, 3, S, S); fewer if there are fewer."""
+        return self.data.fetch(self.indices[:7]).images
 
     def readable(self, bad: Mapping[str, str]) -> int:
         """How many of the images are not in `bad`."""

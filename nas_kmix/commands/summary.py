@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.cli import program
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.named_sets import survives_mirroring
 from nas_kmix.engine.progress import duration
@@ -58,11 +59,12 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     rows["cost"] = f"{duration(costs['total']['wall_s'])} ({', '.join(parts)})"
     if result.genotype is not None:
-        rows["next"] = f"python {shlex.join(_training_command(config, folder))}"
+        _, *flags = _training_command(config, folder)
+        rows["next"] = shlex.join([*program("train_eval.py", "train"), *flags])
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        again = ["search.py", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
-        rows["next"] = f"python {shlex.join(again)}"
+        again = [*rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
+        rows["next"] = shlex.join([*program("search.py", "search"), *again])
     lines = [] if result.genotype is None else [result.genotype.to_text()]
     return "\n".join([*lines, *(f"{name:{MARGIN}}{text}" for name, text in rows.items())])
 
@@ -94,7 +96,8 @@ def _training_command(config: Config, folder: Path) -> list[str]:
             flags += [f"--{name.replace('_', '-')}", str(value)]
     if config.augmentation.flip != survives_mirroring(config.input.data):  # else train_eval.py does the same
         flags.append("--flip" if config.augmentation.flip else "--no-flip")
-    return ["train_eval.py", *(["--preset", preset] if preset != "quick" else []), *flags, "--out", f"{folder}-net"]
+    chosen = ["--preset", preset] if preset != "quick" else []
+    return ["train_eval.py", *chosen, *flags, "--out", f"{folder}-net"]
 
 
 def rest_of(argv: Sequence[str]) -> list[str]:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,8 @@ def color_jitter(images: Tensor, strengths: tuple[float, float, float, float], *
     The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue moves by at most its strength
     (in turns, up to 0.5). All factors are drawn, even if a strength of zero leaves them unused.
     """
+    from torchvision.transforms.v2 import functional as TF  # late, as in `decoding`
+
     low, high = np.maximum(0.0, 1.0 - np.array(strengths)), 1.0 + np.array(strengths)
     low[3], high[3] = -strengths[3], strengths[3]
     changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)

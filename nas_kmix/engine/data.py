@@ -216,7 +216,7 @@ def load_data(
             f"({counts[0]} and {counts[1]}){remedy}."
         )
     size = _image_size(source, config) if like is None else like.image_size
-    resize = _wider(size) if like is not None else None
+    resize = wider(size) if like is not None else None
     bad, images = BadFiles(strict=strict), None
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         images = decode_all(source, size, resize, threads=workers, bad=bad).to(device)
@@ -238,13 +238,13 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
     if data.stem == "cifar":
         return data
     source = replace(data.source.part(indices), split="val")
-    bad, images, resize = BadFiles(strict=data.bad.strict), None, _wider(data.image_size)
+    bad, images, resize = BadFiles(strict=data.bad.strict), None, wider(data.image_size)
     if data.resident:
         images = decode_all(source, data.image_size, resize, threads=data.workers, bad=bad).to(data.device)
     return replace(data, source=source, images=images, resize=resize, bad=bad)
 
 
-def _wider(size: int) -> int | None:
+def wider(size: int) -> int | None:
     """The side to which images are resized for evaluation before the centre crop; None up to 64 px."""
     return round(size / CENTRE_SHARE) if _stem_for(size) == "imagenet" else None
 
