@@ -98,9 +98,9 @@ class Genotype:
         if missing := [field for field in FIELDS if field not in document]:
             raise ValueError(f"The genotype JSON lacks {', '.join(missing)}; write it with Genotype.save.")
         if unknown := sorted(set(document) - {"format", "version", "provenance", *FIELDS}):
-            raise ValueError(f"The genotype JSON has unknown keys {reprlib.repr(unknown)}; remove them.")
+            raise ValueError(f"The genotype JSON has unknown keys {reprlib.repr(unknown)}; leave them out.")
         if not isinstance(document.get("provenance", {}), dict):
-            raise ValueError('"provenance" in the genotype JSON must be an object; correct or remove it.')
+            raise ValueError('"provenance" in the genotype JSON must be an object; correct it, or leave it out.')
         return cls(*(document[field] for field in FIELDS))
 
     def to_text(self) -> str:
@@ -139,7 +139,7 @@ class Genotype:
                         raise
             os.replace(temporary, path)
         except OSError as error:
-            raise OSError(f"{path} could not be written: {error.strerror or error}. Free some space.") from error
+            raise OSError(f"{path} could not be written: {error.strerror or error}.") from error
         finally:
             temporary.unlink(missing_ok=True)
 

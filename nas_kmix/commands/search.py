@@ -22,14 +22,24 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.engine.sources import located
 from nas_kmix.pipeline import history, proxy, scorer, scores, search
-from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
+from nas_kmix.pipeline.config import (
+    ALL_IMAGES,
+    PRESETS,
+    Config,
+    check_flags,
+    check_later_stages,
+    check_memory,
+    without_effect,
+)
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable, verdict
 
 STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
 RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
+FILES = (*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS))
 COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # of runs, by TensorBoard
+OPENED = {"stages": STAGES, "results": FILES, "compared_by": COMPARED_BY}
 PICTURES = 5  # of the architecture, shown by TensorBoard during a search
 
 
@@ -50,12 +60,13 @@ def run(config: Config) -> Result:
     """
     check_flags(config)
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
+    with open_run(config.out, asdict(config), config.device, **OPENED) as run:
         data = load_data(config.input, device=run.compute.device, workers=config.device.workers)
         check_later_stages(config, data)
         config.scorer.mix.check_processes(run.world.size)
+        check_memory(config, data, run)
         if config.fresh:
-            run.clear((*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS)))
+            run.clear()
         run.say(
             f"{data.source.name}: {len(data)} training images of {data.num_classes} classes, "
             f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}"
@@ -221,4 +232,5 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         if is_main():
             print(_summary(config, result, argv))
 
-    return cli.exit_code(work, lambda error: _remedy(config, error))
+    batch_sizes = "the batch size of the stage (--batch-size, --scorer.batch-size, --scoring.batch-size)"
+    return cli.exit_code(work, lambda error: _remedy(config, error), batch_sizes=batch_sizes)

@@ -39,6 +39,7 @@ STAGES = (network.NAME, network.EVALUATION)
 RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
 SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # side in pixels
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # of runs, by TensorBoard
+OPENED = {"stages": STAGES, "results": RESULTS, "compared_by": COMPARED_BY}
 
 Flat = tyro.conf.arg(name="")
 
@@ -128,7 +129,7 @@ def run(config: Config) -> dict[str, Any]:
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
         return _evaluate_checkpoint(config)
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
+    with open_run(config.out, asdict(config), config.device, **OPENED) as run:
         _check_processes(config, run)
         options = {"device": run.compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         data = load_data(config.input, **options)
@@ -147,8 +148,10 @@ def run(config: Config) -> dict[str, Any]:
         if not data.resident:
             largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
             check_room(largest, data.image_size, data.workers)
+        if config.fresh or not run.path(network.FILE).exists():
+            network.check_memory(config, model, training, run)
         if config.fresh:
-            run.clear(RESULTS)
+            run.clear()
         if config.preset in PAPER:
             run.say(f"the paper's {PAPER[config.preset].doc}")
         run.say(
@@ -236,8 +239,7 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--eval-only reads the network from its file; leave out --genotype, --backbone, --max-macs.")
     if config.eval_only is not None and config.eval_only.is_dir():
         raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
-    if config.export is not None and config.export.is_dir():
-        raise ValueError(f"--export {config.export} is a folder; name a file.")
+    files.check_place("--export", config.export)
     if settings.max_macs is not None and settings.genotype is None:
         raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
     if settings.backbone is None and (settings.stochastic_depth or settings.drop_block):

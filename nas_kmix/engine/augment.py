@@ -6,6 +6,7 @@ the caller seeds with (seed, epoch, step), so a resumed run sees exactly the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +79,20 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], o
     mean_, std_ = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in (mean, std))
     result = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
     return result.mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
+
+
+def measure_constants(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, in [0, 1], of uint8 images (N, 3, H, W)."""
+    total, squares, count = np.zeros(3), np.zeros(3), 0
+    for images in batches:
+        pixels = images.cpu().to(torch.float64) / 255.0
+        total += pixels.sum(dim=(0, 2, 3)).numpy()
+        squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
+        count += pixels.numel() // 3
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    # A constant channel carries no information; dividing by its zero deviation would fill it with NaN.
+    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
 
 
 def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from nas_kmix.engine.labels import class_indices
-from nas_kmix.engine.sources import Source, to_rgb
+from nas_kmix.engine.pixels import rgb_of, to_rgb
+from nas_kmix.engine.sources import Source
 
 
 def source_of(dataset: Any) -> Source:
@@ -50,7 +51,7 @@ def _stacked(images: Iterable[Any], name: str) -> np.ndarray:
     """PIL images or uint8 arrays as RGB (N, H, W, 3); of several sizes, (N,) objects (H, W, 3)."""
     rgb = []
     for image in images:
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        pixels = rgb_of(image) if isinstance(image, Image.Image) else np.asarray(image)
         channels_first = pixels.ndim == 3 and pixels.shape[0] in (1, 3)
         if channels_first and (isinstance(image, torch.Tensor) or pixels.shape[2] not in (1, 3)):
             pixels = pixels.transpose(1, 2, 0)  # (C, H, W), as tensors are

@@ -20,6 +20,7 @@ from PIL import Image
 
 from nas_kmix.engine import files
 from nas_kmix.engine.folders import SplitFolderError, list_images, meant_by, subfolders, unusable
+from nas_kmix.engine.pixels import rgb_of, to_rgb
 
 # Whatever a file is called, only these are decoded: Pillow hands PostScript, for one, to a program of its own.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -72,7 +73,7 @@ class Source:
         return self.place(index) if self.folder is None else str(self.folder / self.place(index))
 
     def read(self, index: int) -> np.ndarray:
-        """Native RGB pixels (H, W, 3). Raises BadImageError."""
+        """Native RGB pixels (H, W, 3), transparent ones on white. Raises BadImageError."""
         if self.arrays is not None:
             return self.arrays[index]
         path = self.folder / self.paths[index]
@@ -80,7 +81,9 @@ class Source:
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.mode == "F" or image.mode.startswith("I"):
                     raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-                return np.array(image.convert("RGB"))
+                return rgb_of(image)
+        except MemoryError:  # no fault of the file
+            raise
         except Exception as error:  # a damaged file may raise nearly anything
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
 
@@ -148,9 +151,9 @@ def open_source(data: str, root: Path, split: str, *, download: bool = True, own
 
 
 def _missing(data: str) -> ValueError:
+    what = "this is no folder" if os.path.exists(data) else "there is no such folder"
     return ValueError(
-        f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a "
-        f".npz file."
+        f"--data {data}: {what}. Give digits, cifar10, cifar100, a folder with train/CLASS/* or a .npz file."
     )
 
 
@@ -261,7 +264,8 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
     """`folder/split/CLASS/*`, classes and files in sorted order; the classes are those of `train` if it is there."""
     classes = folder / ("train" if (folder / "train").is_dir() and not own_classes else split)
     if not classes.is_dir():
-        meant = meant_by(folder, classes.name)
+        above = folder.absolute().parent if (folder.absolute().parent / "train").is_dir() else None
+        meant = meant_by(folder, classes.name) if above is None else f"; perhaps --data {above} is meant"
         raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/{meant}.")
     names = subfolders(classes)
     if not names:
@@ -269,7 +273,7 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
     unknown = sorted({*subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
     if strays := list_images(folder, [f"{split}/{name}" for name in unknown]).paths:
         raise SplitFolderError(
-            f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or remove it."
+            f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or keep it elsewhere."
         )
     found = list_images(folder, [f"{split}/{name}" for name in names if (folder / split / name).is_dir()])
     if not found.paths:
@@ -282,7 +286,7 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
 def open_class_folders(folder: Path) -> Source:
     """`folder/CLASS/*` without splits, as ImageNet-A and ImageNet-O are laid out. Raises ValueError naming the path."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder.")
+        raise ValueError(f"{folder}: {'this is no folder' if folder.exists() else 'there is no such folder'}.")
     names = subfolders(folder)
     if "train" in names:
         raise ValueError(f"{folder} holds splits, not classes; name one of them, e.g. {folder / 'train'}.")
@@ -291,10 +295,3 @@ def open_class_folders(folder: Path) -> Source:
         raise unusable(folder, found.left_out)
     options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
     return Source(folder.resolve().name, "all", found.labels, names, **options)
-
-
-def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Greyscale (N, H, W) or (N, H, W, 1) is repeated to three channels."""
-    if images.ndim == 3:
-        images = images[..., None]
-    return np.ascontiguousarray(images if images.shape[3] == 3 else images.repeat(3, axis=3))

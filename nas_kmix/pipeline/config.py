@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,9 +15,14 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
+from nas_kmix.engine.files import check_place
 from nas_kmix.engine.learner import OptimConfig
+from nas_kmix.engine.memory import check_fits
+from nas_kmix.engine.run import Run
 from nas_kmix.engine.workers import check_room
+from nas_kmix.manifest import ProxyManifest
 from nas_kmix.mixers import MixConfig
+from nas_kmix.pipeline import scorer, search
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.proxy import ProxyConfig, smallest_ratio
@@ -164,8 +170,7 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--method random uses no scores, so --{given[0]} has no effect; leave one of them out.")
     if config.export_list is not None and config.stop_after in ("scorer", "scores"):
         raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
-    if config.export_list is not None and config.export_list.is_dir():
-        raise ValueError(f"--export-list {config.export_list} is a folder; name a file.")
+    check_place("--export-list", config.export_list)
     selection, stops = config.selection, config.stop_after in ("scorer", "scores")
     selects = selection.method != "random" and not stops and not set(given) & {"scores", "proxy"}
     asked = {"--scoring.baselines": config.scoring.baselines, "--scorer.forgetting": config.scorer.forgetting}
@@ -228,6 +233,34 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
         flag = "--unrolled" if search.unrolled else "--amp fp16"
         raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")
+
+
+def check_memory(config: Config, data: ImageData, run: Run) -> None:
+    """Refuse now a batch of the scorer or of the search that cannot fit into memory."""
+
+    def to_make(stage: ModuleType) -> bool:
+        return config.fresh or not run.path(stage.FILE).exists()
+
+    if config.uses_scores and config.given == Given() and to_make(scorer):
+        model = scorer.build(config.scorer, data, run.compute)
+        size = config.scorer.optim.batch_size
+        options = {"flag": "--scorer.batch-size", "world": run.world, "images": len(data)}
+        check_fits(model, size, data.image_size, run.compute, **options)
+    if config.stop_after is None and run.world.main and to_make(search):
+        model = run.compute.layout(config.search.supernet(data).to(run.compute.device))
+        side = config.search.search_size or data.image_size
+        images = _images_of_a_half(config, data)
+        check_fits(model, config.search.batch_size, side, run.compute, flag="--batch-size", images=images)
+
+
+def _images_of_a_half(config: Config, data: ImageData) -> int:
+    """About how many there are in the larger half of the proxy."""
+    selection, given = config.selection, config.given.proxy
+    if given is None:
+        count = selection.ratio * len(data)
+    else:
+        count = len(data) if given == ALL_IMAGES else len(ProxyManifest.load(given).indices)
+    return int(count * max(selection.arch_share, 1 - selection.arch_share))
 
 
 def _check_halves(config: Config, data: ImageData) -> None:
