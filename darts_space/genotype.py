@@ -174,7 +174,8 @@ class Genotype:
         if len(content) > _MAX_FILE_BYTES:
             raise ValueError(f"The file {path} is larger than 1 MiB, so it is no genotype; check its path.")
         try:
-            return find_genotype(content.decode("utf-8-sig"))
+            marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes what is redirected to a file
+            return find_genotype(content.decode("utf-16" if marked else "utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"The file {path} is not UTF-8 text, so it is no genotype; check its path.") from error
         except ValueError as error:

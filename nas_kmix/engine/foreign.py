@@ -30,7 +30,7 @@ def source_of(dataset: Any) -> Source:
         if hasattr(dataset, "data") and hasattr(dataset, "targets"):
             images, labels = dataset.data, dataset.targets
         else:
-            images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+            images, labels = zip(*(_pair(dataset, i) for i in range(len(dataset))), strict=True)
         pixels = {"arrays": _stacked(images, type(dataset).__name__)}
     try:
         labels = class_indices(labels).cpu().numpy()
@@ -38,6 +38,17 @@ def source_of(dataset: Any) -> Source:
         raise ValueError(f"{type(dataset).__name__}: {error}") from error
     names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
     return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
+
+
+def _pair(dataset: Any, index: int) -> tuple[Any, Any]:
+    item = dataset[index]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        name, keys = type(dataset).__name__, f" of {', '.join(map(str, item))}" if isinstance(item, dict) else ""
+        raise ValueError(
+            f"The items of {name} must be pairs of an image and a label, not {type(item).__name__}{keys}; wrap it in a "
+            "data set that gives such pairs."
+        )
+    return item[0], item[1]
 
 
 def _is_known(dataset: Any) -> bool:
