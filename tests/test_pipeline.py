@@ -506,7 +506,7 @@ def test_a_random_proxy_needs_no_scorer(npz, tmp_path):
 
 
 def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz, tmp_path):
-    argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", "--seeds", 3, *ONE_STEP)
+    argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json", "--seeds", 3, "--seed", 7, *ONE_STEP)
     completed(argv)
     genotypes = [Genotype.load(tmp_path / f"seed-{i}" / "genotype.json") for i in range(3)]
 
@@ -688,7 +688,7 @@ def test_files_that_cannot_be_read_are_left_out_listed_and_counted(mode, damaged
 def test_bad_files_found_late_are_listed_too(damaged_folder, tmp_path, monkeypatch):
     """Of a large streamed set only a sample is read before training; the rest turns up while scoring."""
     folder, bad = damaged_folder
-    monkeypatch.setattr(engine_data._measure_constants, "__defaults__", (7,))
+    monkeypatch.setattr(engine_data.augment.measure_constants, "__defaults__", (7,))
     streamed = ["--max-resident-gb", 0, "--image-size", 16]
     completed(command(folder, tmp_path / "run", *streamed, *TO_PROXY))
     listed = (tmp_path / "run" / "bad_images.txt").read_bytes()

@@ -23,7 +23,7 @@ from nas_kmix.engine import run as run_module
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_device
 from nas_kmix.engine.files import TEMPORARY_SUFFIX
 from nas_kmix.engine.keys import StageMismatchError, check_key, stage_key
-from nas_kmix.engine.ledger import peak_rss_bytes
+from nas_kmix.engine.ledger import Ledger, peak_rss_bytes
 from nas_kmix.engine.run import Run, StoppedError, checkpoint_name
 
 STAGES = ("scorer", "scoring", "search")
@@ -504,3 +504,12 @@ def test_a_folder_of_a_run_can_be_told_whenever_that_run_was_killed(tmp_path):
         (tmp_path / "proxy.json").write_text("mine")
     with pytest.raises(ValueError, match=r"holds proxy\.json, but it seems"), open_run(tmp_path, results=("*.json",)):
         pass
+
+
+def test_the_bills_of_a_version_with_fewer_stages_are_kept(tmp_path):
+    old = Ledger(tmp_path / "cost.json", ("scorer", "search"))
+    with old.billing("search") as cost:
+        cost.images_forward += 7
+    new = Ledger(tmp_path / "cost.json", ("scorer", "search", "finals"))
+    new.read_back()
+    assert new.costs["search"].images_forward == 7 and new.costs["finals"].wall_s == 0

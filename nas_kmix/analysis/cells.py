@@ -25,7 +25,7 @@ from nas_kmix.analysis.cell_picture import draw_cells
 from nas_kmix.analysis.description import describe
 from nas_kmix.analysis.figures import PICTURES, save_figure
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 
 FORMS = {".json": "json", ".txt": "text"}
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: those of `cli.exit_code`."""
 
     def work() -> None:
-        if text := run(with_home(tyro.cli(Config, args=argv, description=__doc__))):
+        if text := run(parse_flags(Config, argv, __doc__)):
             print(text)
 
     return cli.exit_code(work)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.mixing import DCutMix, DMixup, Mixer, SaliencyDCutMix
 from nas_kmix.rivals import CutMix, Cutout, Mixup
@@ -136,7 +136,7 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: those of `cli.exit_code`."""
-    return cli.exit_code(lambda: run(with_home(tyro.cli(Config, args=argv, description=__doc__))))
+    return cli.exit_code(lambda: run(parse_flags(Config, argv, __doc__)))
 
 
 if __name__ == "__main__":

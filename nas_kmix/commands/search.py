@@ -1,4 +1,7 @@
-"""The command search.py: run the stages in order, and print and write what goes with them."""
+"""Search for an architecture on a proxy dataset, as search.py does: images in, `genotype.json` out.
+
+The stages run in order, and what goes with them is printed and written. The same command again resumes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from torch import Tensor
 
 from darts_space import Genotype, read_genotype
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.commands.summary import of_search
+from nas_kmix.commands import dry_run
+from nas_kmix.commands.summary import of_images, of_search
 from nas_kmix.engine import bad_files, cli
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData, load_data
+from nas_kmix.engine.datasets import located
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
-from nas_kmix.engine.sources import located
 from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
 from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memory, without_effect
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config
@@ -65,10 +69,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
         check_memory(config, data, run)
         if config.fresh:
             run.clear()
-        run.say(
-            f"{data.source.name}: {len(data)} training images of {data.num_classes} classes, "
-            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}"
-        )
+        run.say(of_images(data, len(data), config.augmentation))
         if config.report:
             _show_architectures(run)
         try:
@@ -184,6 +185,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         nonlocal config
         config = parse(argv, description)
+        if config.invocation.dry_run:
+            return print("\n".join(dry_run.of_search(config)))
         result = run(config)
         if is_main():
             print(of_search(config, result, argv))

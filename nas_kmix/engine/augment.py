@@ -6,15 +6,15 @@ the caller seeds with (seed, epoch, step), so a resumed run sees exactly the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Augmentation:
     """Random augmentation of training images: crops and flips first, then colours, lighting and Cutout."""
 
     flip: bool = True
-    """Flip training images left to right at random; not for digits and letters."""
+    """Mirror training images at random; off by default for digits, letters and SVHN, as far as --data names them."""
     crop_padding: int = 4
     """Padding in pixels before a random crop, for images up to 64 px; larger ones use RandomResizedCrop."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -81,11 +81,30 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], o
     return result.mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
 
 
-def measure_constants(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in [0, 1], of uint8 images (N, 3, H, W)."""
+def sampled(data: Any, sample: int) -> Iterator[Any]:
+    """Batches of at most `sample` evenly spaced images of `data`, an `ImageData`.
+
+    Raises ValueError, after them, if too many of them cannot be read, or all.
+    """
+    indices, count = data.good(), 0
+    indices = indices[:: math.ceil(len(indices) / sample)]
+    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
+        count += len(batch.indices)
+        yield batch
+    if not data.resident:
+        data.bad.check(len(indices))
+    if count == 0:
+        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
+
+
+def measure_constants(data: Any, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel in [0, 1] over the images of `data`, at most `sample` evenly spaced ones.
+
+    `data` is an `ImageData`. Raises ValueError as `sampled` does.
+    """
     total, squares, count = np.zeros(3), np.zeros(3), 0
-    for images in batches:
-        pixels = images.cpu().to(torch.float64) / 255.0
+    for batch in sampled(data, sample):
+        pixels = batch.images.cpu().to(torch.float64) / 255.0
         total += pixels.sum(dim=(0, 2, 3)).numpy()
         squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
         count += pixels.numel() // 3
@@ -145,6 +164,8 @@ def color_jitter(images: Tensor, strengths: tuple[float, float, float, float], *
     The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue moves by at most its strength
     (in turns, up to 0.5). All factors are drawn, even if a strength of zero leaves them unused.
     """
+    from torchvision.transforms.v2 import functional as TF  # late, as in `decoding`
+
     low, high = np.maximum(0.0, 1.0 - np.array(strengths)), 1.0 + np.array(strengths)
     low[3], high[3] = -strengths[3], strengths[3]
     changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)

@@ -8,7 +8,6 @@ data, `decoding` reads the files, and `bad_files` keeps track of those that cann
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nas_kmix.engine import augment, sources
+from nas_kmix.engine import augment
 from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.datasets import open_source
 from nas_kmix.engine.decoding import Decoder, Plan, decode_all, open_loader
 from nas_kmix.engine.folders import say_left_out
 from nas_kmix.engine.photographs import PhotoTransform
@@ -36,9 +36,12 @@ class DataConfig:
     """Which images to read, and how."""
 
     data: str = "digits"
-    """digits | cifar10 | cifar100 | FOLDER with train/CLASS/* | FILE.npz in MedMNIST's layout."""
+    """digits | cifar10 | cifar100 | a MedMNIST name, e.g. pathmnist | FOLDER with train/CLASS/* or CLASS/* |
+    FILE.npz in MedMNIST's layout | hf:FOLDER, saved by Hugging Face's save_to_disk."""
     data_root: Path = Path("data")
-    """Folder in which CIFAR is looked for, and into which it is downloaded."""
+    """Folder in which CIFAR and MedMNIST are looked for, and into which they are downloaded."""
+    split_seed: int = 0
+    """Seed by which a set without splits, such as a FOLDER with CLASS/*, is divided into train and test."""
     image_size: int | None = None
     """Side in pixels: resize the shorter side, crop the centre. Default: native up to 64 px; required above."""
     max_resident_gb: float = 4.0
@@ -195,7 +198,8 @@ def load_data(
     now or when it is reached. Raises ValueError for missing or malformed data, an empty or single class, too many
     unreadable files, and sizes that need `--image-size`.
     """
-    source = sources.open_source(config.data, config.data_root, split, own_classes=not same_classes)
+    options = {"own_classes": not same_classes, "split_seed": config.split_seed}
+    source = open_source(config.data, config.data_root, split, **options)
     say_left_out(source.name, split, source.left_out)
     if like is None and source.num_classes < 2:
         raise ValueError(
@@ -212,18 +216,18 @@ def load_data(
             f"({counts[0]} and {counts[1]}){remedy}."
         )
     size = _image_size(source, config) if like is None else like.image_size
-    resize = _wider(size) if like is not None else None
+    resize = wider(size) if like is not None else None
     bad, images = BadFiles(len(source.labels), config.max_bad_share, strict=strict), None
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         images = decode_all(source, size, resize, threads=workers, bad=bad).to(device)
     data = ImageData(source, size, (), (), torch.device(device), images, workers, resize, bad)
     if like is not None:
-        for _ in () if data.resident else _some(data, 1_000):
+        for _ in () if data.resident else augment.sampled(data, 1_000):
             pass  # those that cannot be read are found now, and not after an epoch of training
         return replace(data, mean=like.mean, std=like.std)
     if data.resident:
         _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {bad.first()}")
-    mean, std = source.constants or _measure_constants(data)
+    mean, std = source.constants or augment.measure_constants(data)
     return replace(data, mean=mean, std=std)
 
 
@@ -236,13 +240,13 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
         return data
     source = replace(data.source.part(indices), split="val")
     bad, images = BadFiles(len(indices), data.bad.most, strict=data.bad.strict), None
-    resize = _wider(data.image_size)
+    resize = wider(data.image_size)
     if data.resident:
         images = decode_all(source, data.image_size, resize, threads=data.workers, bad=bad).to(data.device)
     return replace(data, source=source, images=images, resize=resize, bad=bad)
 
 
-def _wider(size: int) -> int | None:
+def wider(size: int) -> int | None:
     """The side to which images are resized for evaluation before the centre crop; None up to 64 px."""
     return round(size / CENTRE_SHARE) if _stem_for(size) == "imagenet" else None
 
@@ -252,7 +256,7 @@ def open_data(config: DataConfig) -> ImageData:
 
     It has no normalisation. Raises ValueError if the data are gone.
     """
-    source = sources.open_source(config.data, config.data_root, "train", download=False)
+    source = open_source(config.data, config.data_root, "train", download=False, split_seed=config.split_seed)
     return ImageData(source, _image_size(source, config), (), (), torch.device("cpu"), None)
 
 
@@ -279,21 +283,3 @@ def _image_size(source: Source, config: DataConfig) -> int:
         f"--data {config.data}: images are {several}{height}x{width}; only squares of one size up to "
         f"{CIFAR_STEM_LIMIT} px are taken as they are. Choose a side with --image-size."
     )
-
-
-def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel in [0, 1] over the images, at most `sample` evenly spaced ones."""
-    return augment.measure_constants(batch.images for batch in _some(data, sample))
-
-
-def _some(data: ImageData, sample: int) -> Iterator[Batch]:
-    """At most `sample` evenly spaced images. Raises ValueError, after them, if too many cannot be read."""
-    indices, count = data.good(), 0
-    indices = indices[:: math.ceil(len(indices) / sample)]
-    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
-        count += len(batch.indices)
-        yield batch
-    if not data.resident:
-        data.bad.check(len(indices))
-    if count == 0:
-        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")

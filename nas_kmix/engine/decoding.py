@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.photographs import PhotoTransform
@@ -28,6 +28,7 @@ class Decoder(torch.utils.data.Dataset):
 
     def __init__(self, source: Source, size: int, resize: int | None, transform: PhotoTransform | None = None):
         self.source, self.size, self.resize, self.transform = source, size, resize, transform
+        _torchvision()  # before worker processes start, each of which would import it again
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor | str]:
         """`item` is (index, epoch)."""
@@ -42,8 +43,15 @@ class Decoder(torch.utils.data.Dataset):
 
     def _square(self, image: Tensor) -> Tensor:
         if self.resize is not None or image.shape[1:] != (self.size, self.size):
+            TF = _torchvision()
             image = TF.center_crop(TF.resize(image, self.resize or self.size, antialias=True), self.size)
         return image
+
+
+def _torchvision() -> ModuleType:
+    from torchvision.transforms.v2 import functional  # late, since it takes as long to import as torch itself
+
+    return functional
 
 
 def decode_all(source: Source, size: int, resize: int | None, *, threads: int, bad: BadFiles) -> Tensor:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from nas_kmix.engine.augment import Augmentation
 
@@ -28,6 +27,8 @@ class PhotoTransform:
 
     def __call__(self, image: Tensor, index: int, epoch: int) -> Tensor:
         """uint8 (3, H, W) of any size to uint8 (3, size, size), a function of (seed, epoch, index)."""
+        from torchvision.transforms import v2  # late, as in `decoding`
+
         steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
         if self.augmentation.flip:
             steps.append(v2.RandomHorizontalFlip())

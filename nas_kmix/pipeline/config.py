@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.cli import Invocation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.learner import OptimConfig
@@ -52,6 +53,7 @@ class Config:
     given: Annotated[Given, Flat] = field(default_factory=Given)
     export_list: Path | None = None
     """Also write the proxy to this file, one line `path-or-index, label, class name` per image, for other trainers."""
+    invocation: Annotated[Invocation, Flat] = field(default_factory=Invocation)
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     jobs: int = min(8, os.cpu_count() or 1)
@@ -82,11 +84,14 @@ class Config:
         return self.selection.method != "random" or self.stop_after in ("scorer", "scores")
 
     def spread(self) -> Config:
-        """The same config, with the shared seed and augmentation copied into the config of every stage."""
+        """The same config, with the shared seed and augmentation copied into the config of every stage.
+
+        The scorer goes without Cutout, as in the published code, since its images are mixed.
+        """
         common = {"seed": self.seed, "augmentation": self.augmentation}
         return replace(
             self,
-            scorer=replace(self.scorer, **common),
+            scorer=replace(self.scorer, seed=self.seed, augmentation=replace(self.augmentation, cutout=0)),
             scoring=replace(self.scoring, seed=self.seed),
             selection=replace(self.selection, seed=self.seed),
             search=replace(self.search, **common),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,7 +68,14 @@ class SearchConfig:
     full_batch: Annotated[int, tyro.conf.Suppress] = field(default=256, metadata=NOT_IN_KEY)
     """Batch size from which `full_lr` holds; a given `lr` holds for any batch size."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """SGD's learning-rate schedule: half a cosine to zero over all steps, or constant."""
+    """SGD's learning-rate schedule: half a cosine to --lr-min over all steps, or constant."""
+    lr_min: float = 0.0
+    """SGD's last learning rate."""
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    """SGD's weight decay."""
+    grad_clip: float = 5.0
+    """Clip the gradient norm of the weights to this value."""
     warmup_epochs: int = 0
     """Epochs of learning-rate warm-up; at most half of --epochs."""
     channels: int = 16
@@ -84,6 +91,8 @@ class SearchConfig:
     validation loss rises if an input is removed (studies/search_quality)."""
     arch_lr: float = 6e-4
     """Adam's learning rate for alpha and beta."""
+    arch_weight_decay: float = 1e-3
+    """Adam's weight decay on alpha and beta."""
     arch_grad_clip: float | None = None
     """Clip the gradient norm of alpha and beta to this value. Default: no clipping."""
     unrolled: bool = False
@@ -112,18 +121,16 @@ class SearchConfig:
     def bilevel(self, amp: str, epoch_steps: int) -> BilevelConfig:
         """The settings of `darts_space`, for epochs of `epoch_steps` steps. Raises ValueError if they are invalid."""
         frozen = min(15, self.epochs // 2) if self.frozen_epochs is None else self._at_most_half(self.frozen_epochs)
-        return BilevelConfig(
-            rest_steps=frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
-            arch_steps=(self.epochs - frozen) * epoch_steps if self.arch_steps is None else self.arch_steps,
-            lr=scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
-            schedule=self.schedule,
-            epoch_steps=epoch_steps,
-            warmup_epochs=self._at_most_half(self.warmup_epochs),
-            arch_lr=self.arch_lr,
-            arch_grad_clip=self.arch_grad_clip,
-            unrolled=self.unrolled,
-            amp=amp,
-        )
+        own = {item.name: getattr(self, item.name) for item in fields(BilevelConfig) if hasattr(self, item.name)}
+        resolved = {
+            "rest_steps": frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
+            "arch_steps": (self.epochs - frozen) * epoch_steps if self.arch_steps is None else self.arch_steps,
+            "lr": scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
+            "epoch_steps": epoch_steps,
+            "warmup_epochs": self._at_most_half(self.warmup_epochs),
+            "amp": amp,
+        }
+        return BilevelConfig(**own | resolved)
 
     def supernet(self, data: ImageData) -> SuperNet:
         """A new supernet for these images."""
@@ -181,14 +188,7 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
 
 
 def search_once(
-    name: str,
-    folder: Path,
-    config: SearchConfig,
-    halves: Halves,
-    data: ImageData,
-    *,
-    run: Run,
-    key: Key,
+    name: str, folder: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key
 ) -> Genotype:
     """Search, write the history into `folder`, and return the genotype after the last step."""
     epoch_steps = halves.epoch_steps(config.batch_size)

@@ -62,7 +62,8 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     say_how_long(bilevel, config, data, run)
     provenance = dict(key)
     if config.seeds == 1:
-        genotypes = [search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
+        earlier = _of_earlier_version(path.with_name(Unproved.FILE), bilevel.arch_steps, key)
+        genotypes = [earlier or search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
         records = [history.read_history(path.parent)]
     else:
         seeds = [replace(config, seeds=1, seed=config.seed + i) for i in range(config.seeds)]
@@ -73,6 +74,15 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     found = candidates.of_records(rows)
     candidates.save(path, found, provenance)
     return Searched(found, provenance)
+
+
+def _of_earlier_version(path: Path, arch_steps: int, key: Key) -> Genotype | None:
+    """What a finished search of this key ended with, if it has its history but no candidates yet."""
+    if not path.exists():
+        return None
+    genotype, made_with = Genotype.load(path), files.read_json(path).get("provenance")
+    last = history.read_history(path.parent)[-1:]
+    return genotype if made_with == key and last == [(arch_steps, genotype)] else None
 
 
 def _chosen(genotypes: Sequence[Genotype], run: Run) -> dict[str, Any]:

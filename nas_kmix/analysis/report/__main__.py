@@ -19,7 +19,7 @@ import tyro
 
 from nas_kmix.analysis.report import write_report
 from nas_kmix.engine import cli
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: those of `cli.exit_code`."""
 
     def work() -> None:
-        config = with_home(tyro.cli(Config, args=argv, description=__doc__))
+        config = parse_flags(Config, argv, __doc__)
         if not config.runs:
             raise ValueError("Give at least one run folder: python -m nas_kmix.analysis.report RUN")
         out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"

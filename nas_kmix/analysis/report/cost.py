@@ -106,7 +106,11 @@ def _speed_up(record: Record) -> Markup:
         estimate += ". No scorer was trained for it, or its cost is not recorded"
     return join(
         [
-            table(("what is billed", "seconds", "speed-up"), rows, caption="Speed-up over the full search"),
+            table(
+                ("what is billed", "seconds", "estimated speed-up"),
+                rows,
+                caption="Estimated speed-up over a full search, which was not run",
+            ),
             sentence(f"{estimate}. A ratio below 1 means that the proxy costs more than it saves.", "note"),
         ]
     )
