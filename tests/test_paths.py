@@ -111,7 +111,6 @@ def test_a_name_that_is_no_unicode_is_refused_before_anything_is_written(home, t
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("images/train", "perhaps --data {} is meant"),
         ("images/train/ant", "has no subfolder train"),
         ("images/train/ant/0.png", "this is no folder"),
         ("images.zip", "there is no such folder"),
@@ -120,7 +119,7 @@ def test_a_name_that_is_no_unicode_is_refused_before_anything_is_written(home, t
 def test_what_is_near_the_data_folder_is_told_apart(place, said, image_folder, tmp_path, capsys):
     folder = image_folder(per_class=6, sizes=((32, 32),))
     assert search.main(["--data", str(tmp_path / place), "--out", str(tmp_path / "run")]) == 2
-    assert said.format(folder) in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_a_val_split_that_lacks_classes_says_so(image_folder, tmp_path, capsys):

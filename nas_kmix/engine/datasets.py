@@ -154,8 +154,7 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
     listed = annotated(folder, split)
     classes = folder / ("train" if (folder / "train").is_dir() and not own_classes else split)
     if not classes.is_dir():
-        above = folder.absolute().parent if (folder.absolute().parent / "train").is_dir() else None
-        meant = meant_by(folder, classes.name) if above is None else f"; perhaps --data {above} is meant"
+        meant = meant_by(folder, classes.name)
         raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/{meant}.")
     names = tuple(sorted(set(listed.values()))) if listed and classes.name == split else subfolders(classes)
     if not names:
