@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from darts_space.cell import NODES, Edge
 from darts_space.fast.kernels import concatenate
+from darts_space.fast.norm import BatchNormOfOne
 from darts_space.genotype import Genotype
 from darts_space.preparation import Preparation
 from darts_space.primitives import (
@@ -103,18 +104,6 @@ class AuxiliaryHead(nn.Module):
         window = [min(5, size - self.pool_stride) for size in x.shape[2:]]
         x = self.features(F.avg_pool2d(self.relu(x), window, self.pool_stride))
         return self.classifier(x.mean(dim=(2, 3)))
-
-
-class BatchNormOfOne(nn.BatchNorm2d):
-    """BatchNorm that accepts a single value per channel, as the last batch of an epoch may be a single image.
-
-    A single value has no variance, so PyTorch refuses it; here the running statistics normalise it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
 
 
 class Network(nn.Module):

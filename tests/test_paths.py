@@ -117,7 +117,7 @@ def test_a_name_that_is_no_unicode_is_refused_before_anything_is_written(home, t
     ],
 )
 def test_what_is_near_the_data_folder_is_told_apart(place, said, image_folder, tmp_path, capsys):
-    folder = image_folder(per_class=6, sizes=((32, 32),))
+    image_folder(per_class=6, sizes=((32, 32),))
     assert search.main(["--data", str(tmp_path / place), "--out", str(tmp_path / "run")]) == 2
     assert said in capsys.readouterr().err
 

@@ -75,13 +75,13 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
         try:
             result = _stages(config, data, run)
             run.finish()
-            _list_bad_images(data, run)
+            _list_bad_images(BadFileList([data], run.world), run)
             if config.report and run.world.main and (run.ledger.started or _report_is_old(run)):
                 run.say(write_report_of_run(run.folder, data))
             return result
         except BaseException:
-            if run.ledger.started:  # a refused command leaves the folder as it was
-                _list_bad_images(data, run)
+            if run.ledger.started and run.world.main:  # a refused command leaves the folder as it was
+                _list_bad_images(BadFileList([data]), run)
             raise
 
 
@@ -91,22 +91,21 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     if config.uses_scores:
         trained = None
         if given.scores is None:
-            trained = obtain(scorer, config.scorer, data, run=run, given=given.scorer)
+            trained = scorer.from_elsewhere(given.scorer, config.scorer, data, run=run)
+            trained = trained or obtain(scorer, config.scorer, data, run=run, given=given.scorer)
         if config.stop_after == "scorer":
             return result
         table = obtain(scores, config.scoring, trained, data, run=run, given=given.scores)
         result = replace(result, table=table)
         if config.stop_after == "scores":
             return result
-    if not run.go_on_alone():
-        return result
     if given.proxy is not None and (flags := without_effect(config)):
         run.say(f"with --proxy {given.proxy} these flags have no effect: {', '.join(flags)}")
     if given.proxy == ALL_IMAGES:
         halves = search.Halves.of_all_images(data, config.selection.arch_share, seed=config.seed)
     else:
         chosen = obtain(proxy, config.selection, result.table, data, run=run, given=given.proxy)
-        if config.export_list is not None:
+        if config.export_list is not None and run.world.main:
             chosen.export_list(config.export_list)
         result = replace(result, proxy=chosen)
         if config.stop_after == "proxy":
@@ -150,8 +149,8 @@ def _report_is_old(run: Run) -> bool:
     return not report.exists() or any(path.stat().st_mtime > report.stat().st_mtime for path in results)
 
 
-def _list_bad_images(data: ImageData, run: Run) -> None:
-    if run.world.main and (count := BadFileList([data]).write(run.folder)):
+def _list_bad_images(bad: BadFileList, run: Run) -> None:
+    if count := bad.write(run.folder):
         path = run.path(bad_files.FILE)
         run.say(f"warning: {count} files cannot be read and are left out; {path} lists them")
 

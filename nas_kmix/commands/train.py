@@ -20,6 +20,7 @@ import tyro
 from torch import nn
 
 from darts_space import CifarNetwork, ImageNetNetwork, cost
+from darts_space.fast.norm import join_norms
 from nas_kmix.analysis.report import write_report_of_run
 from nas_kmix.commands import dry_run as forecast
 from nas_kmix.commands.evaluate import evaluate_checkpoint
@@ -149,7 +150,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         return evaluate_checkpoint(config, own_size=config.input.image_size != PRESETS[config.preset].input.image_size)
     watched = {"on_log": on_log, "quiet": config.quiet}
     with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
-        _check_processes(config, run)
+        config.mix.check_processes(run.world.size)
         data, splits, training, evaluated = _load_images(config, run.compute)
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
@@ -167,8 +168,10 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         run.say(f"network: {result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds")
         run.say(where_validation_comes_from(config.input.data, splits, evaluated, config.val_share))
         settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
-        if settings.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if settings.sync_batchnorm and run.compute.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the same, in fewer kernels
+        elif settings.sync_batchnorm:
+            join_norms(model)
         bad = BadFileList((training.data, *(part.data for part in evaluated.values())), run.world)
         trained = obtain(network, settings, model, training, evaluated, bad, run=run)
         run.finish()
@@ -253,13 +256,6 @@ def _check_flags(config: Config) -> None:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
     if config.eval_every < 1 or (config.train_images is not None and config.train_images < 1):
         raise ValueError("--eval-every and --train-images must be at least 1.")
-
-
-def _check_processes(config: Config, run: Run) -> None:
-    device = run.compute.device
-    if config.sync_batchnorm and device.type != "cuda":
-        raise ValueError(f"--sync-batchnorm needs CUDA devices, but this is {device.type}; leave it out.")
-    config.mix.check_processes(run.world.size)
 
 
 def _check_size(config: Config, data: ImageData) -> None:

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import torch
+from tqdm import tqdm
 
 SECONDS_BETWEEN_LOOKS = 0.2  # for a request to stop
 
@@ -166,6 +167,7 @@ def _serve(theirs: Connection, function: Callable[[Any], Any]) -> None:
     """Take tasks and send results until the parent process ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave in the system
     while True:
         try:
             task = theirs.recv()

@@ -17,7 +17,11 @@ from datetime import timedelta
 import torch
 from torch import distributed, nn
 
+from nas_kmix.engine.signals import waiting
+
 PATIENCE = timedelta(minutes=30)  # torch's own; torchrun ends the others long before where one has failed
+LONGEST_WAIT = timedelta(days=365)  # at a barrier, where another process may have work of its own
+SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    patient: distributed.ProcessGroup | None = None
+    """All processes again, for waits of any length."""
 
     @property
     def main(self) -> bool:
@@ -63,8 +69,17 @@ class World:
         return [given[:n].numpy().tobytes() for given, n in zip(everyone, lengths, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every process gets here."""
-        self.total(0.0)
+        """Wait until every process gets here, however long another one works alone.
+
+        Raises StoppedError where a signal comes in and the others do not follow.
+        """
+        if self.size == 1:
+            return
+        everyone = distributed.all_reduce(torch.zeros(1), group=self.patient, async_op=True)
+        with waiting():
+            while not everyone.is_completed():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        everyone.wait()
 
     def align_buffers(self, model: nn.Module) -> None:
         """Give every process the running statistics of rank 0."""
@@ -105,7 +120,7 @@ def joined(device: torch.device) -> Iterator[World]:
             f"address or port that torchrun was given is wrong, or this PyTorch lacks the backend."
         ) from error
     try:
-        yield World(distributed.get_rank(), size)
+        yield World(distributed.get_rank(), size, distributed.new_group(timeout=LONGEST_WAIT, backend="gloo"))
     except (distributed.DistError, RuntimeError) as error:
         if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise

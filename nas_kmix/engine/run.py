@@ -85,7 +85,7 @@ class Run:
         self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
         self.log = Log(self.folder, compared_by=compared_by, on_log=on_log, writes=self.world.main)
         self.on_record = lambda *_, **__: None
-        self._results, self._records, self._quiet = results, dict(records or {}), quiet
+        self._results, self._records, self.quiet = results, dict(records or {}), quiet
         self._stop = StopSignals(speaks=self.world.main)
         self._lock: IO[str] | None = None
         self._new = False
@@ -166,7 +166,8 @@ class Run:
 
     def _files(self) -> list[Path]:
         """The files in the folder that have the name of one that a run writes."""
-        return [path for pattern in (*self._results, *RECORDS) for path in self.folder.glob(pattern)]
+        patterns = (*self._results, *(f"seed-*/{name}" for name in RECORDS), *RECORDS)
+        return [path for pattern in patterns for path in self.folder.glob(pattern)]
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -197,18 +198,22 @@ class Run:
             files.write_json(self.path(name), record)
         self._records = {}
 
-    def go_on_alone(self) -> bool:
-        """End the joint work of the processes; True in the one that goes on alone."""
-        main, self.world = self.world.main, World() if self.world.main else self.world
-        return main
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let this process work in the block without the others, which wait for it."""
+        world, self.world = self.world, World()
+        try:
+            yield
+        finally:
+            self.world = world
 
     def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""
-        if self.world.main and (not self._quiet or line.startswith("warning:")):
+        if self.world.main and (not self.quiet or line.startswith("warning:")):
             Progress.say(line)
 
     def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
-        return Progress(label, total, done=done, unit=unit, silent=self._quiet or not self.world.main)
+        return Progress(label, total, done=done, unit=unit, silent=self.quiet or not self.world.main)
 
     # -- stopping and going on -----------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from nas_kmix.engine.workers import check_room
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import scorer, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, Given
+from nas_kmix.pretrained import is_published
 from nas_kmix.proxy import smallest_ratio
 from nas_kmix.scores import COLUMNS
 from nas_kmix.scoring import IMAGES_PER_SHARD
@@ -46,6 +47,8 @@ def check_flags(config: Config) -> None:
     if selects and needed is not None and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
         raise ValueError(f"--measure {selection.measure} needs {needed}, which measures it.")
     for flag, path in paths.items():
+        if is_published(path):
+            continue
         if path != ALL_IMAGES and not path.is_file():
             raise ValueError(f"--{flag} {path}: there is no such file.")
         if config.fresh and path.parent.resolve() == config.out.resolve():
@@ -132,7 +135,7 @@ def check_memory(config: Config, data: ImageData, run: Run) -> None:
 def _images_of_a_half(config: Config, data: ImageData) -> int:
     """About how many there are in the larger half of the proxy."""
     selection, given = config.selection, config.given.proxy
-    if given is None:
+    if given is None or is_published(given):
         count = selection.ratio * len(data)
     else:
         count = len(data) if given == ALL_IMAGES else len(ProxyManifest.load(given).indices)

@@ -30,7 +30,8 @@ class Given:
     """Results of another run to start from; at most one."""
 
     scorer: Path | None = None
-    """Use the scorer.pt of another run."""
+    """Use the scorer.pt of another run; torchvision:NAME[:WEIGHTS] or timm:NAME with its published weights; or a state
+    dict of the network --scorer.backbone."""
     scores: Path | None = None
     """Use the scores.npz of another run on the same data."""
     proxy: Path | None = None
@@ -94,7 +95,7 @@ class Config:
             scorer=replace(self.scorer, seed=self.seed, augmentation=replace(self.augmentation, cutout=0)),
             scoring=replace(self.scoring, seed=self.seed),
             selection=replace(self.selection, seed=self.seed),
-            search=replace(self.search, **common),
+            search=replace(self.search, **common, jobs=self.jobs),
             finals=replace(self.finals, **common, jobs=self.jobs),
         )
 
@@ -150,7 +151,7 @@ PRESETS: dict[str, Config] = {
     # PyramidNet-110 for 300 epochs (the paper's Table 1: 16.95 % top-1 error) and PC-DARTS for 50 (Table 5). For a GPU.
     "paper": Config(preset="paper", input=DataConfig(data="cifar100"), with_finals=False),
     # PC-DARTS's ImageNet search (section 4.3): 10 % of each class for the weights, 2.5 % for the architecture. The
-    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs, which share all but the search.
+    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs.
     "imagenet": Config(
         preset="imagenet",
         input=DataConfig(data="imagenet", image_size=224),

@@ -208,6 +208,7 @@ def make(
         content=content,
         bad=bad,
         photographs=_photographs(training),
+        joint_norms=config.sync_batchnorm,
     )
 
 

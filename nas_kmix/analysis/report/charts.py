@@ -90,7 +90,7 @@ def scale_of(
         return Scale(10.0**first, 10.0 ** max(math.ceil(math.log10(high)), first + 1), start, end, log=True)
     low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
     if high == low:
-        low, high = low - (abs(low) or 1.0) * 0.5, high + (abs(high) or 1.0) * 0.5
+        low, high = low - (abs(low) or 1.0) * 0.02, high + (abs(high) or 1.0) * 0.02
     pad = (high - low) * room
     whole = all(value == round(value) for value in values)
     return Scale(low if zero and low == 0 else low - pad, high + pad, start, end, whole=whole)

@@ -102,7 +102,9 @@ def _speed_up(record: Record) -> Markup:
         f"{duration(found.full)} ({number(found.full)} s): this search took {number(found.search)} s for "
         f"{record.costs['search'].images_forward:,} passes of its {len(proxy.indices):,} images"
     )
-    if found.scorer == 0:
+    if found.scorer == 0 and record.given_scorer is not None:
+        estimate += f". The scorer, {record.given_scorer}, came from elsewhere; what its training cost is not known"
+    elif found.scorer == 0:
         estimate += ". No scorer was trained for it, or its cost is not recorded"
     return join(
         [

@@ -260,6 +260,11 @@ class Record:
         value = (given if isinstance(given, dict) and name in given else self.config).get(name)  # or an older run's
         return value if isinstance(value, str) else None
 
+    @property
+    def given_scorer(self) -> str | None:
+        """What a search was given as --scorer."""
+        return self._flag("scorer")
+
     def _given(self, name: str) -> Path | None:
         """The path, unless it lies in the run's own folder, under its name of then or now."""
         value = self.flag(name)
