@@ -164,7 +164,7 @@ def test_two_processes_train_the_scorer_and_agree_on_it(npz, tmp_path):
 def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_path):
     broken = ("train/ant/0.jpg", "train/bee/3.jpg", "val/ant/0.jpg", "val/bee/3.jpg")
     folder = image_folder(sizes=((140, 150),), suffix=".jpg", splits=("train", "val"), truncated=broken)
-    flags = shlex.split("--preset imagenet --image-size 128 --epochs 1 --skip-bad --warmup-epochs 0")
+    flags = shlex.split("--preset imagenet --image-size 128 --epochs 1 --skip-bad --max-bad-share .3 --warmup-epochs 0")
     command = [ROOT / "train_eval.py", *flags, *SMALL, "--data", folder, "--out", tmp_path / "run"]
     assert ended(torchrun(tmp_path / "log", *command), tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_images"] == 4
@@ -206,10 +206,10 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_every_restart_is_for_a_killed_process(victim, tmp_path):
     """As many restarts as kills are enough: none goes to processes that look for each other at old addresses."""
-    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=2, processes=3)
+    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=1)
     assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 

@@ -66,9 +66,8 @@ def searched(npz, tmp_path_factory):
 @pytest.mark.parametrize("name", door.COMMANDS)
 def test_every_command_has_a_module_and_help(name, capsys):
     assert importlib.util.find_spec(door.COMMANDS[name][0]) is not None
-    with pytest.raises(SystemExit) as ended:
-        door.main([name, "--help"])
-    assert ended.value.code == 0 and "usage" in capsys.readouterr().out.lower()
+    assert door.main([name, "--help"]) == 0
+    assert "usage" in capsys.readouterr().out.lower()
 
 
 def test_help_lists_the_commands_and_a_typo_is_answered(capsys):

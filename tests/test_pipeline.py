@@ -90,10 +90,7 @@ def main(argv: list[str]) -> Ended:
     """search.py in this process. An exception that it does not catch fails the test: it would be a traceback."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = search.main(argv)
-        except SystemExit as stop:  # tyro's own complaints
-            code = stop.code
+        code = search.main(argv)
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -24,13 +24,15 @@ from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
 from nas_kmix.engine.datasets import located
-from nas_kmix.engine.forecast import Cost, at, free_memory, gigabytes, measured
+from nas_kmix.engine.forecast import Cost, at, gigabytes, measured
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
+from nas_kmix.engine.memory import free_bytes
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import finals, network, proxy, scorer, scores, search
 from nas_kmix.pipeline.candidates import CHECKPOINTS
-from nas_kmix.pipeline.config import ALL_IMAGES, Config, check_flags, check_later_stages
+from nas_kmix.pipeline.checks import check_flags, check_later_stages
+from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
@@ -71,9 +73,9 @@ class Chain:
 
     def end(self) -> Iterator[str]:
         resident = 0 if self.data.images is None else self.data.images.numel()
-        needed, free = resident + self.bytes, free_memory(self.data.device)
+        needed, free = resident + self.bytes, free_bytes(self.data.device)
         yield f"{'total':9} about {duration(self.seconds)} and {gigabytes(needed)}, besides PyTorch and the reading"
-        if free is not None and needed > free:
+        if needed > free:
             yield f"warning: only {gigabytes(free)} are free; lower the batch size of the largest stage"
 
 
