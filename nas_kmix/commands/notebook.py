@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from darts_space import Genotype, Network, load_network
 from nas_kmix.commands import search as search_command
 from nas_kmix.commands import train as train_command
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import suited, with_home
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.settings import configured
 from nas_kmix.engine.training import BEST
@@ -80,8 +80,8 @@ def _run(
 ) -> Result:
     if preset not in presets:
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(presets)}.")
-    default = presets[preset]
-    default = replace(default, device=default.device.suited_to(settings.get("device", default.device.device)))
+    data = settings.get("data")
+    default = suited(presets[preset], None if data is None else str(data), settings.get("device"))
     config = with_home(configured(default, {**settings, "preset": preset}))
     try:
         with _without_main():

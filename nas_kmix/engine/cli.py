@@ -74,14 +74,23 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
     preset, file = _value_of("--preset", argv), _value_of("--config", argv)
     # An unknown preset is refused later, with its name.
     default = presets.get(preset or "quick", presets["quick"])
-    default = replace(default, device=default.device.suited_to(_value_of("--device", argv) or default.device.device))
-    if file is not None:
-        default = _of_file(_expanded(Path(file)), presets, preset)
     data = _value_of("--data", argv)
-    if file is None or data is not None:
-        flip = survives_mirroring(data or default.input.data)
-        default = replace(default, augmentation=replace(default.augmentation, flip=flip))
+    if file is None:
+        default = suited(default, data, _value_of("--device", argv))
+    else:
+        default = _of_file(_expanded(Path(file)), presets, preset)
+        default = default if data is None else _mirrored_as(default, data)
     return parse_flags(type(default), argv, description, default=default)
+
+
+def suited(default: Config, data: str | None, device: str | None) -> Config:
+    """A preset for these images and this device, by default its own: flips and channels_last depend on them."""
+    default = replace(default, device=default.device.suited_to(device or default.device.device))
+    return _mirrored_as(default, data or default.input.data)
+
+
+def _mirrored_as(default: Config, data: str) -> Config:
+    return replace(default, augmentation=replace(default.augmentation, flip=survives_mirroring(data)))
 
 
 def parse_flags(kind: type[Config], argv: Sequence[str] | None, description: str | None, **default: Any) -> Config:
