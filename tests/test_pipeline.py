@@ -36,7 +36,8 @@ from nas_kmix.scores import ScoreTable
 
 TINY = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
-    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8 --no-finals"
+    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8 --no-finals "
+    "--edges-by removal"
 )
 ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1", "--edges-by", "alpha"]  # the shortest search
 TO_PROXY = ["--stop-after", "proxy"]

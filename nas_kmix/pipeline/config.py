@@ -112,7 +112,7 @@ PRESETS: dict[str, Config] = {
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
             rest_steps=600, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
-            layers=3, edges_by="removal", arch_lr=6e-3, record_every=5,
+            layers=3, edges_by="inputs", arch_lr=6e-3, record_every=5,
         ),
         finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),
         device=DeviceConfig(channels_last=True),
@@ -128,7 +128,7 @@ PRESETS: dict[str, Config] = {
         ),
         search=SearchConfig(
             rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
-            edges_by="removal", arch_lr=6e-3, record_every=25,
+            edges_by="inputs", arch_lr=6e-3, record_every=25,
         ),
         finals=FinalsConfig(epochs=3, rungs=2, batch_size=32),
         device=DeviceConfig(channels_last=True),
@@ -143,7 +143,7 @@ PRESETS: dict[str, Config] = {
         ),
         search=SearchConfig(
             rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",
-            edges_by="removal", arch_lr=6e-3, record_every=25, cuda_graphs=True,
+            edges_by="inputs", arch_lr=6e-3, record_every=25, cuda_graphs=True,
         ),
         with_finals=False,
         device=DeviceConfig(channels_last=True),
