@@ -10,6 +10,7 @@ import hashlib
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -31,6 +32,7 @@ CIFAR_CONSTANTS = {
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
 }
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
+Cut = Callable[[Image.Image], Image.Image]  # what to decode of a file that is only opened
 
 
 class BadImageError(Exception):
@@ -71,16 +73,17 @@ class Source:
     def describe(self, index: int) -> str:
         return self.place(index) if self.folder is None else str(self.folder / self.place(index))
 
-    def read(self, index: int) -> np.ndarray:
-        """Native RGB pixels (H, W, 3). Raises BadImageError."""
+    def read(self, index: int, cut: Cut | None = None) -> np.ndarray:
+        """Native RGB pixels (H, W, 3), read-only; of a file, those of what `cut` takes of it. Raises BadImageError."""
         if self.arrays is not None:
             return self.arrays[index]
-        path = self.folder / self.paths[index]
+        path = os.path.join(self.folder, self.paths[index])
         try:
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.mode == "F" or image.mode.startswith("I"):
                     raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-                return np.array(image.convert("RGB"))
+                part = image if cut is None else cut(image)
+                return np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
         except Exception as error:  # a damaged file may raise nearly anything
             raise BadImageError(f"{path}: {error or type(error).__name__}") from error
 
@@ -224,15 +227,13 @@ def _npz(path: Path, split: str) -> Source:
         raise ValueError(
             f"--data {path}: {split}_images must be uint8 (N, H, W) or (N, H, W, 3), not {images.dtype} {images.shape}."
         )
-    if labels.shape == (len(images), 1):
-        labels = labels[:, 0]
+    labels = labels[:, 0] if labels.shape == (len(images), 1) else labels
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or len(images) == 0:
         raise ValueError(
             f"--data {path}: {split}_labels must be {len(images)} integers, not {labels.dtype} {labels.shape}."
         )
     labels = labels.astype(np.int64)
-    if names is not None:
-        names = _class_names(path, names)
+    names = None if names is None else _class_names(path, names)
     # Without names every class must occur; otherwise a stray label in the millions would make as many classes.
     classes = len(np.unique(labels)) if names is None else len(names)
     if labels.min() < 0 or labels.max() >= classes:
@@ -295,6 +296,5 @@ def open_class_folders(folder: Path) -> Source:
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
     """Greyscale (N, H, W) or (N, H, W, 1) is repeated to three channels."""
-    if images.ndim == 3:
-        images = images[..., None]
+    images = images[..., None] if images.ndim == 3 else images
     return np.ascontiguousarray(images if images.shape[3] == 3 else images.repeat(3, axis=3))
