@@ -17,7 +17,7 @@ as published. Data loading, logs and files are left to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from darts_space.derivation import Removal
+from darts_space.removal import removal_losses
 from darts_space.settings import BilevelConfig, learning_rate
 from darts_space.unrolled import unrolled_gradient
 
@@ -170,6 +172,10 @@ class Search:
     def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Validation loss and its gradient with respect to alpha and beta at the present weights; nothing moves."""
         return self._first_order(val_batch)
+
+    def removal_losses(self, val_batches: Sequence[Batch]) -> Removal:
+        """By how much the validation loss rises if an edge is removed; nothing moves. See `removal.removal_losses`."""
+        return removal_losses(self.model, lambda batch: self._loss(batch)[0], val_batches)
 
     def _first_order(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         with _without_gradients(self.weights):

@@ -1,6 +1,6 @@
 """The networks of a genotype: its cells stacked, and trained with all their channels.
 
-In:  a `Genotype`; images (N, 3, H, W), float, normalised, of any size from 32 px (CIFAR) or 128 px (ImageNet) up.
+In:  a `Genotype`; images (N, 3, H, W), float, normalised, of any size that the auxiliary head allows.
 Out: logits (N, num_classes). In training mode a network with an auxiliary head returns the pair
      (logits, auxiliary logits); in evaluation mode, and without the head, logits alone.
 
@@ -14,9 +14,9 @@ the auxiliary head shrinks its pool on small maps and averages over large ones, 
 
 This is the plain form, one operation after the other. Of the optimisations measured on a CPU (benchmarks/network.py)
 two are worth having: the memory format channels_last, 1.2 to 1.8 times as fast, which is the caller's choice; and with
-it contiguous gradients for the BatchNorms (`fast.kernels.concatenate`), 1.2 times as fast in training. Sharing the
-ReLUs of a state (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) are not; folding BatchNorms into convolutions (1.06
-to 1.16 on top of channels_last) changes the last digits and only helps evaluation.
+it contiguous gradients for the BatchNorms (`fast.kernels.concatenate`), 1.2 times as fast in training. Sharing a
+state's ReLUs (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) are not; folding BatchNorms (1.06 to 1.16 on top of
+channels_last) changes the last digits and only helps evaluation.
 """
 
 from __future__ import annotations
@@ -120,8 +120,7 @@ class Network(nn.Module):
     """What both networks have in common. Use `CifarNetwork` or `ImageNetNetwork`."""
 
     kind: str
-    minimum_size: int
-    """Smallest H and W of the images."""
+    smallest_with_head: int  # H and W, so that the auxiliary head's pool fits twice; without a head any size will do
 
     def __init__(
         self,
@@ -168,10 +167,11 @@ class Network(nn.Module):
 
         `drop_path` (layers, 8, N) is a result of `draw_drop_path`, or the part of one that belongs to these images.
         """
-        if images.dim() != 4 or min(images.shape[2:]) < self.minimum_size:
+        smallest = self.smallest_with_head if self.auxiliary else 1
+        if images.dim() != 4 or min(images.shape[2:]) < smallest:
             raise ValueError(
-                f"The {self.kind} network takes images (N, 3, H, W) with H and W of {self.minimum_size} or more, not "
-                f"{tuple(images.shape)}; resize them."
+                f"The {self.kind} network takes images (N, 3, H, W) with H and W of {smallest} or more, not "
+                f"{tuple(images.shape)}; resize them{', or leave out the auxiliary head' if smallest > 1 else ''}."
             )
         if drop_path is not None:
             expected = (self.layers, 2 * NODES, images.shape[0])
@@ -220,7 +220,7 @@ class CifarNetwork(Network):
     """The network for small images: the stem keeps H and W, the cells reduce them to a fourth."""
 
     kind = "cifar"
-    minimum_size = 32
+    smallest_with_head = 13
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class ImageNetNetwork(Network):
     """The network for large images: the stem leaves an eighth of H and W, the cells a thirty-second."""
 
     kind = "imagenet"
-    minimum_size = 128
+    smallest_with_head = 65
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from darts_space.cell import EDGES, NODES, PRIMITIVES
-from darts_space.derivation import Diagnostics, EdgesBy, derive, diagnose, normalised_betas
+from darts_space.derivation import Diagnostics, EdgesBy, Removal, derive, diagnose, normalised_betas
 from darts_space.genotype import Genotype
 from darts_space.primitives import STEM_MULTIPLIER, build_stems, initialised_from
 
@@ -123,13 +123,16 @@ class SearchNetwork(nn.Module):
         """All parameters except alpha and beta."""
         return [parameter for name, parameter in self.named_parameters() if name not in ARCHITECTURE_NAMES]
 
-    def genotype(self, edges_by: EdgesBy = "alpha-beta") -> Genotype:
+    def genotype(self, edges_by: EdgesBy = "alpha-beta", removal: Removal | None = None) -> Genotype:
         """The genotype of the present alpha and beta; see `derive`. Without edge normalisation beta has no part."""
-        return derive(**self._tables(), edges_by=edges_by if self.edge_normalisation else "alpha")
+        return derive(**self._tables(), edges_by=self._rule(edges_by), removal=removal)
 
-    def diagnostics(self, edges_by: EdgesBy = "alpha-beta") -> Diagnostics:
+    def diagnostics(self, edges_by: EdgesBy = "alpha-beta", removal: Removal | None = None) -> Diagnostics:
         """Margins, entropies, skip connections and pools of the present alpha and beta."""
-        return diagnose(**self._tables(), edges_by=edges_by if self.edge_normalisation else "alpha")
+        return diagnose(**self._tables(), edges_by=self._rule(edges_by), removal=removal)
+
+    def _rule(self, edges_by: EdgesBy) -> EdgesBy:
+        return "alpha" if edges_by == "alpha-beta" and not self.edge_normalisation else edges_by
 
     def _tables(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ARCHITECTURE_NAMES}

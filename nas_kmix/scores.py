@@ -35,6 +35,7 @@ TITLES: dict[Measure, str] = {
 }
 FORMAT = "nas_kmix/scores"
 RELIABILITY_SPLITS = 20
+FAIR, GOOD = 0.5, 0.8  # reliabilities from which a ranking is called so
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +194,15 @@ def verdict(reliability: float) -> str:
     """What a `ScoreTable.reliability` means, in a word or two."""
     if math.isnan(reliability):
         return "unknown"
-    return "mostly noise" if reliability < 0.5 else "fair" if reliability < 0.8 else "good"
+    return "mostly noise" if reliability < FAIR else "fair" if reliability < GOOD else "good"
+
+
+def draws_needed(reliability: float, draws: int, wanted: float = GOOD) -> str:
+    """How many draws would raise the reliability of `draws` to `wanted`, by the Spearman-Brown formula, in words."""
+    if reliability <= 0.0:
+        return "no number of draws would do"
+    factor = wanted * (1 - reliability) / (reliability * (1 - wanted))
+    return f"about {math.ceil(draws * factor):,} would do" if factor < 100 else "hundreds of times as many would do"
 
 
 def _cv(losses: np.ndarray) -> np.ndarray:

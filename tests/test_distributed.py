@@ -151,7 +151,7 @@ def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
 SEARCH = shlex.split(
     "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 16 --scoring.draws 3 --ratio .5 --channels 2 "
     "--partial 2 --layers 3 --rest-steps 1 --arch-steps 1 --batch-size 16 --max-resident-gb 0 --scoring.pool-size 8 "
-    "--no-report"
+    "--no-report --no-finals"
 )
 
 

@@ -15,7 +15,7 @@ from nas_kmix.proxy import smallest_ratio
 from nas_kmix.sampling import select, split_by_class
 
 FLAGS = shlex.split(
-    "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 8 --scoring.draws 2 --scoring.k 2 "
+    "--threads 1 --device cpu -j 0 --no-finals --scorer.epochs 1 --scorer.batch-size 8 --scoring.draws 2 --scoring.k 2 "
     "--channels 2 --partial 2 --layers 3 --rest-steps 1 --arch-steps 1 --record-every 1 --batch-size 4 --no-report"
 )
 

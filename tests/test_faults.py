@@ -39,7 +39,7 @@ import train_eval
 
 SEARCH = shlex.split(
     "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 24 --scoring.draws 2 --ratio .5 --channels 2 "
-    "--partial 2 --layers 3 --rest-steps 1 --arch-steps 2 --record-every 1 --batch-size 16 --no-report"
+    "--partial 2 --layers 3 --rest-steps 1 --arch-steps 2 --record-every 1 --batch-size 16 --no-report --no-finals"
 )
 TRAIN = shlex.split(
     "--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary --epochs 2 "
@@ -80,7 +80,9 @@ def content(path: Path) -> object:
 HISTORY = ("genotypes.jsonl", "alphas.npz")
 PROGRAMS = {
     "search": Program(
-        search.main, SEARCH, ("scorer.pt", "scores.npz", "proxy.json", "genotype.json", *HISTORY, "metrics.csv")
+        search.main,
+        SEARCH,
+        ("scorer.pt", "scores.npz", "proxy.json", "candidates.json", "genotype.json", *HISTORY, "metrics.csv"),
     ),
     "train_eval": Program(train_eval.main, TRAIN, ("last.pt", "best.pt", "metrics.csv")),
 }
@@ -235,7 +237,7 @@ def copy(untouched, tmp_path) -> Path:
 def test_what_is_missing_is_made_again(copy, data, untouched):
     """Single files, and all files of a stage and its successors; a history goes only with its search."""
     program = PROGRAMS["search"]
-    later = ("scores.npz", "proxy.json", "genotype.json")
+    later = ("scores.npz", "proxy.json", "candidates.json", "genotype.json")
     for missing in [("scorer.pt", "cost.json"), ("scores.npz", "env.json"), ("proxy.json", "config.json"), later]:
         for name in missing:
             (copy / name).unlink()
@@ -245,20 +247,22 @@ def test_what_is_missing_is_made_again(copy, data, untouched):
     for name in HISTORY:
         (copy / name).unlink()
     said = program(data, copy)[1]
-    assert all(f"warning: {copy / name} is gone; remove genotype.json" in said for name in HISTORY)
-    (copy / "genotype.json").unlink()
+    assert all(f"warning: {copy / name} is gone; remove candidates.json" in said for name in HISTORY)
+    (copy / "candidates.json").unlink()
     assert program(data, copy)[0] == 0
     assert program.outcome(copy) == program.outcome(untouched["search"])
 
 
-@pytest.mark.parametrize("name", ["scorer.pt", "scores.npz", "proxy.json", "genotype.json"])
+@pytest.mark.parametrize("name", ["scorer.pt", "scores.npz", "proxy.json", "candidates.json", "genotype.json"])
 def test_a_damaged_result_is_refused_and_its_removal_helps(name, copy, data, untouched):
     """A bit in the middle, the end, another file in its place, a folder in its place."""
     whole, path = (copy / name).read_bytes(), copy / name
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     damages = [whole[:-20], (copy / "env.json").read_bytes()]
-    for damage in damages if name == "genotype.json" else [bytes(flipped), *damages]:  # a genotype has no checksum
+    for damage in (
+        damages if name in ("candidates.json", "genotype.json") else [bytes(flipped), *damages]
+    ):  # no checksum
         path.write_bytes(damage)
         refused(PROGRAMS["search"](data, copy), 2, path)
         assert path.read_bytes() == damage

@@ -28,7 +28,7 @@ from nas_kmix.splits import divide, other_splits
 # What changes no result: places, reporting, what is run at all, and sizes that bound memory alone.
 SEARCH = {
     *("preset", "out", "stop_after", "given.scorer", "given.scores", "given.proxy", "export_list", "fresh", "report"),
-    *("input.data_root", "scoring.batch_size", "search.cuda_graphs"),
+    *("jobs", "input.data_root", "scoring.batch_size", "search.cuda_graphs"),
 }
 TRAIN = {*("preset", "out", "fresh", "skip_bad", "report", "eval_only", "export"), "input.data_root"}
 DEVICE = {f"device.{field.name}" for field in fields(DeviceConfig)}  # a run may go on on another device

@@ -64,12 +64,13 @@ def test_steps_are_those_of_plain_sgd(smoothing, clip, nesterov, momentum):
     for step in range(3):
         images, labels = batch(step)
         mask = torch.rand(1, 1, N, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        loss = ours.step(images, labels, mask)
+        loss, hits = ours.step(images, labels, mask)
         logits, auxiliary = theirs(images, mask)
         expected = cross_entropy(logits, labels, smoothing)
         theirs.zero_grad()
         (expected + 0.4 * cross_entropy(auxiliary, labels, smoothing)).backward()
         assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-12)
+        assert int(hits) == sum(int(a.argmax() == b.argmax()) for a, b in zip(logits, labels, strict=True))
         norm = sum(float(p.grad.square().sum()) for p in theirs.parameters()) ** 0.5
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         assert clip is None or scale < 1.0  # otherwise clipping would not be seen
@@ -91,7 +92,7 @@ def test_the_loss_of_co_mixup_is_a_binary_cross_entropy_per_class(smoothing):
         -t * math.log(p) - (1 - t) * math.log(1 - p)
         for t, p in zip(targets.flatten().tolist(), probabilities.flatten().tolist(), strict=True)
     ]
-    assert float(ours.step(images, labels)) == pytest.approx(sum(terms) / len(terms), rel=1e-9)
+    assert float(ours.step(images, labels)[0]) == pytest.approx(sum(terms) / len(terms), rel=1e-9)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5, 100])
@@ -102,7 +103,7 @@ def test_accumulated_parts_are_the_whole_batch_where_batchnorm_does_not_tell(par
     losses = []
     for one in (whole, divided):
         one.model.norm.eval()
-        losses.append(float(one.step(images, labels, torch.linspace(0, 2, N).double().view(1, 1, N))))
+        losses.append(tuple(map(float, one.step(images, labels, torch.linspace(0, 2, N).double().view(1, 1, N)))))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     assert_same(whole.model, divided.model)
 
@@ -144,7 +145,7 @@ def test_the_loss_is_taken_in_the_labels_precision():
     """Logits of bfloat16 are too coarse for a loss."""
     model = Learner(Net(), CONFIG, Recipe(), Compute(amp="bf16"))
     images, labels = batch()
-    loss = model.step(images.float(), labels.float())
+    loss, _ = model.step(images.float(), labels.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, _ = Net()(images.float())
     assert loss.dtype == torch.float32 and logits.dtype == torch.bfloat16

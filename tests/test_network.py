@@ -346,7 +346,15 @@ def test_the_auxiliary_window_shrinks_on_small_maps_only(kind, size, window):
 # --- Sizes and batches
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("cifar", (2, 3, 33, 71)), ("imagenet", (2, 3, 128, 201))])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("cifar", (2, 3, 33, 71)),
+        ("cifar", (2, 3, 13, 28)),
+        ("imagenet", (2, 3, 128, 201)),
+        ("imagenet", (2, 3, 65, 96)),
+    ],
+)
 @pytest.mark.parametrize("genotype", [EVERY, GENOTYPES["PC_DARTS_image"]], ids=["every", "published"])
 def test_any_size_can_be_trained_on(kind, shape, genotype):
     logits, auxiliary = build(kind, genotype=genotype)(draw_images(*shape))
@@ -355,11 +363,24 @@ def test_any_size_can_be_trained_on(kind, shape, genotype):
 
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [("cifar", (2, 3, 31, 32)), ("cifar", (2, 3, 32, 31)), ("imagenet", (2, 3, 127, 128)), ("cifar", (3, 32, 32))],
+    [("cifar", (2, 3, 12, 32)), ("cifar", (2, 3, 32, 12)), ("imagenet", (2, 3, 64, 128)), ("cifar", (3, 32, 32))],
 )
-def test_smaller_images_are_refused(kind, shape):
-    with pytest.raises(ValueError, match=r"H and W of (32|128) or more, not \("):
+def test_images_too_small_for_the_auxiliary_head_are_refused(kind, shape):
+    """And one pixel less than the head takes is indeed too few for its layers."""
+    with pytest.raises(ValueError, match=r"H and W of (13|65) or more, not \(.*leave out the auxiliary head"):
         build(kind)(torch.zeros(shape, dtype=torch.float64))
+    if len(shape) == 4:
+        model = build(kind)
+        model.smallest_with_head = 1
+        with pytest.raises(RuntimeError, match="size"):
+            model(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["cifar", "imagenet"])
+@pytest.mark.parametrize("genotype", [EVERY, GENOTYPES["PC_DARTS_image"]], ids=["every", "published"])
+def test_without_auxiliary_head_any_image_will_do(kind, genotype):
+    for size in (1, 4, 5):
+        assert build(kind, genotype=genotype, auxiliary=False)(draw_images(3, 3, size, size)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", CLASSES)

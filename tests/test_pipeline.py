@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 
 import search
+import train_eval
 from darts_space import ARCHITECTURE_NAMES, Genotype, Search, SuperNet, derive
-from nas_kmix.commands.search import rest_of
+from nas_kmix.commands.summary import RETRAINED_WITH, _training_command, rest_of
 from nas_kmix.engine import data as engine_data
+from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
 from nas_kmix.proxy import ProxyManifest
@@ -34,13 +36,15 @@ from nas_kmix.scores import ScoreTable
 
 TINY = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 4 --ratio .4 "
-    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8"
+    "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8 --no-finals"
 )
-ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1"]  # the shortest search
+ONE_STEP = ["--rest-steps", "0", "--arch-steps", "1", "--edges-by", "alpha"]  # the shortest search
 TO_PROXY = ["--stop-after", "proxy"]
 IMAGES, CLASSES = 72, 3
+TRAINED = 65  # by the scorer, which a tenth of the images tests
 STAGES = ("scorer", "scoring", "selection", "search")
-RESULTS = {"scorer.pt", "scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz"}
+SEARCHED = {"candidates.json", "genotype.json", "genotypes.jsonl", "alphas.npz"}
+RESULTS = {"scorer.pt", "scores.npz", "proxy.json", *SEARCHED}
 
 
 # -- data, commands and what they leave --------------------------------------------------------------------------------
@@ -126,6 +130,12 @@ def costs_of(folder: Path) -> dict:
     return json.loads((folder / "cost.json").read_text())["stages"]
 
 
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def same_bytes(folder: Path, other: Path, *names: str) -> None:
     for name in names:
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
@@ -134,7 +144,7 @@ def same_bytes(folder: Path, other: Path, *names: str) -> None:
 def same_results(folder: Path, other: Path) -> None:
     """Bit-identical results, and nothing left over."""
     same_bytes(folder, other, "scores.npz", "proxy.json", "metrics.csv", "genotypes.jsonl", "alphas.npz")
-    same_bytes(folder, other, "genotype.json")
+    same_bytes(folder, other, "candidates.json", "genotype.json")
     assert results_of(folder) == RESULTS and not (folder / "checkpoints").exists()
 
 
@@ -191,26 +201,32 @@ def test_the_log_of_the_search_leads_to_its_genotype(finished):
     assert {"margin_normal", "entropy_normal", "skips_normal", "pools_normal"} <= lines[0].keys()
     with np.load(folder / "alphas.npz") as archive:
         tables = {name: archive[name] for name in archive.files}
-    shapes = {name: (3, 14, 8) if name.startswith("alphas") else (3, 14) for name in ARCHITECTURE_NAMES}
+    names = (*ARCHITECTURE_NAMES, "removal_normal", "removal_reduce")
+    shapes = {name: (3, 14, 8) if name.startswith("alphas") else (3, 14) for name in names}
     assert {name: table.shape for name, table in tables.items()} == shapes
     assert not np.array_equal(tables["alphas_normal"][0], tables["alphas_normal"][1])
     genotype = Genotype.load(folder / "genotype.json")
-    assert genotype == derive(**{name: torch.from_numpy(table[-1]) for name, table in tables.items()}, edges_by="alpha")
+    last = {name: torch.from_numpy(table[-1]) for name, table in tables.items()}
+    removal = last.pop("removal_normal"), last.pop("removal_reduce")
+    assert genotype == derive(**last, edges_by="removal", removal=removal)
     assert lines[-1]["genotype"] == genotype.to_json()
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [(row["stage"], row["epoch"]) for row in csv.DictReader(file)]
+    rows = [(row["stage"], row["epoch"]) for row in read_rows(folder)]
     assert rows == [("scorer", "0"), ("scorer", "1"), ("search", "0"), ("search", "1"), ("search", "2")]
     assert list(folder.glob("events.out.tfevents.*"))
 
 
 def test_every_stage_is_billed(finished):
     bill = json.loads((finished[0] / "cost.json").read_text())
-    assert tuple(bill["stages"]) == STAGES and set(bill) == {"stages", "total"}
-    for cost in bill["stages"].values():
+    assert tuple(bill["stages"]) == (*STAGES, "finals") and set(bill) == {"stages", "total"}
+    assert bill["stages"]["finals"]["wall_s"] == 0 and bill["stages"]["finals"]["skipped"]
+    for cost in (bill["stages"][stage] for stage in STAGES):
         assert set(cost) == {"wall_s", "images_forward", "images_backward", "peak_rss_bytes", "skipped"}
         assert cost["wall_s"] > 0 and cost["peak_rss_bytes"] > 1e8 and cost["skipped"] is False
-    # Six steps of the weights and four of the architecture, eight images each.
-    passes = {"scorer": (2 * IMAGES,) * 2, "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": (80, 80)}
+    # Six steps of the weights and four of the architecture, eight images each. At each of three records, the half of
+    # the architecture passes once through the whole supernet and once without each of 24 edges.
+    search = (80 + 3 * 25 * len(ProxyManifest.load(finished[0] / "proxy.json").arch), 80)
+    # The scorer is trained on nine tenths of the images and tested on the others, both twice.
+    passes = {"scorer": (2 * IMAGES, 2 * TRAINED), "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": search}
     for stage, expected in passes.items():
         cost = bill["stages"][stage]
         assert (cost["images_forward"], cost["images_backward"]) == expected
@@ -221,12 +237,77 @@ def test_every_stage_is_billed(finished):
 
 def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished):
     folder, ended = finished
-    genotype, *others = ended.out.splitlines()[-6:]
+    genotype, *others = ended.out.splitlines()[-8:]
     assert Genotype.from_text(genotype) == Genotype.load(folder / "genotype.json") and ended.err == ""
     reliability = ScoreTable.load(folder / "scores.npz").reliability()
-    expected = ("genotype.json", "proxy.json", f"{reliability:.2f} for the CV", "search", "nas_kmix.analysis.cells")
+    expected = (
+        "genotype.json",
+        "nothing was proved",
+        "proxy.json",
+        f"{reliability:.2f} of 1",
+        "4 losses each",
+        "search",
+        "next         python",
+    )
     for line, words in zip(others, expected, strict=True):
         assert words in line
+
+
+def test_the_next_command_trains_the_genotype_on_the_same_images(finished, npz):
+    program, *argv = shlex.split(finished[1].out.splitlines()[-1].removeprefix("next"))[1:]
+    config = train_eval.parse(argv)
+    assert program == "train_eval.py" and config.input == DataConfig(data=str(npz))
+    assert Genotype.load(Path(config.network.genotype)) == Genotype.load(finished[0] / "genotype.json")
+    assert config.out == finished[0].with_name(f"{finished[0].name}-net") and not config.out.exists()
+
+
+@pytest.mark.parametrize("preset", list(search.PRESETS))
+def test_every_preset_has_a_preset_to_train_with(preset):
+    config = search.parse(["--preset", preset, "--data", "images", "--image-size", "96"])
+    found = train_eval.parse(_training_command(config, Path("run"))[1:])
+    assert (found.preset, found.input.data, found.input.image_size) == (RETRAINED_WITH[preset], "images", 96)
+
+
+def test_every_stage_says_when_it_ends_and_what_came_of_it(finished):
+    folder, ended = finished
+    for stage, file in {"scorer": "scorer.pt", "scoring": "scores.npz", "selection": "proxy.json"}.items():
+        assert re.search(rf"^{stage}: done in \d+ s, {folder / file}$", ended.out, re.MULTILINE)
+    rows = [row for row in read_rows(folder) if row["stage"] == "scorer"]
+    share = f"{100 * float(rows[-1]['val_accuracy']):.1f} %"
+    assert f"scorer: names the class of {share} of {IMAGES - TRAINED} images that it was not trained on" in ended.out
+    assert f"scorer: epoch 2/2, loss {float(rows[-1]['loss']):.3f}, accuracy" in ended.out
+    assert re.search(
+        r"^search: step 6/6, loss .*, validation loss .*, accuracy .* %, .* images/s$", ended.out, re.MULTILINE
+    )
+
+
+def test_a_scorer_that_tests_itself_on_no_image_is_trained_on_all(npz, tmp_path):
+    ended = completed(command(npz, tmp_path, "--scorer.val-share", 0, "--stop-after", "scorer"))
+    assert f"trained on all {IMAGES} images" in ended.out and "val_accuracy" not in read_rows(tmp_path)[0]
+    assert costs_of(tmp_path)["scorer"]["images_backward"] == 2 * IMAGES
+
+
+def test_a_quiet_run_says_what_it_found_and_its_warnings(finished, npz, tmp_path):
+    ended = completed(command(npz, tmp_path, "--quiet"))
+    loud = finished[1].out.splitlines()
+    assert len(ended.out.splitlines()) < 10 < len(loud)
+    assert [line for line in ended.out.splitlines() if line.startswith("warning")] == [
+        line for line in loud if line.startswith("warning")
+    ]
+    assert ended.out.splitlines()[-8] == loud[-8], "the genotype"
+
+
+def test_a_listener_hears_what_the_log_holds(npz, tmp_path):
+    heard = []
+    search.run(search.parse(command(npz, tmp_path)), on_log=lambda *row: heard.append(row))
+    assert [(stage, step) for stage, step, _ in heard] == [
+        ("scorer", 0), ("scorer", 1), ("search", 2), ("search", 4), ("search", 6)
+    ]  # fmt: skip
+    for row, (_, _, values) in zip(read_rows(tmp_path), heard, strict=True):
+        written = {name: float(value) for name, value in row.items() if name not in ("stage", "epoch") and value}
+        assert written == pytest.approx({name: value for name, value in values.items() if name in written}, rel=1e-6)
+        assert values.keys() - written.keys() == {"images_per_second", "memory_gib"}
+        assert values["images_per_second"] > 0 and values["memory_gib"] > 0.1
 
 
 def test_the_reliability_of_too_few_draws_is_not_called_good(npz, tmp_path):
@@ -254,7 +335,7 @@ def test_the_next_command_is_without_what_a_search_replaces():
 def test_the_same_command_skips_every_stage(copy, npz):
     before, costs = files_of(copy), costs_of(copy)
     ended = completed(command(npz, copy))
-    assert ended.out.count("is up to date, skipped") == 4
+    assert ended.out.count("is up to date, skipped") == 5
     after = files_of(copy)
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == {"cost.json"}
@@ -271,7 +352,7 @@ def test_the_same_command_skips_every_stage(copy, npz):
         (["--scoring.draws", "5", *TO_PROXY, "--scoring.k", "4"], "scores.npz", "draws was 4, now 5; k was 3, now 4",
          "scorer.pt"),
         (["--ratio", ".2", *TO_PROXY], "proxy.json", "ratio was 0.4, now 0.2", "scores.npz"),
-        (["--lr", ".02", *ONE_STEP], "genotype.json", "lr was 0.025, now 0.02", "proxy.json"),
+        (["--lr", ".02", *ONE_STEP], "candidates.json", "lr was 0.025, now 0.02", "proxy.json"),
     ],
     ids=STAGES,
 )  # fmt: skip
@@ -300,12 +381,12 @@ def test_other_data_are_refused(copy, tmp_path):
 
 def test_device_precision_and_workers_are_no_settings_of_a_stage(copy, npz):
     ended = completed(command(npz, copy, "--amp", "bf16", "--no-channels-last", "-j", 1, "--scoring.batch-size", 7))
-    assert ended.out.count("is up to date, skipped") == 4
+    assert ended.out.count("is up to date, skipped") == 5
 
 
 def test_one_search_is_not_overwritten_by_several(copy, npz):
     genotype = (copy / "genotype.json").read_bytes()
-    refused(command(npz, copy, "--seeds", 2), copy / "genotype.json", "--fresh")
+    refused(command(npz, copy, "--seeds", 2), copy / "candidates.json", "--fresh")
     assert (copy / "genotype.json").read_bytes() == genotype
 
 
@@ -347,8 +428,9 @@ def test_one_stage_at_a_time_ends_like_one_command(finished, npz, tmp_path):
     same_results(tmp_path, finished[0])
     bill = costs_of(tmp_path)
     assert [bill[stage]["skipped"] for stage in STAGES] == [True, True, True, False]
-    for stage, cost in costs_of(finished[0]).items():
-        assert bill[stage]["images_forward"] == cost["images_forward"] and bill[stage]["wall_s"] > 0
+    for stage in STAGES:
+        expected = costs_of(finished[0])[stage]["images_forward"]
+        assert bill[stage]["images_forward"] == expected and bill[stage]["wall_s"] > 0
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
@@ -377,7 +459,7 @@ def test_a_given_file_without_its_bill_is_used_with_a_warning(finished, npz, tmp
 def test_no_proxy_searches_on_every_image(npz, tmp_path):
     ended = completed(command(npz, tmp_path, "--proxy", "none", "--method", "random", *ONE_STEP))
     assert "these flags have no effect: " in ended.out and "--method" in ended.out
-    assert results_of(tmp_path) == {"genotype.json", "genotypes.jsonl", "alphas.npz"}
+    assert results_of(tmp_path) == SEARCHED
     assert costs_of(tmp_path)["search"]["images_forward"] == 2 * 8  # a batch of either half
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
 
@@ -444,7 +526,7 @@ def test_of_several_seeds_the_one_that_shares_most_edges_is_chosen(finished, npz
         assert [row["stage"] for row in csv.DictReader(file)] == ["search/seed-0", "search/seed-1", "search/seed-2"]
 
     before = {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"}
-    assert completed(argv).out.count("is up to date, skipped") == 1
+    assert completed(argv).out.count("is up to date, skipped") == 2
     assert {name: content for name, content in files_of(tmp_path).items() if name != "cost.json"} == before
 
 
@@ -486,10 +568,11 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
             "normal": [["max_pool_3x3", i % 2] for i in range(8)],
         }
     )
-    monkeypatch.setattr(SuperNet, "genotype", lambda self, edges_by: pools)
+    monkeypatch.setattr(SuperNet, "genotype", lambda *_: pools)
     ended = completed(command(npz, tmp_path, *proxy))
-    assert "warning: the architecture moves after 2 steps on the weights; before about 1,000" in ended.out
-    assert "the 2 records before the last share 16.0 of 16 edges with the genotype" in ended.out
+    assert "warning: the architecture moves after 2 steps on the weights; in the first 600" in ended.out
+    settled = "the 2 records before the last had 16.0 of the 16 edges of the genotype on average: it had settled"
+    assert settled in ended.out
     assert (
         "the search has collapsed: of the normal cell's 8 operations 0 are skip connections and 8 are pools"
         in ended.out
@@ -833,7 +916,7 @@ def test_bad_folders_are_one_sentence(tmp_path):
     assert not results_of(out)
 
 
-@pytest.mark.parametrize("name", ["scorer.pt", "scores.npz", "proxy.json", "genotype.json"])
+@pytest.mark.parametrize("name", ["scorer.pt", "scores.npz", "proxy.json", "candidates.json", "genotype.json"])
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_a_result_cut_short_is_refused_by_name(name, share, copy, npz):
     content = (copy / name).read_bytes()

@@ -98,7 +98,7 @@ def test_every_preset_builds_its_model_and_takes_two_steps(name, tiny, tmp_path)
         rng = np.random.default_rng(step)
         batch = data.fetch(np.arange(4 * step, 4 * step + 4))
         images = augment_batch(batch.images, data, config.augmentation, rng=rng)
-        assert learner.step(*mix(images, batch.labels, rng)).isfinite()
+        assert learner.step(*mix(images, batch.labels, rng))[0].isfinite()
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert {key for key, _ in model.named_parameters()} <= {*changed, *_without_gradient(model)}
 

@@ -43,7 +43,7 @@ from nas_kmix.scoring import ScoringConfig, redraw, score_dataset
 IDS = {"cells", "search", "proxy", "mixes", "cost", "compare", "landscape", "robustness"}
 NAMES = ('<script>alert("ant")</script>', "b&amp;'ee'", "</style><img src=http://wasp.example/x>")
 TINY = shlex.split(
-    "--threads 1 --device cpu -j 0 --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 6 --ratio .4 "
+    "--threads 1 --device cpu -j 0 --no-finals --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 6 --ratio .4 "
     "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8 --arch-lr .02"
 )
 NETWORK = shlex.split("--threads 1 --device cpu -j 0 --channels 2 --layers 3 --epochs 2 --batch-size 16 --no-auxiliary")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nas_kmix.engine import compute as compute_module
 from nas_kmix.engine import run as run_module
@@ -256,6 +257,33 @@ def test_a_repeated_epoch_replaces_its_row_also_in_a_later_invocation(tmp_path):
         ("search", "0", "4", "0.3333333"),
     ]
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_speed_goes_to_tensorboard_and_the_listener_but_not_into_the_table(tmp_path):
+    heard = []
+    with open_run(tmp_path, on_log=lambda *row: heard.append(row)) as run:
+        run.log.add("search", 3, machine={"images_per_second": 7.5}, step=40, loss=2.0)
+    assert heard == [("search", 40, {"step": 40, "loss": 2.0, "images_per_second": 7.5})]
+    assert rows(tmp_path) == [{"stage": "search", "epoch": "3", "step": "40", "loss": "2"}]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Scalars("search/images_per_second")
+    assert (event.step, event.value) == (40, 7.5)
+
+
+def test_what_a_listener_raises_ends_the_run(tmp_path):
+    def listener(*_):
+        raise ConnectionError("no tracker")
+
+    with pytest.raises(ConnectionError), open_run(tmp_path, on_log=listener) as run:
+        run.log.add("scorer", 0, loss=1.0)
+
+
+def test_a_quiet_run_says_its_warnings_alone(tmp_path, capsys):
+    with open_run(tmp_path, quiet=True) as run:
+        run.say("scorer: 3 epochs")
+        run.say("warning: too few")
+        run.progress("scorer", 3).tell("epoch 3/3")
+    assert capsys.readouterr().out == "warning: too few\n"
 
 
 def test_damaged_rows_are_dropped(tmp_path):

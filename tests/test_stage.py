@@ -12,7 +12,7 @@ import torch
 
 from nas_kmix.engine import files
 from nas_kmix.engine.keys import StageMismatchError, check_key, stage_key
-from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.pipeline.stage import obtain
@@ -50,8 +50,7 @@ class Descent:
 
     def end(self, period, means):
         self.found.append(float(self.x))
-        self.run.log.add("toy", period, **means)
-        return ()
+        return Ended(means)
 
     def state_dict(self):
         return {"x": self.x, "v": self.v, "found": self.found}

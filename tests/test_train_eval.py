@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import signal
@@ -126,10 +127,11 @@ def test_a_run_keeps_to_its_schedule_across_a_resume(train_only, tmp_path, monke
 
 def test_images_that_are_too_small_are_refused_with_the_flag(tmp_path, capsys):
     path = tmp_path / "small.npz"
-    np.savez(path, train_images=draw_pixels(4, 28, 28, 3), train_labels=np.arange(4) % 2)
+    np.savez(path, train_images=draw_pixels(4, 12, 12, 3), train_labels=np.arange(4) % 2)
     assert train_eval.main([*SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "images have 28 px" in (said := capsys.readouterr().err) and "use --image-size 32" in said
-    assert run(path, tmp_path / "run", "--image-size", 32, "--epochs", 1)["epochs"] == 1
+    assert "images have 12 px" in (said := capsys.readouterr().err) and "use --image-size 13, or --no-auxiliary" in said
+    assert run(path, tmp_path / "a", "--image-size", 13, "--epochs", 1)["epochs"] == 1
+    assert run(path, tmp_path / "b", "--no-auxiliary", "--epochs", 1)["epochs"] == 1
 
 
 def test_what_a_run_leaves(npz, alone):
@@ -140,7 +142,7 @@ def test_what_a_run_leaves(npz, alone):
     }
     table = rows(folder)
     measured = [f"{split}_{name}" for split in ("val", "test") for name in ("loss", "accuracy")]
-    assert list(table[0]) == ["stage", "epoch", "lr", "loss", *measured]
+    assert list(table[0]) == ["stage", "epoch", "lr", "loss", "accuracy", *measured]
     for where in ("last", "best"):
         row = table[result[where]["epoch"]]
         assert {name: pytest.approx(float(row[name]), rel=1e-6) for name in measured} == {
@@ -217,6 +219,33 @@ def test_evaluation_only_gives_the_numbers_of_training(npz, alone):
     assert found["images"] == {"val": 13, "test": 10}
     assert all(found[name] == value for name, value in result["best"].items() if name != "epoch")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_last_lines_are_a_table_and_the_json(npz, alone, capsys):
+    folder, result = alone
+    argv = [*SMALL, "--data", str(npz), "--out", str(folder), *SHORT]
+    assert train_eval.main(argv) == 0
+    *said, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["last"] == result["last"]
+    table = [row.split() for row in said[-3:]]
+    assert table[0] == ["accuracy", "epoch", "val", "test"]
+    for (name, epoch, *shares), key in zip(table[1:], ("last", "best"), strict=True):
+        found = result[key]
+        assert (name, int(epoch)) == (key, found["epoch"] + 1)
+        assert shares[::2] == [f"{100 * found[f'{split}_accuracy']:.2f}" for split in ("val", "test")]
+    assert train_eval.main([*argv, "--quiet"]) == 0 and len(capsys.readouterr().out.splitlines()) == 1
+    assert train_eval.main([*SMALL[:7], "--data", str(npz), "--eval-only", str(folder / "last.pt")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"^test +{100 * result['last']['test_accuracy']:.2f} %, loss ", said, re.MULTILINE)
+
+
+def test_every_evaluated_epoch_is_told(npz, tmp_path, capsys):
+    run(npz, tmp_path, *SHORT)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train: epoch ")]
+    assert [line.split(",")[0] for line in said] == [f"train: epoch {i + 1}/{len(said)}" for i in range(len(said))]
+    for line, row in zip(said, rows(tmp_path), strict=True):
+        for title, name in (("accuracy", "accuracy"), ("validation", "val_accuracy"), ("test", "test_accuracy")):
+            assert f", {title} {100 * float(row[name]):.1f} %" in line
 
 
 def test_a_backbone_is_trained_and_its_checkpoint_evaluated(npz, tmp_path):

@@ -21,7 +21,7 @@ from nas_kmix.engine.feed import AUGMENT, ORDER, epoch_batches
 from nas_kmix.engine.keys import StageMismatchError, stage_key
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.meter import Meter, NonFiniteLossError
-from nas_kmix.engine.progress import Progress, duration
+from nas_kmix.engine.progress import Progress, duration, measures
 from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import Source
 from nas_kmix.engine.training import learning_rate, train
@@ -117,15 +117,17 @@ def test_cosine_schedule_begins_at_the_rate_and_would_end_at_zero():
 
 def test_training_is_the_plain_loop(tmp_path):
     ours, theirs, data = run_training(tmp_path), Net().train(), make_data()
-    rates, losses = [0.1, 0.01, 0.001], []
+    rates, losses, hits = [0.1, 0.01, 0.001], [], []
     velocity = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
     for epoch in range(3):
-        total = 0.0
+        total = right = 0.0
         for step, indices in enumerate(epoch_batches(np.arange(21), 8, STEPS, seed=(5, ORDER, epoch))):
             rng = np.random.default_rng([5, AUGMENT, epoch, step])
             images = augment_batch(data.images[indices], data, Augmentation(), rng=rng)
             images, labels = mix(images, torch.from_numpy(data.labels[indices]), rng)
-            loss = -(labels * theirs(images).log_softmax(1)).sum(1).mean()
+            logits = theirs(images)
+            loss = -(labels * logits.log_softmax(1)).sum(1).mean()
+            right += int((logits.argmax(1) == labels.argmax(1)).sum())
             theirs.zero_grad()
             loss.backward()
             with torch.no_grad():
@@ -135,13 +137,15 @@ def test_training_is_the_plain_loop(tmp_path):
                     p -= rates[epoch] * (gradient + 0.9 * velocity[name])
             total += float(loss.detach()) * len(indices)
         losses.append(total / 21)
+        hits.append(right / 21)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
-    assert rows[0] == ["stage", "epoch", "lr", "loss"] and [r[:3] for r in rows[1:]] == [
+    assert rows[0] == ["stage", "epoch", "lr", "loss", "accuracy"] and [r[:3] for r in rows[1:]] == [
         ["scorer", str(epoch), f"{rate:g}"] for epoch, rate in enumerate(rates)
     ]
     np.testing.assert_allclose([float(row[3]) for row in rows[1:]], losses, rtol=1e-4)
+    np.testing.assert_allclose([float(row[4]) for row in rows[1:]], hits, rtol=1e-6)
 
 
 def test_a_second_run_ends_with_the_same_bytes(tmp_path, uninterrupted):
@@ -370,6 +374,24 @@ def test_a_long_stage_is_announced_and_its_time_estimated(capsys, monkeypatch):
     assert lines[0] == "scorer: 100 steps, resumed after 10"
     assert lines[1] == "scorer: about 14 min, judging by the first steps"  # 87 steps of ten seconds
     assert lines[2].startswith("scorer: 14/100, 14 min left, epoch 1/5") and 6 < len(lines) < 13
+
+
+def test_every_evaluated_epoch_and_the_last_one_are_told(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("nas_kmix.engine.progress.time.monotonic", lambda: now[0])
+    progress = Progress("search", 8)
+    for step in range(8):
+        now[0] += 1.0
+        progress.update()
+        progress.tell(f"step {step}", always=step == 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "step " in line]
+    assert said == ["search: step 1, 6 s left", "search: step 5, 2 s left", "search: step 7"]
+
+
+def test_what_people_watch_in_a_row_of_the_log():
+    row = {"lr": 0.1, "loss": 1.41, "accuracy": 0.5213, "val_loss": 0.9, "val_accuracy": 0.6, "test_accuracy": 1.0}
+    assert measures(row) == "loss 1.410, accuracy 52.1 %, validation 60.0 %, test 100.0 %"
+    assert measures({"step": 8, "loss": 2.0, "val_loss": 3.0}) == "loss 2.000, validation loss 3.000"
 
 
 def test_durations():

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from darts_space import Genotype
+from darts_space import Genotype, read_genotype
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.engine import bad_files, cli, files
+from nas_kmix.commands.summary import of_search
+from nas_kmix.engine import bad_files, cli
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData, load_data
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
-from nas_kmix.engine.progress import duration
+from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.engine.sources import located
-from nas_kmix.pipeline import history, proxy, scorer, scores, search
+from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxy import ProxyManifest
-from nas_kmix.scores import ScoreTable, verdict
+from nas_kmix.scores import ScoreTable
 
-STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME)
-RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, search.FILE, *history.FILES, bad_files.FILE)
+STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME, finals.NAME)
+RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, *history.FILES, *finals.FILES, finals.FILE, bad_files.FILE)
 COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # of runs, by TensorBoard
 PICTURES = 5  # of the architecture, shown by TensorBoard during a search
 
@@ -41,16 +41,21 @@ class Result:
     table: ScoreTable | None = None
     proxy: ProxyManifest | None = None
     genotype: Genotype | None = None
+    finals: dict[str, Any] | None = None
+    """What `result.json` says."""
 
 
-def run(config: Config) -> Result:
+def run(config: Config, *, on_log: OnLog | None = None) -> Result:
     """Run the stages in the folder `config.out`, skipping those whose results are up to date.
+
+    `on_log(stage, step, values)` hears of every row of the log.
 
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
     check_flags(config)
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
+    watched = {"compared_by": COMPARED_BY, "on_log": on_log, "quiet": config.quiet}
+    with open_run(config.out, asdict(config), config.device, stages=STAGES, **watched) as run:
         data = load_data(config.input, device=run.compute.device, workers=config.device.workers)
         check_later_stages(config, data)
         config.scorer.mix.check_processes(run.world.size)
@@ -76,7 +81,7 @@ def run(config: Config) -> Result:
 
 
 def _stages(config: Config, data: ImageData, run: Run) -> Result:
-    """Scorer, scores, proxy, genotype: each is given, found or made, up to `--stop-after`."""
+    """Scorer, scores, proxy, search, finals: each is given, found or made, up to `--stop-after`."""
     result, given = Result(run.folder), config.given
     if config.uses_scores:
         trained = None
@@ -105,7 +110,16 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
             place = given.proxy or run.path(proxy.FILE)
             raise ValueError(f"{place} has no image to train the architecture; make one at a larger --ratio.")
         halves = search.Halves.of_proxy(chosen)
-    return replace(result, genotype=obtain(search, config.search, halves, data, run=run))
+    if not config.with_finals:
+        searched = obtain(search, config.search, halves, data, run=run)
+        genotype = obtain(search.Unproved(), config.search, searched, halves, data, run=run)
+        return replace(result, genotype=genotype)
+    roles = finals.divide(data, halves.weights, halves.arch, config.finals)  # refuses before anything is searched
+    given = {text: read_genotype(text) for text in config.candidates}
+    searched = obtain(search, config.search, halves, data, run=run)
+    entrants = finals.entrants(searched.candidates, searched.provenance, given, config.finals, data)
+    proved = obtain(finals, config.finals, entrants, roles, data, run=run)
+    return replace(result, genotype=proved.genotype, finals=proved.result)
 
 
 # -- around the stages -------------------------------------------------------------------------------------------------
@@ -137,64 +151,13 @@ def _list_bad_images(data: ImageData, run: Run) -> None:
         run.say(f"warning: {count} files cannot be read and are left out; {path} lists them")
 
 
-def _reliability(table: ScoreTable, measure: str) -> str:
-    value, draws = table.reliability(measure), table.losses.shape[1]
-    if math.isnan(value):
-        few = f"{draws} draws of {len(table.index)} images are too few, or all have the same {measure}"
-        return f"unknown: {'no draws of mixes are behind ' + measure if measure in table.columns else few}"
-    name = measure.upper() if measure == "cv" else measure
-    return (
-        f"{value:.2f} for the {name} ranking over {draws} draws "
-        f"({verdict(value)}; at 1.00, new draws give the same ranking)"
-    )
-
-
-def _summary(config: Config, result: Result, argv: Sequence[str]) -> str:
-    """The summary that a run ends with."""
-    lines = []
-    folder = result.folder
-    if result.genotype is not None:
-        lines += [result.genotype.to_text(), f"genotype     {folder / search.FILE}"]
-    if result.proxy is not None and config.given.proxy is None:
-        lines.append(f"proxy        {folder / proxy.FILE}, {len(result.proxy.indices)} of {result.proxy.n} images")
-    if result.table is not None:
-        lines.append(f"reliability  {_reliability(result.table, config.selection.measure)}")
-    costs = files.read_json(folder / "cost.json")
-    parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
-    lines.append(f"cost         {duration(costs['total']['wall_s'])} ({', '.join(parts)})")
-    if result.genotype is not None:
-        picture = ["--picture", str(folder / "cells.png")]
-        next_command = ["-m", "nas_kmix.analysis.cells", str(folder / search.FILE), *picture]
-    elif result.proxy is not None:
-        path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        next_command = ["search.py", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
-    else:
-        return "\n".join(lines)
-    lines.append(f"next         python {shlex.join(next_command)}")
-    return "\n".join(lines)
-
-
-def rest_of(argv: Sequence[str]) -> list[str]:
-    """The flags of a command that stopped at its proxy, without those that the search on this proxy replaces."""
-    replaced = ("--stop-after", "--export-list", "--out", "--scorer", "--scores", "--proxy")
-    rest, skip = [], False
-    for argument in argv:
-        flag, equals, _ = argument.partition("=")
-        flag = flag.replace("_", "-")  # tyro takes both
-        if skip:
-            skip = False
-        elif flag in replaced:
-            skip = not equals  # its value follows
-        elif argument != "--fresh":
-            rest.append(argument)
-    return rest
-
-
 REUSE = {scores.NAME: ("scorer", scorer.FILE), proxy.NAME: ("scores", scores.FILE), search.NAME: ("proxy", proxy.FILE)}
 
 
 def _remedy(config: Config, error: StageMismatchError) -> str:
     """How to go on if a file made with other settings is in the way, without losing the stages before it."""
+    if error.stage == finals.NAME:
+        return "Remove that file to repeat the finals of the same search, use --fresh, or choose another --out."
     flag, name = REUSE.get(error.stage, ("", ""))
     given = getattr(config.given, flag) if flag else None
     earlier = given or config.out / name
@@ -219,6 +182,6 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         config = parse(argv, description)
         result = run(config)
         if is_main():
-            print(_summary(config, result, argv))
+            print(of_search(config, result, argv))
 
     return cli.exit_code(work, lambda error: _remedy(config, error))

@@ -15,15 +15,17 @@ from torch import nn
 from darts_space import CifarNetwork, ImageNetNetwork, cost
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.analysis.report import write_report_of_run
+from nas_kmix.commands.summary import of_evaluation, of_training
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.engine.distributed import World, is_main, joined
+from nas_kmix.engine.distributed import is_main, joined
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import OptimConfig, Recipe
+from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.engine.sources import located
@@ -37,7 +39,9 @@ from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits
 
 STAGES = (network.NAME, network.EVALUATION)
 RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
-SMALLEST = {kind.kind: kind.minimum_size for kind in (CifarNetwork, ImageNetNetwork)}  # side in pixels
+SMALLEST = {
+    kind.kind: kind.smallest_with_head for kind in (CifarNetwork, ImageNetNetwork)
+}  # side in pixels, with an auxiliary head
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # of runs, by TensorBoard
 
 Flat = tyro.conf.arg(name="")
@@ -56,6 +60,8 @@ class Config(NetworkTraining):
     """Remove what an earlier run left in --out and start over."""
     skip_bad: bool = False
     """Leave out unreadable image files and list them; otherwise the first one stops the command."""
+    quiet: bool = False
+    """Print nothing but warnings and the JSON of the results."""
     report: bool = True
     """Write report.html, a page about the run, at the end."""
     eval_only: Path | None = None
@@ -119,16 +125,18 @@ PRESETS |= {  # the rows of the paper's tables, which train on all training imag
 }
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
     """Train or evaluate, and return what the last line of the output says.
 
+    `on_log(stage, step, values)` hears of every row of the log of a training.
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
     _check_flags(config)
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
         return _evaluate_checkpoint(config)
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, compared_by=COMPARED_BY) as run:
+    watched = {"compared_by": COMPARED_BY, "on_log": on_log, "quiet": config.quiet}
+    with open_run(config.out, asdict(config), config.device, stages=STAGES, **watched) as run:
         _check_processes(config, run)
         options = {"device": run.compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         data = load_data(config.input, **options)
@@ -143,7 +151,7 @@ def run(config: Config) -> dict[str, Any]:
         )
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
-        result = {"network": description, "seed": config.seed, **cost(model, data.image_size)}
+        result = {"kind": "train", "network": description, "seed": config.seed, **cost(model, data.image_size)}
         if not data.resident:
             largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
             check_room(largest, data.image_size, data.workers)
@@ -190,29 +198,24 @@ def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
         evaluated = {split: of_known_classes(part, names, str(trained.path)) for split, part in sets.items()}
         for split, part in evaluated.items():
             here = sets[split].data.class_names
-            _say(
-                f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
-                f"{len(set(here) & set(names))} of its {len(here)} classes",
-                world,
-            )
+            if world.main and not config.quiet:
+                Progress.say(
+                    f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
+                    f"{len(set(here) & set(names))} of its {len(here)} classes"
+                )
         model = compute.layout(trained.model.to(compute.device))
         own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())
-        progress = Progress(network.EVALUATION, own, unit="image", silent=not world.main)
+        progress = Progress(network.EVALUATION, own, unit="image", silent=config.quiet or not world.main)
         metrics = evaluate_all(model, evaluated, compute, world, progress)
         progress.close()
         bad = BadFileList((part.data for part in evaluated.values()), world).gather()
-        if bad:
+        if bad and world.main:
             first = next(iter(bad.values()))
-            _say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}", world)
+            Progress.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}")
         if config.export is not None and world.main:
             export_model(model, next(iter(evaluated.values())).examples(), config.export)
         images = {split: part.readable(bad) for split, part in evaluated.items()}
         return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
-
-
-def _say(line: str, world: World) -> None:
-    if world.main:
-        Progress.say(line)
 
 
 def _speed(run: Run) -> dict[str, float]:
@@ -264,11 +267,12 @@ def _check_processes(config: Config, run: Run) -> None:
 
 
 def _check_size(config: Config, data: ImageData) -> None:
-    smallest = 0 if config.network.genotype is None else SMALLEST[data.stem]
+    with_head = config.network.genotype is not None and config.network.auxiliary
+    smallest = SMALLEST[data.stem] if with_head else 0
     if data.image_size < smallest:
         raise ValueError(
-            f"The images have {data.image_size} px, but a genotype's {data.stem} network takes {smallest} px "
-            f"or more; use --image-size {smallest}."
+            f"The images have {data.image_size} px, but the auxiliary head of a genotype's network takes {smallest} px "
+            f"or more; use --image-size {smallest}, or --no-auxiliary."
         )
 
 
@@ -281,8 +285,11 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     argv = sys.argv[1:] if argv is None else argv
 
     def work() -> None:
-        result = run(parse(argv, description))
+        config = parse(argv, description)
+        result = run(config)
         if is_main():
+            if not config.quiet:
+                print((of_training if config.eval_only is None else of_evaluation)(result))
             print(json.dumps(result))
 
     return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")

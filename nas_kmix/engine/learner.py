@@ -1,7 +1,8 @@
 """One optimisation step and everything that it changes: weights, their average, optimiser, loss scale.
 
 In:  images and soft labels of one batch.
-Out: the mean loss; and, as plain content, what a checkpoint needs to take the next step as if nothing had happened.
+Out: the mean loss and the number of hits; and, as plain content, what a checkpoint needs to take the next step as if
+nothing had happened.
 
 A network may return (logits, auxiliary logits) while it trains, and may offer `draw_drop_path(batch_size, probability,
 generator=)`, whose result it takes as a second argument; nothing else is required.
@@ -127,13 +128,18 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None, weight: float = 1.0) -> Tensor:
-        """One step of SGD on images (N, 3, S, S) and soft labels (N, classes); returns the mean loss, on the device.
+    def step(
+        self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None = None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """One step of SGD on images (N, 3, S, S) and soft labels (N, classes).
 
+        Returns the mean loss and the number of hits, on the device. A hit is an image for which the network predicts
+        the class with the largest share of the label.
         `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is the weight of these images when the
         gradients of all processes are averaged: 1 if all have equally many.
         """
         total = images.new_zeros((), dtype=soft_labels.dtype)
+        hits = torch.zeros((), dtype=torch.int64, device=images.device)
         self.optimizer.zero_grad(set_to_none=True)
         parts = np.array_split(np.arange(len(images)), min(self.recipe.accumulate, len(images)))
         for i, part in enumerate(parts, start=1):
@@ -142,9 +148,10 @@ class Learner:
             share = len(part) / len(images)
             waits = i < len(parts) and self._forward is not self.model  # sync gradients once, with the last part
             with self._forward.no_sync() if waits else nullcontext():
-                loss, objective = self._losses(images[rows], soft_labels[rows], mask)
+                loss, objective, correct = self._losses(images[rows], soft_labels[rows], mask)
                 self._scaler.scale(objective * (share * weight)).backward()
             total = total + loss.detach() * share
+            hits = hits + correct
         if self.recipe.grad_clip is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
@@ -152,10 +159,10 @@ class Learner:
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.model)
-        return total
+        return total, hits
 
-    def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss of the logits, and the objective: that loss plus the weighted loss of the auxiliary head."""
+    def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of the logits, the objective (that loss plus the auxiliary head's, weighted), and the hits."""
         with self._compute.autocast():
             images = self._compute.layout(images)
             outputs = self._forward(images) if drop_path is None else self._forward(images, drop_path)
@@ -164,7 +171,7 @@ class Learner:
         objective = loss
         for extra in auxiliary:
             objective = objective + self.recipe.auxiliary_weight * self._loss_of(extra, soft_labels)
-        return loss, objective
+        return loss, objective, (logits.argmax(1) == soft_labels.argmax(1)).sum()
 
     def _loss_of(self, logits: Tensor, soft_labels: Tensor) -> Tensor:
         """In the labels' precision, whatever autocast chose for the logits."""

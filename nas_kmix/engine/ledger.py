@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from nas_kmix.engine import files
 
 try:
@@ -54,9 +56,10 @@ class Ledger:
             return []
 
     def read_back(self) -> None:
-        """Load the bills of earlier invocations; with a damaged file, start from zero."""
-        if self._path.exists():
-            self.adopt(self._path, tuple(self.costs))
+        """Load the bills of earlier invocations, also of a version with fewer stages; a damaged file counts as none."""
+        with suppress(ValueError, KeyError, TypeError):
+            recorded = files.read_json(self._path)["stages"]
+            self.adopt(self._path, tuple(stage for stage in self.costs if stage in recorded))
 
     def clear(self) -> None:
         self.costs = {stage: StageCost() for stage in self.costs}
@@ -126,6 +129,11 @@ class Ledger:
             return False
         self.costs.update(adopted)
         return True
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory of the GPU that this process has held so far; without a GPU, of the machine."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:

@@ -1,10 +1,14 @@
-"""The log of a run: metrics.csv, one row per stage and epoch, and the same numbers, with pictures, for TensorBoard."""
+"""The log of a run: metrics.csv, TensorBoard's file, and whoever listens.
+
+Every stage adds a row per epoch. metrics.csv holds what the same run would repeat bit for bit. TensorBoard and `on_log`
+also get speed and memory, and TensorBoard the flags and pictures.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,29 @@ from nas_kmix.engine import files
 from nas_kmix.engine.events import EventFile
 from nas_kmix.engine.progress import Progress
 
+OnLog = Callable[[str, int, dict[str, float]], None]
+"""Called with a stage, e.g. "train", a step and its values, for trackers of other programs.
+
+The step is the number of the epoch, from 0, or, in a search, of steps so far. What it raises ends the run.
+"""
+
 
 class Log:
     """The log in `folder`; unless it `writes`, it ignores what it is given.
 
-    `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss".
+    `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss". `on_log` hears of every
+    row that is added; of one that a resumed run repeats, again.
     """
 
-    def __init__(self, folder: Path, *, compared_by: tuple[str, ...] = (), writes: bool = True):
-        self._folder, self._compared_by, self._writes = folder, compared_by, writes
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        compared_by: tuple[str, ...] = (),
+        on_log: OnLog | None = None,
+        writes: bool = True,
+    ):
+        self._folder, self._compared_by, self._on_log, self._writes = folder, compared_by, on_log, writes
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
         self._events: EventFile | None = None
 
@@ -39,8 +57,11 @@ class Log:
     def clear(self) -> None:
         self._rows.clear()
 
-    def add(self, stage: str, epoch: int, **values: float) -> None:
-        """Add a row. A repeated epoch replaces its row. TensorBoard plots over the value `step` if given."""
+    def add(self, stage: str, epoch: int, *, machine: Mapping[str, float] | None = None, **values: float) -> None:
+        """Add a row. A repeated epoch replaces its row. TensorBoard plots over the value `step` if given.
+
+        `machine` holds values that do not repeat themselves, such as speed, which metrics.csv leaves out.
+        """
         if not self._writes:
             return
         self._rows[stage, epoch] = {"stage": stage, "epoch": epoch, **{k: f"{v:.7g}" for k, v in values.items()}}
@@ -53,7 +74,10 @@ class Log:
         from torch.utils.tensorboard.summary import scalar  # takes seconds to import
 
         at = int(values.get("step", epoch))
-        self._show(at, *(scalar(f"{stage}/{name}", value) for name, value in values.items()))
+        shown = {**values, **(machine or {})}
+        self._show(at, *(scalar(f"{stage}/{name}", value) for name, value in shown.items()))
+        if self._on_log is not None:
+            self._on_log(stage, at, shown)
 
     def add_picture(self, stage: str, epoch: int, name: str, pixels: np.ndarray) -> None:
         """Show uint8 (H, W, 3) in TensorBoard."""

@@ -3,17 +3,32 @@
 In:  a `Task`, which knows its network, its batches and what to do with them; a run that saves, bills and logs.
 Out: the trained task. A task that is stopped or killed at any moment and run again ends with the same bits.
 
-Training is a sequence of periods, usually epochs, of some steps each. After every period the task logs and records its
-results, and its state is saved; within a period it is saved once a minute, and when a signal asks the run to stop.
+Training is a sequence of periods, usually epochs, of some steps each. After every period the task says what came of it,
+which goes to the log and the terminal, and its state is saved. Within a period it is saved once a minute, and when a
+signal asks the run to stop.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from nas_kmix.engine.ledger import peak_memory_bytes
 from nas_kmix.engine.meter import Meter
+from nas_kmix.engine.progress import measures
 from nas_kmix.engine.run import Run, checkpoint_name
+
+
+class Ended(NamedTuple):
+    """What came of a period."""
+
+    values: Mapping[str, float]
+    """A row of the log; `step` among them if the stage counts its steps."""
+    files: tuple[str, ...] = ()
+    """Names of the files to save the state to, besides the checkpoint."""
+    evaluated: bool = False
+    """Whether the values include an evaluation, which the terminal shows however short the period was."""
 
 
 class Task(Protocol):
@@ -31,11 +46,8 @@ class Task(Protocol):
         An image counts once for every forward and backward pass.
         """
 
-    def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
-        """Log and record the period, given its means per image.
-
-        Returns the names of the files to save the state to, besides the checkpoint.
-        """
+    def end(self, period: int, means: Mapping[str, float]) -> Ended:
+        """Evaluate and record the period, given its means per image."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; the names `key`, `meter`, `epoch` and `step` are the loop's."""
@@ -75,6 +87,7 @@ def run_loop(
         return
     with run.stage(name.partition("/")[0]) as cost:
         for period in range(first_period, len(periods)):
+            began, images_before = time.monotonic(), cost.images_forward
             task.start(period)
             for step, batch in enumerate(task.batches(period, first_step), start=first_step):
                 if batch is None:
@@ -88,9 +101,16 @@ def run_loop(
                     run.raise_if_stopping()
             meter.gather(run.world)
             meter.check(name, period)
-            copies = task.end(period, meter.means())
+            speed = (cost.images_forward - images_before) / max(time.monotonic() - began, 1e-9)
+            ended = task.end(period, meter.means())
+            machine = {"images_per_second": speed, "memory_gib": peak_memory_bytes(run.compute.device) / 2**30}
+            run.log.add(name, period, machine=machine, **ended.values)
+            at = f"epoch {period + 1}/{len(periods)}"
+            if "step" in ended.values:
+                at = f"step {ended.values['step']}/{progress.total}"
+            progress.tell(f"{at}, {measures(ended.values)}, {speed:,.0f} images/s", always=ended.evaluated)
             meter, first_step = Meter(run.compute.device), 0
-            for file in (*copies, checkpoint):
+            for file in (*ended.files, checkpoint):
                 save(file, period + 1, 0)
             run.raise_if_stopping()
     progress.close()

@@ -19,7 +19,7 @@ from nas_kmix.engine.compute import Compute, DeviceConfig, environment, pick_com
 from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.keys import check_key
 from nas_kmix.engine.ledger import Ledger, StageCost
-from nas_kmix.engine.log import Log
+from nas_kmix.engine.log import Log, OnLog
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.signals import StoppedError, StopSignals
 
@@ -68,8 +68,10 @@ class Run:
         world: World | None = None,
         compared_by: tuple[str, ...] = (),
         records: Mapping[str, Any] | None = None,
+        on_log: OnLog | None = None,
+        quiet: bool = False,
     ):
-        """`records` are the JSON files that describe the run, by name.
+        """`records` are the JSON files that describe the run, by name; a `quiet` run says only its warnings.
 
         They are written when the first stage starts, so that a refused command keeps those of existing results.
         """
@@ -77,9 +79,9 @@ class Run:
         self.world = world or World()
         self.compute = compute or Compute()
         self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
-        self.log = Log(self.folder, compared_by=compared_by, writes=self.world.main)
+        self.log = Log(self.folder, compared_by=compared_by, on_log=on_log, writes=self.world.main)
         self.on_record = lambda *_, **__: None
-        self._records = dict(records or {})
+        self._records, self._quiet = dict(records or {}), quiet
         self._stop = StopSignals(speaks=self.world.main)
         self._lock: IO[str] | None = None
         self._new = False
@@ -191,11 +193,11 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""
-        if self.world.main:
+        if self.world.main and (not self._quiet or line.startswith("warning:")):
             Progress.say(line)
 
     def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
-        return Progress(label, total, done=done, unit=unit, silent=not self.world.main)
+        return Progress(label, total, done=done, unit=unit, silent=self._quiet or not self.world.main)
 
     # -- stopping and going on -----------------------------------------------------------------------------------
 
@@ -246,15 +248,15 @@ def open_run(
     device: DeviceConfig,
     *,
     stages: tuple[str, ...],
-    compared_by: tuple[str, ...] = (),
+    **options: Any,
 ) -> Iterator[Run]:
-    """Open a command's run in `folder`, on its device and among its processes.
+    """Open a command's run in `folder`, on its device and among its processes; `options` are those of `Run`.
 
     `config` goes into config.json. Raises ValueError for a folder that is in use or another command's, and for a device
     that is not available; OSError for a folder that cannot be written to.
     """
     compute = pick_compute(device)
     records = {"config.json": config, "env.json": environment(compute.device)}
-    options = {"stages": stages, "compared_by": compared_by, "records": records}
+    options |= {"stages": stages, "records": records}
     with joined(compute.device) as world, Run(folder, compute=compute, world=world, **options) as run:
         yield run

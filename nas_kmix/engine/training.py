@@ -7,7 +7,7 @@ drop-path and random layers are functions of (seed, epoch, step), so resuming ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.feed import LAYERS, Feed, Mix, Share
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
-from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 
@@ -146,11 +146,11 @@ class _Training:
 
     def step(self, share: Share, epoch: int, step: int, meter: Meter) -> int:
         with _seeded(self.run.compute.device, (self.feed.seed, LAYERS, epoch, step)):
-            loss = self.learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
-        meter.add(step, share.n, loss=loss * share.n)
+            loss, hits = self.learner.step(share.images, share.soft_labels, share.drop_path, share.weight)
+        meter.add(step, share.n, loss=loss * share.n, accuracy=hits * min(share.n, 1))  # an empty part hits nothing
         return share.total
 
-    def end(self, epoch: int, means: Mapping[str, float]) -> Sequence[str]:
+    def end(self, epoch: int, means: Mapping[str, float]) -> Ended:
         metrics, improved = {}, False
         validation = self.validation
         if validation is not None and ((epoch + 1) % validation.every == 0 or epoch + 1 == self.config.epochs):
@@ -161,8 +161,7 @@ class _Training:
                 self.best is None or metrics[validation.select] > self.best[validation.select]
             )
             self.best = self.last if improved else self.best
-        self.run.log.add(self.stage, epoch, lr=self.lr, loss=means["loss"], **metrics)
-        return (BEST,) if improved else ()
+        return Ended({"lr": self.lr, **means, **metrics}, files=(BEST,) if improved else (), evaluated=bool(metrics))
 
     def state_dict(self) -> dict[str, Any]:
         bad = {} if self.bad is None else self.bad.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from darts_space import read_genotype
 from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig
@@ -19,6 +21,7 @@ from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
+from nas_kmix.pipeline.trial import FinalsConfig
 from nas_kmix.proxy import ProxyConfig, smallest_ratio
 from nas_kmix.scores import COLUMNS
 from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
@@ -57,6 +60,10 @@ class Config:
     """Also write the proxy to this file, one line `path-or-index, label, class name` per image, for other trainers."""
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
+    jobs: int = min(8, os.cpu_count() or 1)
+    """Child processes of one thread each that work side by side; results are the same whatever the number."""
+    quiet: bool = False
+    """Print nothing but warnings and the results."""
     report: bool = True
     """Show the architecture in TensorBoard during the search, and write the page report.html at the end."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
@@ -65,6 +72,12 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     selection: Annotated[ProxyConfig, Flat] = field(default_factory=ProxyConfig)
     search: Annotated[SearchConfig, Flat] = field(default_factory=SearchConfig)
+    candidates: tuple[str, ...] = ()
+    """Further genotypes for the finals: files, names of published ones, or texts."""
+    with_finals: Annotated[bool, tyro.conf.arg(name="finals")] = True
+    """Train the candidates of the search beside random architectures, choose the best, and say what the search is
+    worth. Without finals genotype.json is what the search ended with, unproved."""
+    finals: FinalsConfig = field(default_factory=FinalsConfig)
     device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
 
     @property
@@ -83,6 +96,7 @@ class Config:
             scoring=replace(self.scoring, seed=self.seed),
             selection=replace(self.selection, seed=self.seed),
             search=replace(self.search, **common),
+            finals=replace(self.finals, **common, jobs=self.jobs),
         )
 
 
@@ -92,27 +106,31 @@ PRESETS: dict[str, Config] = {
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
         scorer=ScorerConfig(
-            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4)
+            "tiny", OptimConfig(epochs=15, batch_size=64, lr=0.1, schedule="cosine", weight_decay=1e-4),
+            val_share=0.1,
         ),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
             rest_steps=600, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
-            layers=3, edges_by="alpha", arch_lr=6e-3, record_every=10,
+            layers=3, edges_by="removal", arch_lr=6e-3, record_every=5,
         ),
+        finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),
         device=DeviceConfig(channels_last=True),
     ),
-    # CIFAR-100 without a GPU, in about half an hour on one idle thread. The scorer reaches 46 % accuracy
-    # (studies/first_run); how long alpha rests comes from studies/search_quality.
+    # CIFAR-100 without a GPU, in about an hour of one idle thread, half of it for the finals. The scorer reaches 46 %
+    # accuracy (studies/first_run); how long alpha rests comes from studies/search_quality.
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4)
+            "small", OptimConfig(epochs=20, batch_size=128, lr=0.1, schedule="cosine", weight_decay=1e-4),
+            val_share=0.1,
         ),
         search=SearchConfig(
             rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
-            edges_by="alpha", arch_lr=6e-3, record_every=25,
+            edges_by="removal", arch_lr=6e-3, record_every=25,
         ),
+        finals=FinalsConfig(epochs=3, rungs=2, batch_size=32),
         device=DeviceConfig(channels_last=True),
     ),
     # CIFAR on one GPU: PC-DARTS's supernet, which sees 16 px, and a scorer that takes minutes.
@@ -120,16 +138,18 @@ PRESETS: dict[str, Config] = {
         preset="gpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4)
+            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4),
+            val_share=0.1,
         ),
         search=SearchConfig(
             rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",
-            edges_by="alpha", arch_lr=6e-3, record_every=25, cuda_graphs=True,
+            edges_by="removal", arch_lr=6e-3, record_every=25, cuda_graphs=True,
         ),
+        with_finals=False,
         device=DeviceConfig(channels_last=True),
     ),
     # PyramidNet-110 for 300 epochs (the paper's Table 1: 16.95 % top-1 error) and PC-DARTS for 50 (Table 5). For a GPU.
-    "paper": Config(preset="paper", input=DataConfig(data="cifar100")),
+    "paper": Config(preset="paper", input=DataConfig(data="cifar100"), with_finals=False),
     # PC-DARTS's ImageNet search (section 4.3): 10 % of each class for the weights, 2.5 % for the architecture. The
     # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs, which share all but the search.
     "imagenet": Config(
@@ -145,6 +165,7 @@ PRESETS: dict[str, Config] = {
             batch_size=1024, full_lr=0.5, full_batch=1024, partial=2, frozen_epochs=35, warmup_epochs=5, arch_lr=6e-3,
             arch_grad_clip=5.0,
         ),
+        with_finals=False,
     ),
 }  # fmt: skip
 
@@ -185,6 +206,12 @@ def check_flags(config: Config) -> None:
         if measured and getattr(config.search, name) != getattr(preset, name):
             flags = " and ".join(f"--{step.replace('_', '-')}" for step in steps)
             raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flags}; change those, or leave it out.")
+    if config.candidates and not config.with_finals:
+        raise ValueError("--candidates compete in the finals, so they have no effect with --no-finals; leave one out.")
+    for text in config.candidates:
+        read_genotype(text)
+    if config.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {config.jobs}.")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
 
@@ -225,6 +252,8 @@ def check_later_stages(config: Config, data: ImageData) -> None:
     if size > data.image_size:
         raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
     search.bilevel(config.device.amp, epoch_steps=1)  # checks its values
+    if search.edges_by == "removal" and not search.edge_normalisation:
+        raise ValueError("--edges-by removal needs beta to remove an edge; add --edge-normalisation or use alpha.")
     if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
         flag = "--unrolled" if search.unrolled else "--amp fp16"
         raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")
@@ -235,7 +264,8 @@ def _check_halves(config: Config, data: ImageData) -> None:
     if config.given.proxy not in (None, ALL_IMAGES):
         return
     selection = config.selection
-    least = smallest_ratio(np.bincount(data.labels[data.good()]), balanced=selection.balanced)
+    counts = np.bincount(data.labels[data.good()])
+    least = smallest_ratio(counts, balanced=selection.balanced)
     if least is None:
         raise ValueError(
             f"--data {config.input.data}: no class has two images, so none is left to train the architecture; add some."
@@ -249,4 +279,9 @@ def _check_halves(config: Config, data: ImageData) -> None:
         raise ValueError(
             f"--ratio {selection.ratio:g} leaves no image to train the architecture, since it takes a single one of a "
             f"class{'' if selection.balanced else ', or may do so'}; use --ratio {least:g} or more{reuse}."
+        )
+    if config.with_finals and config.given.proxy is None and (np.floor(selection.ratio * counts + 0.5) >= counts).all():
+        raise ValueError(
+            f"--ratio {selection.ratio:g} takes every image, so none is left for the verdict of the finals; lower it, "
+            "or use --no-finals."
         )

@@ -1,6 +1,6 @@
 """One bilevel search on the two halves of a proxy: its settings, and the loop that a run goes through.
 
-In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history beside it.
+In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the last step, and the history in a folder.
 
 `darts_space.bilevel` takes the bilevel steps. This module reads their batches, augments them and, with `search_size`,
 averages them to fewer pixels. First the weights move alone, then the architecture too. From then on `history` records
@@ -23,14 +23,14 @@ import tyro
 from torch.nn import functional as F
 
 from darts_space import BilevelConfig, Genotype, Search, SuperNet, learning_rate, scaled_lr
-from darts_space.cell import GENOTYPE_EDGES
-from darts_space.derivation import EdgesBy
+from darts_space.derivation import EdgesBy, Removal
 from darts_space.fast.graphs import GraphedSearch
+from darts_space.removal import REMOVAL_PASSES
 from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.feed import step_batches
 from nas_kmix.engine.keys import NOT_IN_KEY
-from nas_kmix.engine.loop import run_loop
+from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
 from nas_kmix.manifest import ProxyManifest
@@ -38,10 +38,12 @@ from nas_kmix.pipeline import history
 from nas_kmix.pipeline.stage import Key
 from nas_kmix.sampling import split_by_class
 
-WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT = 21, 22, 23, 24  # random streams
-LAST_RECORDS = 4  # how many records the final genotype is compared with
-TURN = 1000
-"""Steps on the weights before which the gradient of alpha favours pools (studies/search_quality)."""
+WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
+REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
+SET_ASIDE = 0.1  # of all images, where there is no proxy
+TURN = 600
+"""Steps on the weights before which the gradient of alpha favours pools even in the smallest supernet, that of the
+preset quick; in larger ones until about 1,400 (studies/search_quality)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class SearchConfig:
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     edges_by: EdgesBy = "alpha-beta"
-    """What chooses the two inputs of a node: alpha alone, or its product with beta as in PC-DARTS."""
+    """What chooses the two inputs of a node: alpha alone; its product with beta, as in PC-DARTS; or by how much the
+    validation loss rises if an input is removed (studies/search_quality)."""
     arch_lr: float = 6e-4
     """Adam's learning rate for alpha and beta."""
     arch_grad_clip: float | None = None
@@ -88,7 +91,8 @@ class SearchConfig:
     record_every: int | None = None
     """Steps between rows of the log and, once the architecture moves, of genotypes.jsonl. Default: an epoch."""
     seeds: int = 1
-    """Number of searches on the same proxy; genotype.json is the one that shares most edges with the others."""
+    """Number of searches on the same proxy. The finals compare them; without finals, genotype.json is the one that
+    shares most edges with the others."""
     cuda_graphs: bool = field(default=False, metadata=NOT_IN_KEY)
     """On a GPU, record a step once, then replay it: nine times as fast for a small supernet. First order, no fp16."""
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
@@ -156,9 +160,10 @@ class Halves:
 
     @staticmethod
     def of_all_images(data: ImageData, arch_share: float, *, seed: int) -> Halves:
-        """All images that can be read, divided by class."""
-        weights, arch = split_by_class(data.good(), data.labels[data.good()], arch_share, seed=seed)
-        return Halves(weights, arch, identity=f"all images, arch_share {arch_share}")
+        """All images that can be read, divided by class, but for a tenth that is left for the verdict of the finals."""
+        used, _ = split_by_class(data.good(), data.labels[data.good()], SET_ASIDE, seed=seed + 1)
+        weights, arch = split_by_class(used, data.labels[used], arch_share, seed=seed)
+        return Halves(weights, arch, identity=f"all images but {SET_ASIDE:.0%}, arch_share {arch_share}")
 
 
 def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, run: Run) -> None:
@@ -170,14 +175,14 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
     )
     if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
         run.say(
-            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; before about {TURN:,} "
-            "its gradient favours pools, whatever the images. Raise --rest-steps."
+            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; in the first {TURN} to "
+            "1,400 its gradient favours pools, whatever the images. Raise --rest-steps."
         )
 
 
 def search_once(
     name: str,
-    path: Path,
+    folder: Path,
     config: SearchConfig,
     halves: Halves,
     data: ImageData,
@@ -185,7 +190,7 @@ def search_once(
     run: Run,
     key: Key,
 ) -> Genotype:
-    """Search, and write the genotype after the last step to `path`, with the history beside it."""
+    """Search, write the history into `folder`, and return the genotype after the last step."""
     epoch_steps = halves.epoch_steps(config.batch_size)
     bilevel = config.bilevel(run.compute.amp, epoch_steps)
     supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
@@ -193,33 +198,16 @@ def search_once(
     search = (GraphedSearch if graphed else Search)(supernet, bilevel)
     every = config.record_every or epoch_steps
     periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
-    task = _Searching(name, path.parent, search, periods, config, halves, data, run)
+    task = _Searching(name, folder, search, periods, config, halves, data, run)
     run_loop(task, periods, name=name, key=key, run=run)
-    genotype = supernet.genotype(config.edges_by)
-    _say_how_sure(genotype, task.rows, name, run)
-    genotype.save(path, provenance=key)
+    genotype = history.genotype_of(task.rows[-1])
+    history.say_how_sure(genotype, task.rows, name, run)
     return genotype
 
 
 def _periods(steps: int, every: int) -> list[int]:
     """`steps` cut into periods of `every` steps; the last may be shorter."""
     return [min(every, steps - start) for start in range(0, steps, every)]
-
-
-def _say_how_sure(genotype: Genotype, rows: Sequence[history.Row], name: str, run: Run) -> None:
-    earlier = [history.genotype_of(row) for row in rows[-LAST_RECORDS - 1 : -1]]
-    if earlier:
-        mean = np.mean([genotype.shared_edges(other) for other in earlier])
-        run.say(
-            f"{name}: the {len(earlier)} records before the last share {mean:.1f} of {GENOTYPE_EDGES} edges with the "
-            "genotype"
-        )
-    if genotype.collapsed:
-        skips, pools = genotype.skip_connections()[0], genotype.pools()[0]
-        run.say(
-            f"warning: the search has collapsed: of the normal cell's 8 operations {skips} are skip connections and "
-            f"{pools} are pools. Raise --rest-steps, which keep the architecture fixed, or lower --arch-steps."
-        )
 
 
 @dataclass
@@ -270,22 +258,38 @@ class _Searching:
                 f"{self.data.bad.first()}"
             )
         images = augment_batch(batch.images, self.data, self.config.augmentation, rng=np.random.default_rng(seed))
+        return self._downsampled(images), batch.labels
+
+    def _downsampled(self, images: torch.Tensor) -> torch.Tensor:
         if self.config.search_size is not None:
             images = F.interpolate(images, size=(self.config.search_size,) * 2, mode="area")
-        return self.run.compute.layout(images), batch.labels
+        return self.run.compute.layout(images)
 
-    def end(self, period: int, means: Mapping[str, float]) -> Sequence[str]:
-        bilevel, row = self.search.config, history.row_of(self.search, self.config.edges_by)
-        done, lr = row["step"], learning_rate(bilevel, row["step"] - 1)
+    def _removal(self) -> Removal:
+        """How much the loss rises without an edge, on the same images of the architecture's half at every record."""
+        order = np.random.default_rng([self.config.seed, REMOVAL_IMAGES]).permutation(self.halves.arch)
+        size = min(REMOVAL_BATCH, len(order))
+        plan = [order[i * size : (i + 1) * size] for i in range(min(REMOVAL_BATCHES, len(order) // size))]
+        batches = [(self._downsampled(self.data.normalise(b.images)), b.labels) for b in self.data.batches(plan)]
+        cost = self.run.ledger.costs[self.name.partition("/")[0]]
+        cost.images_forward += REMOVAL_PASSES * sum(len(labels) for _, labels in batches)
+        return self.search.removal_losses(batches)
+
+    def end(self, period: int, means: Mapping[str, float]) -> Ended:
+        bilevel, done, edges_by = self.search.config, self.search.steps_done, self.config.edges_by
+        removal = self._removal() if edges_by == "removal" and done >= bilevel.rest_steps else None
+        if edges_by == "removal" and removal is None:
+            edges_by = "alpha"  # only the log sees the genotype of a resting architecture
+        row = history.row_of(self.search, edges_by, removal)
+        lr = learning_rate(bilevel, done - 1)
         place = {"step": done, "arch_step": max(0, row["arch_step"])}
-        self.run.log.add(self.name, period, **place, lr=lr, **means, **row["diagnostics"])
         if row["arch_step"] >= 0:
             self.rows.append(row)
             history.write_history(self.rows, self.folder)
             tables = [row["tables"] for row in self.rows]
             records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))
             self.run.on_record(self.name, done, tables, history.genotype_of(row), records=records)
-        return ()
+        return Ended({**place, "lr": lr, **means, **row["diagnostics"]})
 
     def state_dict(self) -> dict[str, Any]:
         return {"search": self.search.state_dict(), "history": self.rows}

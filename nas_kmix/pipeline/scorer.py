@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import Validation, train
 from nas_kmix.mixers import MixConfig, make_mix
 from nas_kmix.pipeline.stage import Key
+from nas_kmix.splits import divide, evaluate_all
 
 NAME = "scorer"
 FILE = "scorer.pt"
@@ -55,6 +57,9 @@ class ScorerConfig:
     """Name of a network in `nas_kmix.backbones.BACKBONES`."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     mix: Annotated[MixConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
+    val_share: float = 0.0
+    """Share of each class's images to test it on instead of training it on them; 0, as in the paper and with
+    `forgetting`, tests on none. They are scored like all others."""
     dropout: float = 0.0
     """Before the last layer, while it trains; BALD and variation ratio were published with .5."""
     forgetting: bool = False
@@ -66,6 +71,8 @@ class ScorerConfig:
     def __post_init__(self):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"--scorer.dropout is a probability below 1, not {self.dropout}.")
+        if not 0.0 <= self.val_share < 1.0:
+            raise ValueError(f"--scorer.val-share must be at least 0 and below 1, not {self.val_share}.")
 
 
 def key(config: ScorerConfig, data: ImageData) -> Key:
@@ -79,7 +86,7 @@ def load(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
 
 
 def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Key) -> Scorer:
-    """Train on all of `data` and write `path`."""
+    """Train on `data`, but for what is held out of it to test the network on, and write `path`."""
     shape = {"num_classes": data.num_classes, "stem": data.stem}
     model = build_backbone(config.backbone, **shape, seed=config.seed).to(run.compute.device)
     model = run.compute.layout(model)
@@ -88,13 +95,22 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
     mix = make_mix(config.mix, data.num_classes, model)
     memory: dict[str, Tensor] = {}
 
-    def note(network: nn.Module) -> dict[str, float]:
-        run.ledger.costs[NAME].images_forward += len(data.good())
-        return {"train_accuracy": note_forgetting(memory, network, data, compute=run.compute)}
+    # Forgetting is counted of images that are trained on; of single images none can be held out.
+    tests = not config.forgetting and np.bincount(data.labels[data.good()]).max() > 1
+    share = config.val_share if tests else 0.0
+    training, held_out = divide(data, {}, val_share=share, train_images=None, seed=config.seed)
 
-    watch = Validation(note, select=None, memory=memory) if config.forgetting else None
-    options = {"mix": mix, "seed": config.seed, "run": run, "stage": NAME, "key": key, "validation": watch}
-    train(model, data, config.optim, config.augmentation, **options)
+    def watch(network: nn.Module) -> dict[str, float]:
+        cost, metrics = run.ledger.costs[NAME], {}
+        if config.forgetting:
+            cost.images_forward += len(data.good())
+            metrics["train_accuracy"] = note_forgetting(memory, network, data, compute=run.compute)
+        cost.images_forward += sum(len(part.indices) for part in held_out.values())
+        return metrics | evaluate_all(network, held_out, run.compute, run.world)
+
+    validation = Validation(watch, select=None, memory=memory) if config.forgetting or held_out else None
+    options = {"mix": mix, "seed": config.seed, "run": run, "stage": NAME, "key": key, "validation": validation}
+    trained = train(model, data, config.optim, config.augmentation, indices=training.indices, **options)
     run.world.align_buffers(model)  # all processes must score with the same network
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise NonFiniteLossError(
@@ -114,6 +130,11 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
         state["forgetting"] = counts
     if run.world.main:
         files.save_tensors(path, {"key": dict(key), **state})
+    if held_out:
+        accuracy, count = trained.last["val_accuracy"], len(held_out["val"].indices)
+        run.say(f"{NAME}: names the class of {100 * accuracy:.1f} % of {count:,} images that it was not trained on")
+    else:
+        run.say(f"{NAME}: trained on all {len(training.indices):,} images, so none is left to test it on")
     return Scorer(model, data, counts)
 
 

@@ -92,4 +92,9 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
             table = replace(table, columns={**table.columns, **others})
     if run.world.main:
         table.save(path)
+    low, middle, high = np.percentile(table.cv, [5, 50, 95])
+    run.say(
+        f"{NAME}: {table.losses.shape[1]} losses of each of {len(table.index):,} images, {table.losses.mean():.3f} on "
+        f"average; their CV is {middle:.3f} for a typical image, mostly between {low:.3f} and {high:.3f}"
+    )
     return table

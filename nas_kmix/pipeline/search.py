@@ -1,10 +1,14 @@
-"""Stage four: search an architecture on the two halves of a proxy dataset. Images in, `genotype.json` out."""
+"""Stage four: search architectures on the two halves of a proxy dataset. Images in, `candidates.json` out.
+
+Where no finals follow, `Unproved` writes `genotype.json` besides: the last genotype of the search.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,12 +18,23 @@ from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.run import Run
-from nas_kmix.pipeline import history
+from nas_kmix.pipeline import candidates, history
+from nas_kmix.pipeline.candidates import Candidate
 from nas_kmix.pipeline.one_search import Halves, SearchConfig, say_how_long, search_once
 from nas_kmix.pipeline.stage import Key, obtain
 
 NAME = "search"
-FILE = "genotype.json"
+FILE = candidates.FILE
+
+
+class Searched(NamedTuple):
+    """The candidates of the search, the entry first, and what they depend on.
+
+    The provenance of several searches also says which one was `chosen`, as it shares most edges with the others.
+    """
+
+    candidates: list[Candidate]
+    provenance: dict[str, Any]
 
 
 def key(config: SearchConfig, halves: Halves, data: ImageData) -> Key:
@@ -32,43 +47,92 @@ def key(config: SearchConfig, halves: Halves, data: ImageData) -> Key:
     return stage_key(NAME, identity(config) | resolved, {"data": data.fingerprint, "proxy": halves.identity})
 
 
-def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key | None) -> Genotype:
-    """The genotype in `path`."""
-    genotype = Genotype.load(path)
-    check_key(path, files.read_json(path).get("provenance"), key)
-    for name in history.FILES if config.seeds == 1 else ():
-        if not path.with_name(name).exists():
-            run.say(f"warning: {path.with_name(name)} is gone; remove {path.name} to search again and get both")
-    return genotype
-
-
-def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key) -> Genotype:
-    """Search once; or search with several seeds, and choose the genotype that shares most edges with the others."""
-    say_how_long(config.bilevel("off", halves.epoch_steps(config.batch_size)), config, data, run)
+def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key | None) -> Searched:
+    """The searched ones among the candidates in `path`."""
+    found, provenance = candidates.load(path)
+    check_key(path, provenance, key)
     if config.seeds == 1:
-        return search_once(NAME, path, config, halves, data, run=run, key=key)
-    genotypes = []
-    for i in range(config.seeds):
-        one = replace(config, seeds=1, seed=config.seed + i)
-        genotypes.append(obtain(OneSeed(i), one, halves, data, run=run))
+        _say_if_gone(path, run)
+    return Searched([one for one in found if one.origin == "bilevel"], provenance)
+
+
+def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key) -> Searched:
+    """Search once, or with several seeds."""
+    bilevel = config.bilevel("off", halves.epoch_steps(config.batch_size))
+    say_how_long(bilevel, config, data, run)
+    provenance = dict(key)
+    if config.seeds == 1:
+        genotypes = [search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
+        records = [history.read_history(path.parent)]
+    else:
+        seeds = [replace(config, seeds=1, seed=config.seed + i) for i in range(config.seeds)]
+        genotypes = [obtain(OneSeed(i), one, halves, data, run=run) for i, one in enumerate(seeds)]
+        records = [history.read_history(run.path(f"seed-{i}")) for i in range(config.seeds)]
+        provenance |= _chosen(genotypes, run)
+    rows = [one or [(bilevel.arch_steps, genotype)] for one, genotype in zip(records, genotypes, strict=True)]
+    found = candidates.of_records(rows)
+    candidates.save(path, found, provenance)
+    return Searched(found, provenance)
+
+
+def _chosen(genotypes: Sequence[Genotype], run: Run) -> dict[str, Any]:
+    """Which of several searches shares most edges with the others, for the provenance."""
     shared = [sum(one.shared_edges(other) for other in genotypes) - GENOTYPE_EDGES for one in genotypes]
     chosen = int(np.argmax(shared))
-    mean = shared[chosen] / (config.seeds - 1)
-    run.say(
-        f"seeds: chose seed-{chosen}, which shares the most edges with the others, on average {mean:.1f} of "
-        f"{GENOTYPE_EDGES}"
-    )
-    genotypes[chosen].save(path, provenance={**key, "chosen": f"seed-{chosen}", "shared_edges": shared})
-    return genotypes[chosen]
+    mean = shared[chosen] / (len(genotypes) - 1)
+    run.say(f"seeds: seed-{chosen} shares the most edges with the others, on average {mean:.1f} of {GENOTYPE_EDGES}")
+    return {"chosen": f"seed-{chosen}", "shared_edges": shared}
+
+
+def _say_if_gone(path: Path, run: Run) -> None:
+    for name in history.FILES:
+        if not path.with_name(name).exists():
+            run.say(f"warning: {path.with_name(name)} is gone; remove {path.name} to search again and get both")
+
+
+class Unproved:
+    """`genotype.json` without finals, as a stage of its own: what the search ended with.
+
+    Of several searches it is the one that shares most edges with the others.
+    """
+
+    NAME, FILE = NAME, "genotype.json"
+
+    @staticmethod
+    def key(config: SearchConfig, searched: Searched, halves: Halves, data: ImageData) -> Key:
+        return key(config, halves, data)
+
+    @staticmethod
+    def load(path: Path, config: SearchConfig, *inputs: Any, run: Run, key: Key | None) -> Genotype:
+        genotype, provenance = Genotype.load(path), files.read_json(path).get("provenance")
+        if isinstance(provenance, dict) and provenance.get("stage") == "finals":
+            raise ValueError(f"{path} is the winner of finals; leave out --no-finals, or choose another --out.")
+        check_key(path, provenance, key)
+        return genotype
+
+    @staticmethod
+    def make(path: Path, config: SearchConfig, searched: Searched, *inputs: Any, run: Run, key: Key) -> Genotype:
+        seed = int(str(searched.provenance.get("chosen", "seed-0")).removeprefix("seed-"))
+        last = [one for one in searched.candidates if one.seed == seed]
+        last[0].genotype.save(path, provenance=searched.provenance)
+        return last[0].genotype
 
 
 class OneSeed:
     """One of several searches, as a stage of its own in the subfolder seed-N."""
 
-    key, load = staticmethod(key), staticmethod(load)
+    key = staticmethod(key)
 
     def __init__(self, number: int):
-        self.NAME, self.FILE = f"{NAME}/seed-{number}", f"seed-{number}/{FILE}"
+        self.NAME, self.FILE = f"{NAME}/seed-{number}", f"seed-{number}/genotype.json"
+
+    def load(self, path: Path, *inputs: Any, run: Run, key: Key | None) -> Genotype:
+        genotype = Genotype.load(path)
+        check_key(path, files.read_json(path).get("provenance"), key)
+        _say_if_gone(path, run)
+        return genotype
 
     def make(self, path: Path, *inputs: Any, run: Run, key: Key) -> Genotype:
-        return search_once(self.NAME, path, *inputs, run=run, key=key)
+        genotype = search_once(self.NAME, path.parent, *inputs, run=run, key=key)
+        genotype.save(path, provenance=key)
+        return genotype

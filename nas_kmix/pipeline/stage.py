@@ -6,7 +6,7 @@ A stage is a module, or an object, with two names and three functions:
     FILE = "scores.npz"    # its result in the run folder, which describes itself
     key(config, *inputs)                         # what the result depends on, see `engine.keys`
     load(path, config, *inputs, run=, key=)      # read the file; refuse it if it was made with another key
-    make(path, config, *inputs, run=, key=)      # compute the result and write the file
+    make(path, config, *inputs, run=, key=)      # compute the result, write the file, and say what came of it
 
 `config` is the stage's own part of the flags; `inputs` are the results of earlier stages. Resuming is up to `make`,
 through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
@@ -14,10 +14,12 @@ through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run, checkpoint_name
 
 Result = TypeVar("Result")
@@ -59,6 +61,8 @@ def obtain(stage: Stage[Result], config: Any, *inputs: Any, run: Run, given: Pat
     if result is not None:
         run.say(f"{stage.NAME}: {path} is up to date, skipped")
     else:
+        began = time.monotonic()
         result = stage.make(path, config, *inputs, run=run, key=key)
+        run.say(f"{stage.NAME}: done in {duration(time.monotonic() - began)}, {path}")
     run.remove_checkpoint(checkpoint_name(stage.NAME))  # a run killed just before this line leaves one behind
     return result

@@ -75,8 +75,18 @@ TURN = {
 
 
 SEARCH = {
+    "8cells": replace(BASE, schedule="constant", read_every=400, forks=(1600, 2400), layers=8, arch_steps=100),
+    "8cells-batch64": replace(
+        BASE,
+        schedule="constant",
+        read_every=500,
+        rest_steps=1500,
+        forks=(1000, 1500),
+        layers=8,
+        batch=64,
+        arch_steps=100,
+    ),
     "5cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2400, 4000)),
-    "8cells": replace(BASE, rest_steps=4000, schedule="constant", forks=(1200, 2400, 4000), layers=8),
     "32px": replace(BASE, rest_steps=2000, schedule="constant", forks=(1200, 2000), size=32),
 }
 """Part 2, bilevel searches. At a constant rate one resting supernet serves several lengths of the rest."""

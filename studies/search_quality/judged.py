@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,19 +20,25 @@ import torch
 from darts_space import ARCHITECTURE_NAMES, Genotype, derive
 from darts_space.derivation import EdgesBy
 
-SHAPES = ((14, 8), (14, 8), (14,), (14,))  # alphas_normal, alphas_reduce, betas_normal, betas_reduce
+ALPHA = ((14, 8), (14, 8), (14,), (14,))  # alphas_normal, alphas_reduce, betas_normal, betas_reduce
+REMOVAL = ((14,), (14,))  # of the normal and of the reduction cell
 
 
-def unpacked(text: str) -> list[torch.Tensor]:
-    """The four tables of `training.packed`, small enough that softmax is linear in them."""
+def unpacked(text: str, shapes: tuple[tuple[int, ...], ...] = ALPHA) -> list[torch.Tensor]:
+    """The tables of `training.packed`, small enough that softmax is linear in them."""
     flat = torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f2").astype(np.float64)) * 1e-3
-    parts = flat.split([int(np.prod(shape)) for shape in SHAPES])
-    return [part.view(shape) for part, shape in zip(parts, SHAPES, strict=True)]
+    parts = flat.split([int(np.prod(shape)) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def genotype(tables: list[torch.Tensor], edges_by: EdgesBy) -> Genotype:
-    """The genotype of the tables."""
-    return derive(**dict(zip(ARCHITECTURE_NAMES, tables, strict=True)), edges_by=edges_by)
+def genotypes(reading: Mapping[str, Any]) -> dict[EdgesBy, Genotype]:
+    """The genotype of a reading or record, by what chooses its edges."""
+    tables = unpacked(reading["alpha"] if "alpha" in reading else reading["t"])
+    rules: dict[EdgesBy, Any] = {"alpha": None, "alpha-beta": None}
+    if "removal" in reading:
+        rules["removal"] = tuple(unpacked(reading["removal"], REMOVAL))
+    named = dict(zip(ARCHITECTURE_NAMES, tables, strict=True))
+    return {rule: derive(**named, edges_by=rule, removal=removal) for rule, removal in rules.items()}
 
 
 @functools.cache

@@ -10,19 +10,29 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from darts_space import Genotype
+from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
 from studies.cells import read_results
-from studies.search_quality.judged import genotype, unpacked, verdict
+from studies.search_quality.judged import genotypes, verdict
 
 FOLDER = Path(__file__).parent
 Line = Mapping[str, Any]
 
 
 def main(results: Path) -> int:
-    lines = read_results(results)
+    lines, runs = read_results(results), read_results(FOLDER / "runs.jsonl")
     turn = {arm: _curve(arm_lines) for arm, arm_lines in _by_arm(lines, "turn/").items()}
     searches = {arm: _searches(arm_lines) for arm, arm_lines in _by_arm(lines, "search/").items()}
-    files.write_json(FOLDER / "summary.json", {"turn": turn, "searches": searches})
+    presets = {name: [_winner(line) for line in found] for name, found in _by_arm(runs, "preset/").items()}
+    whole = {
+        "winners": presets.get("cpu", []),
+        "cost": _cost(runs),
+        "proxies": _proxies(_by_arm(runs, "proxies/")),
+        "gpu": presets.get("gpu", []),
+        "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
+    }
+    files.write_json(FOLDER / "summary.json", {**whole, "turn": turn, "searches": searches})
     _picture(turn).savefig(FOLDER / "turn.png", dpi=110)
     for arm, curve in turn.items():
         print(
@@ -44,20 +54,28 @@ def _by_arm(lines: Iterable[Line], start: str) -> dict[str, list[Line]]:
 
 
 def _curve(lines: list[Line]) -> dict[str, Any]:
-    """What the gradient's t statistic, edges by alpha, says at each step: mean and standard error over the seeds."""
-    verdicts = []
-    for line in lines:
-        readings = (reading for reading in line["readings"] if "t" in reading)
-        verdicts.append({r["step"]: verdict(genotype(unpacked(r["t"]), "alpha")) for r in readings})
-    steps = sorted(set.intersection(*(set(one) for one in verdicts)))
-    z, pools = (np.array([[one[step][name] for step in steps] for one in verdicts]) for name in ("z", "pools_normal"))
-    return {
+    """What the gradient's t statistic says at each step: mean and standard error over the seeds.
+
+    z with edges by alpha; where there is one, by removal too.
+    """
+    readings = [{r["step"]: genotypes(r) for r in line["readings"] if "t" in r} for line in lines]
+    steps = sorted(set.intersection(*(set(one) for one in readings)))
+
+    def said(rule: EdgesBy, name: str) -> np.ndarray:
+        return np.array([[verdict(one[step][rule])[name] for step in steps] for one in readings])
+
+    z = said("alpha", "z")
+    curve = {
         "steps": steps,
         "z_mean": z.mean(0).round(3).tolist(),
         "z_se": _errors(z).round(3).tolist(),
-        "pools_mean": pools.mean(0).round(2).tolist(),
+        "pools_mean": said("alpha", "pools_normal").mean(0).round(2).tolist(),
         "n": len(lines),
     }
+    if all("removal" in one[step] for one in readings for step in steps):
+        z = said("removal", "z")
+        curve |= {"removal_z_mean": z.mean(0).round(3).tolist(), "removal_z_se": _errors(z).round(3).tolist()}
+    return curve
 
 
 def _searches(lines: list[Line]) -> list[dict[str, Any]]:
@@ -67,8 +85,7 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
         for reading in line["readings"]:
             if "alpha" in reading:
                 place = reading["step"], reading["arch_lr"], reading["arch_step"]
-                for edges_by in ("alpha", "alpha-beta"):
-                    found = genotype(unpacked(reading["alpha"]), edges_by)
+                for edges_by, found in genotypes(reading).items():
                     groups[(*place, edges_by)].append(verdict(found))
     rows = []
     for (rest, rate, arch_step, edges_by), found in sorted(groups.items()):
@@ -78,6 +95,65 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
             row |= {name: round(float(values.mean()), 2), f"{name}_se": round(float(_errors(values)[0]), 2)}
         rows.append(row)
     return rows
+
+
+def _winner(line: Line) -> dict[str, Any]:
+    """A genotype of search.py and what the judge says of it."""
+    found = Genotype.from_json(line["genotype"])
+    said = verdict(found)
+    names = ("percentile", "percentile_equal_params", "z")
+    return {"seed": _seed(line), "genotype": found.to_json(), **{name: round(float(said[name]), 2) for name in names}}
+
+
+def _seed(line: Line) -> int:
+    return int(line["cell"].rsplit("/", 1)[1])
+
+
+def _mean(values: list[float], name: str) -> dict[str, Any]:
+    """Mean and standard error of a column."""
+    column = np.array(values, dtype=float)[:, None]
+    if not len(column):
+        return {"n": 0}
+    return {
+        f"{name}_mean": round(float(column.mean()), 3),
+        f"{name}_se": round(float(_errors(column)[0]), 3),
+        "n": len(column),
+    }
+
+
+def _cost(runs: list[Line]) -> dict[str, Any]:
+    """Image passes of the preset cpu, mean over its runs, and the minutes that they take at the measured rates."""
+    whole = [line["cost"] for line in runs if line["cell"].startswith("preset/cpu/")]
+    rates = {stage: cost for line in runs if line["cell"] == "rates" for stage, cost in line["cost"].items()}
+    stages = {}
+    for stage in whole[0] if whole else ():
+        passes = {
+            name: float(np.mean([cost[stage][name] for cost in whole]))
+            for name in ("images_forward", "images_backward")
+        }
+        stages[stage] = passes
+        if stage in rates:
+            per_image = rates[stage]["wall_s"] / max(1, rates[stage]["images_forward"])
+            stages[stage] = {**passes, "minutes_one_thread": round(passes["images_forward"] * per_image / 60, 2)}
+    return stages
+
+
+def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
+    """z by kind of proxy, and its difference from random images of the same number, paired by seed."""
+    z = {arm: {_seed(line): _winner(line)["z"] for line in lines} for arm, lines in arms.items()}
+    table = {}
+    for arm, by_seed in z.items():
+        table[arm] = _mean(list(by_seed.values()), "z")
+        random = z.get(f"random-{arm.rsplit('-', 1)[-1]}", {})
+        both = sorted(by_seed.keys() & random.keys())
+        if both and not arm.startswith("random"):
+            found = _mean([by_seed[seed] - random[seed] for seed in both], "difference")
+            table[arm]["minus_random"] = {
+                "mean": found["difference_mean"],
+                "se": found["difference_se"],
+                "n": found["n"],
+            }
+    return table
 
 
 def _errors(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from studies.search_quality.arms import Cell, Setting
 
 WEIGHT_ORDER, ARCH_ORDER, AUGMENT, IMAGES = 21, 22, 23, 31  # random streams
 ARCH_IMAGES, FIRST = 2500, 150
-READING_BATCHES, READING_BATCH = 16, 64
+READING_BATCHES, READING_BATCH, REMOVAL_BATCHES = 16, 64, 4
 BLOCK = 100  # steps whose batches are prepared together
 FLOOR = 0.1
 
@@ -101,6 +102,7 @@ class Training:
         self.train = iter(stream(halves[0], setting.batch, seed=(cell.seed, WEIGHT_ORDER)))
         self.val = iter(stream(halves[1], setting.batch, seed=(cell.seed, ARCH_ORDER)))
         self.probe = iter(stream(halves[1], READING_BATCH, seed=(cell.seed, ARCH_ORDER, 1)))
+        self.removal_batches = list(islice(self.probe, REMOVAL_BATCHES))
         self.readings: list[dict[str, Any]] = []
         self._results: list[tuple[Tensor, Tensor]] = []
 
@@ -117,15 +119,20 @@ class Training:
         return {"loss": round(float(losses), 4), "accuracy": round(float(correct) / self.setting.batch, 4)}
 
     def read_gradient(self, step: int) -> Generator[None, None, None]:
-        """The mean gradient over sixteen batches and its t statistic, negated: where alpha and beta would go."""
+        """The mean gradient over sixteen batches and its t statistic, negated: where alpha and beta would go.
+
+        And by how much the loss rises if an edge is removed, over the first four of the batches.
+        """
         losses, grads = [], []
-        for _ in range(READING_BATCHES):
-            loss, grad = self.search.arch_gradient(next(self.probe))
+        batches = [next(self.probe) for _ in range(READING_BATCHES)]
+        for batch in batches:
+            loss, grad = self.search.arch_gradient(batch)
             losses.append(loss)
             grads.append(grad)
             yield
         reading = {"step": step, **self.progress(), "val_loss": round(float(torch.stack(losses).mean()), 4)}
-        self.readings.append({**reading, **gradient_reading(grads)})
+        removal = packed(list(self.search.removal_losses(batches[:REMOVAL_BATCHES])))
+        self.readings.append({**reading, **gradient_reading(grads), "removal": removal})
 
     def fork(self, step: int, arch_lr: float) -> Generator[None, None, None]:
         """A bilevel search from here; afterwards everything is as it was."""
@@ -141,8 +148,9 @@ class Training:
             self.weight_step(step + arch_step - 1)
             if arch_step % self.setting.read_arch_every == 0:
                 tables = packed(list(self.search.arch))
+                removal = packed(list(self.search.removal_losses(self.removal_batches)))
                 place = {"step": step, "arch_lr": arch_lr, "arch_step": arch_step}
-                self.readings.append({**place, **self.progress(), "alpha": tables})
+                self.readings.append({**place, **self.progress(), "alpha": tables, "removal": removal})
             yield
         with torch.no_grad():
             for tensor, value in zip(live, before, strict=True):
@@ -163,7 +171,7 @@ def gradient_reading(grads: list[tuple[Tensor, ...]]) -> dict[str, Any]:
 
 
 def packed(tables: list[Tensor]) -> str:
-    """The four tables as base64 of 252 half-precision numbers, scaled to a largest magnitude of 1."""
+    """Tables as base64 of half-precision numbers, scaled to a largest magnitude of 1."""
     flat = torch.cat([table.detach().flatten() for table in tables]).float().cpu().numpy()
     return base64.b64encode((flat / np.abs(flat).max()).astype("<f2").tobytes()).decode()
 

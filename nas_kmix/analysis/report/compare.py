@@ -15,6 +15,7 @@ from darts_space import GENOTYPES, Genotype
 from darts_space.cell import GENOTYPE_EDGES
 from nas_kmix.analysis.report.charts import Series, legend, scatter_chart
 from nas_kmix.analysis.report.cost import all_in_seconds, speed_up
+from nas_kmix.analysis.report.finals import verdict_table
 from nas_kmix.analysis.report.markup import Markup, figure, join, missing, number, percent, sentence, table, tag
 from nas_kmix.analysis.report.parts import UNREADABLE, reason
 from nas_kmix.analysis.report.proxy import reliability
@@ -70,7 +71,9 @@ def section(records: Sequence[Record]) -> Markup:
         except UNREADABLE as error:
             unknown.append(missing(f"{record.name} is not compared: {reason(record, error)}"))
     short = _short_names(records)
-    parts = [_search_table(searched, short), _network_table(trained, short), _accuracy_chart(trained)]
+    verdicts = verdict_table(records, short)
+    parts = [_search_table(searched, short), *([] if verdicts is None else [verdicts])]
+    parts += [_network_table(trained, short), _accuracy_chart(trained)]
     parts.append(_shared(searched, trained, short))
     return join([*parts, *unknown])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import resources
 
-from nas_kmix.analysis.report import cells, compare, cost, extras, mixes, proxy, search
+from nas_kmix.analysis.report import cells, compare, cost, extras, finals, mixes, proxy, search
 from nas_kmix.analysis.report.markup import Markup, escape, join, missing, number, percent, plural, sentence, tag
 from nas_kmix.analysis.report.parts import UNREADABLE
 from nas_kmix.analysis.report.record import Record
@@ -16,6 +16,7 @@ LARGEST_PAGE = 4_800_000  # bytes, below the five million that mail programs tak
 SECTIONS: dict[str, tuple[str, Callable[[Record], Markup]]] = {
     "cells": ("Cells", cells.section),
     "search": ("Search", search.section),
+    "finals": ("Finals", finals.section),
     "proxy": ("Proxy dataset", proxy.section),
     "mixes": ("Mixed images", mixes.section),
     "cost": ("Cost", cost.section),
@@ -39,9 +40,9 @@ def document(records: Sequence[Record]) -> str:
     compared = _section("compare", "Comparison", compare.section(records))
     body = [_section(key, title, _of_runs(records, blocks[key])) for key, (title, _) in SECTIONS.items()]
     # Of several runs the comparison is what the reader came for.
-    body = [compared, *body] if len(records) > 1 else [*body[:5], compared, *body[5:]]
+    body = [compared, *body] if len(records) > 1 else [*body[:6], compared, *body[6:]]
     names = ", ".join(record.name for record in records)
-    order = ["compare", *SECTIONS] if len(records) > 1 else [*list(SECTIONS)[:5], "compare", *list(SECTIONS)[5:]]
+    order = ["compare", *SECTIONS] if len(records) > 1 else [*list(SECTIONS)[:6], "compare", *list(SECTIONS)[6:]]
     links = [tag("a", SECTIONS[key][0] if key in SECTIONS else "Comparison", href=f"#{key}") for key in order]
     style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     head = [

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,10 +75,11 @@ class Record:
     @property
     def trains(self) -> bool:
         """Whether this is a run of train_eval.py and not of search.py."""
-        try:
+        with suppress(ValueError, KeyError):
+            return self.result["kind"] == "train"
+        with suppress(ValueError):
             return "network" in self.config
-        except ValueError:  # the files of one that lacks its config.json can still tell
-            return self.path("result.json").is_file()
+        return self.path("result.json").is_file()  # an earlier version's, which lacks its config.json
 
     @property
     def input(self) -> DataConfig:
@@ -122,7 +123,7 @@ class Record:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """result.json of train_eval.py."""
+        """result.json; its `kind` is "search" or "train"."""
         return self._object("result.json")
 
     @cached_property

@@ -1,0 +1,197 @@
+"""Which images should a small training set consist of? The paper's Figure 4a and SM Figures 3 and 4 on CIFAR-100.
+
+    python -m studies.selection                               # all cells that results.jsonl lacks, one after the other
+    python -m studies.selection --only train/0.05/paper/1     # one of them
+    python -m studies.selection --summary                     # summary.json and the tables, from results.jsonl
+
+A fifth of the training images is set aside. Each arm selects t of all images from the other four fifths; a small
+network is trained on them for 200,000 image passes and evaluated on the fifth. A seed fixes scorer, draws, subset and
+training together; random images are drawn anew by each seed. A scorer and its scores are those of
+`search.py --preset cpu --seed SEED`, which a cell makes if they are missing in --out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from scipy import stats
+
+from nas_kmix.backbones import build_backbone
+from nas_kmix.commands import search
+from nas_kmix.engine import files
+from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.compute import DeviceConfig, pick_compute
+from nas_kmix.engine.data import DataConfig, ImageData, load_data
+from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.learner import OptimConfig
+from nas_kmix.engine.run import Run
+from nas_kmix.engine.training import train
+from nas_kmix.mixers import MixConfig, make_mix
+from nas_kmix.sampling import select, split_by_class
+from nas_kmix.scores import ScoreTable
+from studies.cells import read_results, run_cells
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results.jsonl"
+
+SEEDS = (1, 2, 3)
+RATIOS = (0.05, 0.1, 0.2)
+PASSES = 200_000
+VALIDATION = 0.2
+SELECTION = 41  # random stream
+
+SCORINGS = {
+    "paper": "",
+    "anchor": "--scoring.partners common --scoring.loss anchor --scoring.baselines",
+}
+"""Two scorings by one scorer: the paper's; and the same mixes for all images, judged by their own labels."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How images are selected: by which measure of which scoring."""
+
+    scoring: str = "anchor"
+    measure: str = "mean"
+    options: tuple[tuple[str, Any], ...] = (("method", "random"),)
+
+
+def _arm(scoring: str, measure: str, method: str, **options: Any) -> Arm:
+    return Arm(scoring, measure, (("method", method), *options.items()))
+
+
+ARMS = {
+    "random": Arm(),
+    "paper": _arm("paper", "cv", "interval", interval=4),
+    "cv-top": _arm("paper", "cv", "top"),
+    "cv-anchor": _arm("anchor", "cv", "interval", interval=4),
+    "easiest": _arm("anchor", "mean", "bottom"),
+    "hardest": _arm("anchor", "mean", "top"),
+    "coverage": _arm("anchor", "mean", "coverage", drop_hardest=0.3),
+    "coverage-.5": _arm("anchor", "mean", "coverage", drop_hardest=0.5),
+    "coverage-.7": _arm("anchor", "mean", "coverage", drop_hardest=0.7),
+    "residual": _arm("anchor", "residual", "top"),
+    "histogram": _arm("anchor", "entropy", "histogram"),
+    "el2n-coverage": _arm("anchor", "el2n", "coverage", drop_hardest=0.5),
+    "mixed-entropy": _arm("anchor", "mixed_entropy", "bottom"),
+    "k-centre": _arm("anchor", "k_centre", "top"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which cells, on which copy of the data."""
+
+    cifar100: str = "data/cifar100.npz"
+    """CIFAR-100 as --data of search.py takes it."""
+    out: Path = Path("runs/selection")
+    """Folder with the scorers and scores."""
+    only: str = ""
+    """The cells whose names begin so."""
+    minutes: float = 28.0
+    """Time for a cell, after which it saves its state and the program ends."""
+    results: Path = RESULTS
+    summary: bool = False
+    """Summarise the existing results, and train nothing."""
+
+
+def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
+    """All cells by name; the plain trainings, without mixing, come last."""
+    work: dict[str, Callable[[], dict[str, Any]]] = {}
+    for mix in ("dcutmix", "none"):
+        for ratio in RATIOS:
+            for arm in ARMS:
+                for seed in SEEDS:
+                    name = f"{'train' if mix == 'dcutmix' else 'plain'}/{ratio:g}/{arm}/{seed}"
+                    work[name] = partial(train_on_subset, ratio, arm, seed, mix, config)
+    return work
+
+
+def scores_of(seed: int, scoring: str, config: Config) -> ScoreTable:
+    """The scores of one scoring by the scorer of `seed`; both are made if they are missing."""
+    common = ["--data", config.cifar100, "--seed", str(seed), "--threads", "1", "--device", "cpu", "--no-report"]
+    first = config.out / f"{seed}-paper"
+    for name, given in (("paper", []), (scoring, ["--scorer", str(first / "scorer.pt")])):
+        folder = config.out / f"{seed}-{name}"
+        if not (folder / "scores.npz").exists():
+            flags = [*SCORINGS[name].split(), *(given if name != "paper" else [])]
+            command = ["--preset", "cpu", *common, *flags, "--stop-after", "scores", "--out", str(folder)]
+            search.run(search.parse(command))
+    return ScoreTable.load(config.out / f"{seed}-{scoring}" / "scores.npz")
+
+
+def train_on_subset(ratio: float, arm: str, seed: int, mix: str, config: Config) -> dict[str, Any]:
+    """Select, train, and evaluate on the images that were set aside."""
+    compute = pick_compute(DeviceConfig(device="cpu", threads=1, channels_last=True))
+    data = load_data(DataConfig(data=config.cifar100), device=compute.device)
+    pool, validation = split_by_class(np.arange(len(data)), data.labels, VALIDATION, seed=0)
+    chosen = pool[_selected(ARMS[arm], pool, data, ratio, seed, config)]
+    model = compute.layout(build_backbone("small", num_classes=data.num_classes, stem=data.stem, seed=seed))
+    optim = OptimConfig(epochs=round(PASSES / len(chosen)), batch_size=64, lr=0.1, schedule="cosine", weight_decay=5e-4)
+    settings = MixConfig("dcutmix") if mix == "dcutmix" else MixConfig("none")
+    name = f"{mix}-{ratio:g}-{arm}-{seed}"
+    with Run(config.out / name, stages=("training",), compute=compute) as run:
+        train(
+            model, data, optim, Augmentation(), mix=make_mix(settings, data.num_classes, model), seed=seed, run=run,
+            stage="training", key={}, indices=chosen,
+        )  # fmt: skip
+    found = evaluate(model, data, compute=compute, indices=validation)
+    return {"images": len(chosen), "accuracy": round(found["accuracy"], 4), "loss": round(found["loss"], 4)}
+
+
+def _selected(arm: Arm, pool: np.ndarray, data: ImageData, ratio: float, seed: int, config: Config) -> np.ndarray:
+    """Places in `pool`."""
+    options = dict(arm.options)
+    scores = np.zeros(len(pool))
+    if options["method"] != "random":
+        table = scores_of(seed, arm.scoring, config)
+        assert np.array_equal(table.index, np.arange(len(data)))
+        scores = table.measure(arm.measure)[pool]
+    rng = np.random.default_rng([seed, SELECTION])
+    return select(scores, data.labels[pool], ratio / (1 - VALIDATION), rng=rng, **options)
+
+
+def summary(results: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy by ratio and arm, and its difference from random images, paired by seed."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for line in results:
+        kind, ratio, arm, seed = line["cell"].split("/")
+        table = found.setdefault(ratio if kind == "train" else f"{ratio} without mixing", {})
+        table.setdefault(arm, {})[int(seed)] = line["accuracy"]
+    whole = {}
+    for place, arms in found.items():
+        whole[place] = {arm: _mean(list(by_seed.values())) for arm, by_seed in arms.items()}
+        for arm, by_seed in arms.items():
+            both = sorted(by_seed.keys() & arms.get("random", {}).keys())
+            if arm != "random" and both:
+                differences = [by_seed[seed] - arms["random"][seed] for seed in both]
+                whole[place][f"{arm}_minus_random"] = _mean(differences)
+    return whole
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    error = float(stats.sem(values)) if len(values) > 1 else 0.0
+    return {"mean": round(float(np.mean(values)), 4), "se": round(error, 4), "n": len(values)}
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    if config.summary:
+        whole = summary(read_results(config.results))
+        files.write_json(config.results.parent / "summary.json", whole)
+        for place, arms in whole.items():
+            for arm, found in arms.items():
+                print(f"{place:<24} {arm:<28} {found['mean']:+.4f} ± {found['se']:.4f}  n={found['n']}")
+        return 0
+    return run_cells(cells(config), config.results, only=config.only, minutes=config.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

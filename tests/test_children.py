@@ -1,0 +1,121 @@
+"""Child processes: results in order, whatever their number; they end with their parent, and their errors arrive."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from nas_kmix.engine.children import ChildError, Children, run_in_children
+
+PATIENCE = 60  # seconds
+
+
+def squared(factor, number):
+    return factor * number**2
+
+
+def slow_first(number):
+    time.sleep(0.5 if number == 0 else 0.0)
+    return number, os.getpid()
+
+
+def threads_and_signals(_):
+    return torch.get_num_threads(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def refuse_two(number):
+    if number == 2:
+        raise ValueError("two is too many")
+    return number
+
+
+def end_at_once(_):
+    os._exit(3)
+
+
+def sleep_for_ever(path):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(10 * PATIENCE)
+
+
+def parent_of_sleepers(folder):
+    run_in_children(sleep_for_ever, [f"{folder}/{i}" for i in range(2)], jobs=2)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_results_come_in_the_order_of_the_tasks(jobs):
+    function = functools.partial(squared, 3)
+    assert run_in_children(function, range(5), jobs=jobs) == [3 * n * n for n in range(5)]
+
+
+def test_a_child_takes_the_next_task_while_another_is_busy():
+    results = run_in_children(slow_first, range(4), jobs=2)
+    assert [number for number, _ in results] == [0, 1, 2, 3]
+    pids = [pid for _, pid in results]
+    assert len(set(pids)) == 2 and os.getpid() not in pids and len(set(pids[1:])) == 1
+
+
+def test_children_have_one_thread_and_leave_signals_to_their_parent():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    (found,) = run_in_children(threads_and_signals, [None], jobs=1)
+    assert found == (1, {signal.SIGINT, signal.SIGTERM} | before)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_tasks_may_follow_from_results():
+    with Children(functools.partial(squared, 1), 2) as children:
+        children.submit("first", 3)
+        name, nine = children.next()
+        children.submit("second", nine)
+        assert (name, children.next()) == ("first", ("second", 81)) and children.unfinished == 0
+
+
+def test_an_error_of_the_function_is_raised_here_and_no_child_is_left():
+    with pytest.raises(ValueError, match="two is too many"):
+        run_in_children(refuse_two, range(4), jobs=2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_lost_child_is_one_sentence():
+    with pytest.raises(ChildError, match="use fewer --jobs"):
+        run_in_children(end_at_once, range(3), jobs=2)
+
+
+def test_a_check_can_end_the_wait(tmp_path):
+    def stop():
+        if (tmp_path / "0").exists():
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_children(sleep_for_ever, [str(tmp_path / "0")], jobs=1, check=stop)
+    assert time.monotonic() - began < PATIENCE and not multiprocessing.active_children()
+
+
+def test_children_end_with_a_parent_that_is_killed(tmp_path):
+    parent = multiprocessing.get_context("spawn").Process(target=parent_of_sleepers, args=(tmp_path,))
+    parent.start()
+    deadline = time.monotonic() + PATIENCE
+    while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "01"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pids = [int((tmp_path / name).read_text()) for name in "01"]
+    parent.kill()
+    parent.join()
+    killed = time.monotonic()
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() - killed < 5
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
