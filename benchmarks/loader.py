@@ -10,6 +10,9 @@ Three ways to read the same files take turns, and ratios are medians over the ro
   on the training device. That part is counted apart, as seconds per image;
 - reference: torchvision's ImageFolder, RandomResizedCrop, RandomHorizontalFlip and ToTensor, as in its own training
   script, with as many workers.
+
+Without workers all run in this process, and its CPU time counts, so that other work on the machine matters less. With
+workers it is the time on the wall.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.measure import command_line, report, seconds
+from benchmarks.measure import command_line, report
 from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.photographs import PhotoCrops
@@ -72,19 +76,22 @@ def measure(folder: Path, config: Config) -> dict[str, float]:
     pipeline = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     reference = ImageFolder(folder / "train", transforms.Compose(pipeline))
     rng, divisor = np.random.default_rng(0), max(1, config.workers)
+    clock = time.process_time if config.workers == 0 else time.perf_counter
     rates = defaultdict(list)
     for epoch in range(config.rounds + 1):
         indices = rng.permutation(len(data))[: config.images]
-        n, bare = len(indices), time.perf_counter()
+        n, took = len(indices), {}
+        start = clock()
         for index in indices.tolist():
             with Image.open(reference.samples[index][0]) as image:
                 image.convert("RGB")
-        bare = time.perf_counter() - bare
-        took = {}
+        bare = clock() - start
         for name, augmentation in (("", PLAIN), ("_with_jitter", JITTER)):
-            took["loader" + name], took["device" + name] = read(data, indices, augmentation, epoch)
-        subset = Subset(reference, indices.tolist())
-        took["reference"] = seconds(lambda: sum(1 for _ in loader_of(subset, config.workers)), "cpu")  # noqa: B023
+            took["loader" + name], took["device" + name] = read(data, indices, augmentation, epoch, clock)
+        start = clock()
+        for _ in DataLoader(Subset(reference, indices.tolist()), batch_size=BATCH, num_workers=config.workers):
+            pass
+        took["reference"] = clock() - start
         if epoch > 0:  # the first starts the workers and fills the file cache
             rates["bare_images_per_second"].append(n / bare)
             for name in ("loader", "loader_with_jitter", "reference"):
@@ -99,28 +106,31 @@ def measure(folder: Path, config: Config) -> dict[str, float]:
     return figures | (profile(data, config.images) if config.profile else {})
 
 
-def read(data: ImageData, indices: np.ndarray, augmentation: Augmentation, epoch: int) -> tuple[float, float]:
+def read(
+    data: ImageData, indices: np.ndarray, augmentation: Augmentation, epoch: int, clock: Callable[[], float]
+) -> tuple[float, float]:
     """Seconds of reading the images, and of what follows on the device.
 
-    With workers the two overlap, and the first are those of a pass without the device's part.
+    With workers the two would overlap, so only the last batch is augmented, after all have been read.
     """
     plan, crops = np.array_split(indices, max(1, len(indices) // BATCH)), PhotoCrops(SIZE, seed=0)
-    start, device = time.perf_counter(), 0.0
+    start, device = clock(), 0.0
     for batch in data.batches(plan, crops=crops, epoch=epoch, persistent=True):
         if data.workers == 0:
-            device += seconds(lambda: augment(batch.images, data, augmentation), data.device)  # noqa: B023
-    reading = time.perf_counter() - start - device
+            device += colour(batch.images, data, augmentation, clock)
+    reading = clock() - start - device
     if data.workers > 0:
-        device = len(plan) * seconds(lambda: augment(batch.images, data, augmentation), data.device)
+        device = len(plan) * colour(batch.images, data, augmentation, clock)
     return reading, device
 
 
-def augment(images: torch.Tensor, data: ImageData, augmentation: Augmentation) -> torch.Tensor:
-    return augment_batch(images, data, augmentation, rng=np.random.default_rng(0), cropped=True)
-
-
-def loader_of(dataset: Subset, workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_size=BATCH, num_workers=workers)
+def colour(images: torch.Tensor, data: ImageData, augmentation: Augmentation, clock: Callable[[], float]) -> float:
+    """Seconds of flips, jitter, lighting and normalisation."""
+    start = clock()
+    augment_batch(images, data, augmentation, rng=np.random.default_rng(0), cropped=True)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return clock() - start
 
 
 def profile(data: ImageData, images: int) -> dict[str, float]:
@@ -128,18 +138,18 @@ def profile(data: ImageData, images: int) -> dict[str, float]:
     crops, spent = PhotoCrops(SIZE, seed=0), defaultdict(float)
     indices = range(min(images, len(data)))
     for index in indices:
-        marks = [time.perf_counter()]
+        marks = [time.process_time()]
         draws = crops.draw(index, 0)
-        marks.append(time.perf_counter())
+        marks.append(time.process_time())
         with Image.open(data.source.folder / data.source.paths[index]) as image:
             image.load()
-            marks.append(time.perf_counter())
+            marks.append(time.process_time())
             part = crops.cut(image, draws)
-            marks.append(time.perf_counter())
+            marks.append(time.process_time())
             pixels = np.asarray(part)
-            marks.append(time.perf_counter())
+            marks.append(time.process_time())
         crops.resize(pixels)
-        marks.append(time.perf_counter())
+        marks.append(time.process_time())
         for name, took in zip(("draw", "decode", "cut", "to_array", "resize"), np.diff(marks), strict=True):
             spent[f"profile_{name}_ms"] += took / len(indices) * 1e3
     return dict(spent)

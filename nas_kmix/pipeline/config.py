@@ -22,6 +22,7 @@ from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.pipeline.trial import FinalsConfig
+from nas_kmix.proxies import published
 from nas_kmix.proxy import ProxyConfig, smallest_ratio
 from nas_kmix.scores import COLUMNS
 from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
@@ -39,7 +40,8 @@ class Given:
     scores: Path | None = None
     """Use the scores.npz of another run on the same data."""
     proxy: Path | None = None
-    """Use this proxy.json, made on any copy of the data; `none` searches on all images."""
+    """Use this proxy.json, made on any copy of the data, or a published one: cifar100-interval-5, cifar100-interval-10,
+    cifar100-coverage-5, cifar100-coverage-10; `none` searches on all images."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,10 @@ def check_flags(config: Config) -> None:
     if selects and needed is not None and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
         raise ValueError(f"--measure {selection.measure} needs {needed}, which measures it.")
     for flag, path in paths.items():
-        if path != ALL_IMAGES and not path.is_file():
-            raise ValueError(f"--{flag} {path}: there is no such file.")
+        names = ("none", *published()) if flag == "proxy" else ()
+        if not path.is_file() and str(path) not in names:
+            others = f"; published proxies are {', '.join(published())}" if names else ""
+            raise ValueError(f"--{flag} {path}: there is no such file{others}.")
         if config.fresh and path.parent.resolve() == config.out.resolve():
             raise ValueError(
                 f"--fresh would remove the file of --{flag}; leave one of them out, or choose another --out."

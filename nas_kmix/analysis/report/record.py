@@ -26,6 +26,7 @@ from nas_kmix.engine.data import DataConfig, ImageData, open_data
 from nas_kmix.engine.ledger import StageCost
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.mixers import MixConfig
+from nas_kmix.proxies import locate, published
 from nas_kmix.scores import ScoreTable
 
 TABLES = {
@@ -263,6 +264,8 @@ class Record:
     def _given(self, name: str) -> Path | None:
         """The path, unless it lies in the run's own folder, under its name of then or now."""
         value = self._flag(name)
+        if value in published():
+            return locate(value)
         if value is None or Path(value).parent == Path(self._flag("out") or ""):
             return None
         return None if Path(value).resolve().parent == self.folder.resolve() else Path(value)
