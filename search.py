@@ -1,11 +1,12 @@
-"""Search for an architecture on a proxy dataset: images in, `genotype.json` out.
+"""Search for an architecture on a proxy dataset: images in, `genotype.json` and `result.json` out.
 
     python search.py --out runs/digits                                # handwritten digits, a minute on two cores
     python search.py --preset cpu --data cifar100 --out runs/c100     # a small scorer and supernet
     python search.py --preset paper --data cifar100 --out runs/paper  # the paper's settings, for a GPU
     python search.py --preset paper --data cifar100 --stop-after proxy --export-list proxy.tsv
 
-Each of the four stages writes one file that the next one reads: scorer.pt, scores.npz, proxy.json, genotype.json. Run
+Each stage writes a file that the next one reads: scorer.pt, scores.npz, proxy.json, candidates.json, genotype.json. The
+last one, the finals, trains the candidates beside random architectures and says whether the search was worth it. Run
 the same command again to resume; finished stages are skipped. --scorer, --scores and --proxy start from the results of
 another run. Under torchrun all processes train the scorer and score; the first one then searches alone.
 """

@@ -13,16 +13,19 @@ Deviations from the published code: alpha and beta get no gradient in the weight
 the architecture step, where no one uses them; in the second order no extra pass moves BatchNorm's running statistics,
 and the weights are restored bit for bit. In the first order the architecture pass does move the running statistics,
 as published. Data loading, logs and files are left to the caller.
+
+In a joint search the processes of torch.distributed take every step together, each with its own part of both batches,
+and their gradients are summed. BatchNorm sees the parts, unless `fast.norm.join_norms` has joined them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from darts_space.derivation import Removal
@@ -36,7 +39,10 @@ _AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """One step's losses: detached 0-dimensional tensors on the model's device, so that no step waits for them."""
+    """One step's losses: detached 0-dimensional tensors on the model's device, so that no step waits for them.
+
+    In a joint search they are this process's addends: their sums are those of the whole batches.
+    """
 
     train_loss: Tensor
     """Mean cross-entropy of the training batch before the weight step."""
@@ -68,9 +74,11 @@ class Search:
     steps_done: int
     """Steps taken so far."""
 
-    def __init__(self, model: nn.Module, config: BilevelConfig):
+    def __init__(self, model: nn.Module, config: BilevelConfig, *, joint: bool = False):
+        """The processes of a `joint` search start from equal models, which then stay equal to the bit."""
         self.model = model
         self.config = config
+        self.joint = joint
         self.weights: list[nn.Parameter] = list(model.weight_parameters())
         self.arch: list[nn.Parameter] = list(model.arch_parameters())
         self.device = self.arch[0].device
@@ -137,12 +145,12 @@ class Search:
         self.model.train()
         with _without_gradients(self.arch):
             train_loss, logits = self._loss(train_batch)
-        grads = torch.autograd.grad(self.scaler.scale(train_loss), self.weights)
+        grads = self._summed(torch.autograd.grad(self.scaler.scale(train_loss), self.weights))
         self._update(self.weight_optimizer, self.weights, grads, self.config.grad_clip)
         return train_loss.detach(), (logits.argmax(1) == train_batch[1]).sum()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy and logits."""
+        """Mean cross-entropy, in a joint search this process's addend, and logits."""
         images, labels = batch
         dtype = _AMP_DTYPES[self.config.amp]
         if dtype is None:
@@ -150,13 +158,25 @@ class Search:
         else:
             with torch.autocast(self.device.type, dtype):
                 logits = self.model(images).float()
-        return F.cross_entropy(logits, labels), logits
+        size = len(labels)
+        if self.joint:
+            distributed.all_reduce(size := torch.full((), float(size), device=self.device))  # of the whole batch
+        return F.cross_entropy(logits, labels, reduction="sum") / size, logits
+
+    def _summed(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of the whole batch's mean loss from those of its addends."""
+        if not self.joint:
+            return grads
+        together = torch.cat([grad.flatten() for grad in grads])  # one message instead of hundreds
+        distributed.all_reduce(together)
+        parts = together.split([grad.numel() for grad in grads])
+        return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
 
     def _update(
         self,
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
-        grads: Iterable[Tensor],
+        grads: Sequence[Tensor],
         clip: float | None,
     ) -> None:
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -169,20 +189,24 @@ class Search:
         self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
-    def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Validation loss and its gradient with respect to alpha and beta at the present weights; nothing moves."""
         return self._first_order(val_batch)
 
     def removal_losses(self, val_batches: Sequence[Batch]) -> Removal:
         """By how much the validation loss rises if an edge is removed; nothing moves. See `removal.removal_losses`."""
-        return removal_losses(self.model, lambda batch: self._loss(batch)[0], val_batches)
+        rises = removal_losses(self.model, lambda batch: self._loss(batch)[0], val_batches)
+        if self.joint:  # addends so far
+            distributed.all_reduce(together := torch.stack(rises).to(self.device))
+            rises = (together[0].cpu(), together[1].cpu())
+        return rises
 
-    def _first_order(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _first_order(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         with _without_gradients(self.weights):
             loss, _ = self._loss(val_batch)
-        return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), self.arch)
+        return loss.detach(), self._summed(torch.autograd.grad(self.scaler.scale(loss), self.arch))
 
-    def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Iterable[Tensor]]:
+    def _second_order(self, train_batch: Batch, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """The same, but through one SGD step on the training batch."""
         buffers = [self.weight_optimizer.state[weight].get("momentum_buffer") for weight in self.weights]
         return unrolled_gradient(
@@ -191,6 +215,7 @@ class Search:
             self.weights,
             self.arch,
             list(self.model.buffers()),
+            self._summed,
             momentum_buffers=None if buffers[0] is None else buffers,  # there are none before the first weight step
             lr=self.lr,
             momentum=self.config.momentum,

@@ -6,7 +6,15 @@ In:  a network; or the path of a checkpoint, a `torch.save`d dict of plain value
          "network": what `Network.description()` gives: kind, genotype, channels, layers, num_classes, auxiliary
          "model":   the state dict
 
-Out: that dict; or the network with its weights, ready to evaluate.
+     and, where they are known, the fields of its `Preparation`: class_names, image_size, resize, mean, std.
+
+Out: that dict; or the network with its weights, ready to evaluate. It classifies a photograph in five lines:
+
+    from PIL import Image
+    from darts_space import load_network
+    network = load_network("best.pt")
+    image = network.transforms()(Image.open("photo.jpg"))  # (3, S, S)
+    print(network.class_names[network(image[None]).argmax()])
 
 A trainer may add keys of its own (optimiser, epoch, ...), which are ignored here. A file from elsewhere cannot run
 code, and its description is checked before any memory is allocated for it.
@@ -24,6 +32,7 @@ from torch import Tensor
 
 from darts_space.genotype import Genotype
 from darts_space.network import NETWORKS, Network
+from darts_space.preparation import Preparation
 
 FORMAT = "darts_space/network"
 # Far beyond any network of this kind; more is a damaged description.
@@ -35,7 +44,8 @@ def network_checkpoint(model: Network) -> dict[str, Any]:
 
     Its tensors are the model's own, not copies. (train_eval.py writes the same keys and more.)
     """
-    return {"format": FORMAT, "network": model.description(), "model": model.state_dict()}
+    known = {} if model.preparation is None else model.preparation.to_json()
+    return {"format": FORMAT, "network": model.description(), **known, "model": model.state_dict()}
 
 
 def build_network(description: Any, *, generator: torch.Generator | None = None) -> Network:
@@ -58,7 +68,10 @@ def build_network(description: Any, *, generator: torch.Generator | None = None)
 
 
 def load_network(path: str | os.PathLike[str]) -> Network:
-    """The network of a checkpoint, on the CPU and in evaluation mode. ValueErrors name the file."""
+    """The network of a checkpoint, on the CPU and in evaluation mode, with its `class_names` and `transforms()`.
+
+    ValueErrors name the file.
+    """
     try:
         if zipfile.is_zipfile(path):  # torch.load does not compare the checksums that torch.save writes
             with zipfile.ZipFile(path) as archive:
@@ -79,6 +92,9 @@ def load_network(path: str | os.PathLike[str]) -> Network:
         with torch.device("meta"):  # without memory: the checkpoint's tensors become the weights
             model = build_network(checkpoint.get("network"), generator=torch.Generator("cpu"))
         _check_state(checkpoint.get("model"), model)
+        model.preparation = Preparation.of_checkpoint(checkpoint)
+        if model.preparation is not None and len(model.class_names) != model.num_classes:
+            raise ValueError(f"it names {len(model.class_names)} classes of {model.num_classes}.")
     except ValueError as error:
         raise ValueError(f"Cannot use the checkpoint {path}: {error}") from error
     model.load_state_dict(checkpoint["model"], assign=True)

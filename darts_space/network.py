@@ -21,7 +21,7 @@ channels_last) changes the last digits and only helps evaluation.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from torch.nn import functional as F
 
 from darts_space.cell import NODES, Edge
 from darts_space.fast.kernels import concatenate
+from darts_space.fast.norm import BatchNormOfOne
 from darts_space.genotype import Genotype
+from darts_space.preparation import Preparation
 from darts_space.primitives import (
     STEM_MULTIPLIER,
     FactorizedReduce,
@@ -104,23 +106,13 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)))
 
 
-class BatchNormOfOne(nn.BatchNorm2d):
-    """BatchNorm that accepts a single value per channel, as the last batch of an epoch may be a single image.
-
-    A single value has no variance, so PyTorch refuses it; here the running statistics normalise it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
-
-
 class Network(nn.Module):
     """What both networks have in common. Use `CifarNetwork` or `ImageNetNetwork`."""
 
     kind: str
     smallest_with_head: int  # H and W, so that the auxiliary head's pool fits twice; without a head any size will do
+    preparation: Preparation | None = None
+    """The classes, and how images become the input; a checkpoint holds them, and so does a network from one."""
 
     def __init__(
         self,
@@ -204,6 +196,28 @@ class Network(nn.Module):
         keep = 1 - probability
         return (torch.rand(self.layers, 2 * NODES, batch_size, generator=generator, device="cpu") < keep) / keep
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of the logits. Raises ValueError where they are not known."""
+        return self._known_preparation().class_names
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that it was trained on. Raises ValueError where it is not known."""
+        return self._known_preparation().image_size
+
+    def transforms(self) -> Callable[[Any], Tensor]:
+        """PIL image, or uint8 pixels (3, H, W), to the input (3, S, S), as in evaluation; needs torchvision."""
+        return self._known_preparation().transforms()
+
+    def _known_preparation(self) -> Preparation:
+        if self.preparation is None:
+            raise ValueError(
+                "This network does not know how its images were prepared: set its `preparation`, or load a checkpoint "
+                "of train_eval.py."
+            )
+        return self.preparation
+
     def description(self) -> dict[str, Any]:
         """The network without its weights as plain data, from which `build_network` builds it again."""
         return {
@@ -263,38 +277,3 @@ class ImageNetNetwork(Network):
 
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
-
-
-@torch.no_grad()
-def cost(model: nn.Module, input_size: int) -> dict[str, int]:
-    """What one square image of `input_size` px costs in evaluation mode, and how many parameters the model has.
-
-    - params, params_without_aux: elements of all parameters, and of those outside the auxiliary head.
-    - macs: multiply-adds of the convolutions and linear layers.
-    - macs_published: macs + 2 * BatchNorm outputs + ReLU outputs, which gives the 586 M and 597 M of the paper.
-
-    The model itself is neither run nor changed: a copy on the same device evaluates a blank image.
-    """
-    twin = copy.deepcopy(model).eval()
-    macs = extra = 0
-
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
-        nonlocal macs, extra
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            macs += out.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.BatchNorm2d):
-            extra += 2 * out.numel()
-        elif isinstance(module, nn.ReLU):
-            extra += out.numel()
-
-    for module in twin.modules():
-        module.register_forward_hook(count)
-    weight = next(model.parameters())
-    twin(torch.zeros(1, 3, input_size, input_size, dtype=weight.dtype, device=weight.device))
-    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return {
-        "params": sum(params.values()),
-        "params_without_aux": sum(n for name, n in params.items() if not name.startswith("auxiliary.")),
-        "macs": macs,
-        "macs_published": macs + extra,
-    }

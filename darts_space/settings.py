@@ -61,6 +61,11 @@ class BilevelConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; choose a positive number.")
+        for name in ("lr_min", "weight_decay", "arch_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; choose 0 or more.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1.")
         if self.amp not in AMPS:
             raise ValueError(f"amp is {self.amp!r}; use one of {', '.join(AMPS)}.")
         if self.unrolled and self.amp != "off":

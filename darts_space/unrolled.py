@@ -15,7 +15,7 @@ the published one. Deviation from the published code: none of the four passes mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,7 @@ def unrolled_gradient(
     weights: list[nn.Parameter],
     arch: list[nn.Parameter],
     statistics: list[Tensor],
+    summed: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     *,
     momentum_buffers: list[Tensor] | None,
     lr: float,
@@ -40,13 +41,13 @@ def unrolled_gradient(
     """Validation loss (0-dimensional, detached) at w' and its gradient by `arch`, one tensor for each.
 
     `statistics` are the model's buffers, restored like the weights; `momentum_buffers` SGD's, None before its
-    first step. Nothing here waits for a GPU.
+    first step; `summed` makes the gradients of a whole batch from those of its parts. Nothing here waits for a GPU.
     """
 
     def gradients(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
             loss = loss_of()
-        return loss.detach(), list(torch.autograd.grad(loss, parameters))
+        return loss.detach(), list(summed(torch.autograd.grad(loss, parameters)))
 
     with torch.no_grad(), _restored_after([*weights, *statistics]):
         start = [weight.clone() for weight in weights]

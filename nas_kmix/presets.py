@@ -7,6 +7,10 @@ There are three training recipes, as published: CutMix's for Table 1 (and SM Tab
 Table 1), and CutMix's ImageNet recipe for Table 3. Where the paper gives neither K nor alpha (Table 2), K is 4 for
 PreActResNet18's DCutMix, as its 20.50 is that of SM Table 1, and otherwise 3 or 5 as in Table 1; alpha is 1/K if the
 paper's grid {1/3, 1/4, 1/5, 1/7, 1} has it, else 1.
+
+The authors' released commands for PyramidNet-200 decay the weights by 4e-5 and the rate after .75 and .9 of the epochs,
+as the paper's text says of PyramidNet-110 alone. The presets follow the text, so that a row of a table is what the
+paper says it is; `--weight-decay 4e-5 --milestones .75 .9` are the released commands.
 """
 
 from __future__ import annotations

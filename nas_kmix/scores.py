@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from scipy import stats
 
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
@@ -114,6 +113,8 @@ class ScoreTable:
         draws = self.losses.shape[1]
         if draws < 4 or len(self.losses) < 3 or measure in self.columns:
             return float("nan")
+        from scipy import stats  # late, since it takes half as long to import as torch
+
         rng = np.random.default_rng(0)
         correlations = []
         for _ in range(RELIABILITY_SPLITS):

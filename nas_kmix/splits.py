@@ -16,11 +16,11 @@ from torch import nn
 
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, ImageData, Preparation, load_data, prepared_for_evaluation
+from nas_kmix.engine.datasets import splits_of
 from nas_kmix.engine.distributed import World, is_main
 from nas_kmix.engine.evaluation import evaluate
 from nas_kmix.engine.folders import SplitFolderError, look_alikes
 from nas_kmix.engine.progress import Progress
-from nas_kmix.engine.sources import splits_of
 from nas_kmix.sampling import split_by_class
 
 
@@ -32,8 +32,8 @@ class Part:
     indices: np.ndarray
 
     def examples(self) -> torch.Tensor:
-        """The first seven images, normalised; fewer if there are fewer."""
-        return self.data.normalise(self.data.fetch(self.indices[:7]).images)
+        """The first seven images, uint8 (7, 3, S, S); fewer if there are fewer."""
+        return self.data.fetch(self.indices[:7]).images
 
     def readable(self, bad: Mapping[str, str]) -> int:
         """How many of the images are not in `bad`."""

@@ -4,10 +4,13 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from processes import ROOT
 
 from nas_kmix.engine.children import ChildError, Children, run_in_children
 
@@ -18,8 +21,11 @@ def squared(factor, number):
     return factor * number**2
 
 
-def slow_first(number):
-    time.sleep(0.5 if number == 0 else 0.0)
+def wait_for_the_last(folder, number):
+    if number == 3:
+        (folder / "last").touch()
+    while number == 0 and not (folder / "last").exists():
+        time.sleep(0.01)
     return number, os.getpid()
 
 
@@ -53,8 +59,8 @@ def test_results_come_in_the_order_of_the_tasks(jobs):
     assert run_in_children(function, range(5), jobs=jobs) == [3 * n * n for n in range(5)]
 
 
-def test_a_child_takes_the_next_task_while_another_is_busy():
-    results = run_in_children(slow_first, range(4), jobs=2)
+def test_a_child_takes_the_next_task_while_another_is_busy(tmp_path):
+    results = run_in_children(functools.partial(wait_for_the_last, tmp_path), range(4), jobs=2)
     assert [number for number, _ in results] == [0, 1, 2, 3]
     pids = [pid for _, pid in results]
     assert len(set(pids)) == 2 and os.getpid() not in pids and len(set(pids[1:])) == 1
@@ -119,3 +125,14 @@ def _runs(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\nfrom nas_kmix.engine.children import run_in_children\n"
+        "print('here', run_in_children(math.sqrt, [4, 9], jobs=2))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "here [2.0, 3.0]\n", "")

@@ -16,7 +16,7 @@ from torchvision.datasets import cifar
 from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine import data as data_module
-from nas_kmix.engine import sources
+from nas_kmix.engine import datasets, named_sets, sources
 from nas_kmix.engine.data import DataConfig, load_data, prepared_for_evaluation
 from nas_kmix.engine.feed import epoch_batches
 
@@ -176,7 +176,7 @@ def test_constants_are_measured(image_folder):
 
 def test_constants_of_large_sets_come_from_evenly_spaced_images(npz_file):
     data = load(npz_file(train_images=draw_pixels(50, 8, 8, 3), train_labels=np.arange(50) % 2))
-    mean, std = data_module._measure_constants(data, sample=20)
+    mean, std = data_module.augment.measure_constants(data, sample=20)
     pixels = data.source.arrays[::3] / 255.0
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(std, pixels.std(axis=(0, 1, 2)))
@@ -355,8 +355,8 @@ def test_a_class_that_train_lacks_is_refused_or_one_of_the_splits_own(image_fold
     folder = image_folder(classes=("ant", "bee"), splits=("train", "val"))
     (folder / "train" / "bee").rename(folder / "train" / "bea")
     with pytest.raises(ValueError, match=r"val/bee/0\.png belongs to no class of .*train; rename"):
-        sources.open_source(str(folder), folder, "val")
-    assert sources.open_source(str(folder), folder, "val", own_classes=True).class_names == ("ant", "bee")
+        datasets.open_source(str(folder), folder, "val")
+    assert datasets.open_source(str(folder), folder, "val", own_classes=True).class_names == ("ant", "bee")
 
 
 @pytest.mark.parametrize("max_resident_gb", [0.0, 4.0])
@@ -633,8 +633,8 @@ def test_batches_are_a_function_of_the_seed():
 def test_real_cifar100(real_cifar100, tmp_path):
     data = load(real_cifar100)
     assert len(data) == 2000 and data.num_classes == 100 and data.image_size == 32
-    np.testing.assert_allclose(data.mean, sources.CIFAR_CONSTANTS["cifar100"][0], atol=0.02)
-    np.testing.assert_allclose(data.std, sources.CIFAR_CONSTANTS["cifar100"][1], atol=0.02)
+    np.testing.assert_allclose(data.mean, named_sets.CIFAR_CONSTANTS["cifar100"][0], atol=0.02)
+    np.testing.assert_allclose(data.std, named_sets.CIFAR_CONSTANTS["cifar100"][1], atol=0.02)
     few = np.flatnonzero(data.labels < 2)
     for i in few:
         path = tmp_path / "png" / "train" / data.class_names[data.labels[i]] / f"{i:05}.png"

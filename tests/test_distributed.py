@@ -5,10 +5,7 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,58 +13,21 @@ import torch
 import two_ranks
 import two_scorers
 from conftest import draw_pixels
+from ranks import ROOT, ended, needs_proc, ranks_of, run_ranks, torchrun, wait_for
 
 import search
-import train_eval
 from nas_kmix import scoring
 from nas_kmix.engine import run as run_module
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.distributed import World, joined
+from nas_kmix.engine.distributed import World, joined, unused_part
 from nas_kmix.engine.evaluation import evaluate
 
-ROOT = Path(train_eval.__file__).parent
-PATIENCE = 120  # seconds until processes that hang fail their test
 SMALL = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary "
     "--batch-size 8"
 )
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes through /proc")
-
-
-def torchrun(log, *arguments, restarts=0):
-    """Two processes with gloo, started like the README's eight, in their own process group with output in `log`."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    with open(log, "w") as stream:
-        return subprocess.Popen(
-            [sys.executable, *command, *map(str, arguments)], stdout=stream, stderr=stream, env=environment, cwd=ROOT
-        )
-
-
-def ended(process, log):
-    try:
-        return process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        pytest.fail(f"the processes hang: {log.read_text()}")
-
-
-def wait_for(process, reached):
-    deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and not reached() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert reached()
-
-
-def ranks_of(process):
-    """Process ids by rank."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {}
-    for child in children:
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks |= {int(v[5:]): int(child) for v in variables if v.startswith(b"RANK=")}
-    return ranks
+pytestmark = needs_proc
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +50,11 @@ def epochs_in(folder):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(server, tmp_path_factory):
     """The result of a single process, and those of each of two."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    process = torchrun(folder / "log", ROOT / "tests" / "two_ranks.py", folder / "two")
     two_ranks.main(folder / "one")
-    assert ended(process, folder / "log") == 0, (folder / "log").read_text()
+    run_ranks(server, 2, two_ranks.main, folder / "two")
     load = [folder / "one" / "rank0.pt", folder / "two" / "rank0.pt", folder / "two" / "rank1.pt"]
     return [torch.load(path, weights_only=True) for path in load]
 
@@ -113,6 +72,15 @@ def test_two_processes_end_with_the_weights_of_one(both, kind):
     for state in two:
         for name, value in one[kind].items():
             torch.testing.assert_close(state[kind][name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["model", "average"])
+def test_with_joint_norms_they_end_with_the_weights_and_statistics_of_one(both, kind):
+    """BatchNorm trains, and the last batch of an epoch, a single image, leaves a process without any."""
+    one, *two = both
+    for state in two:
+        for name, value in one["joint"][kind].items():
+            torch.testing.assert_close(state["joint"][kind][name], value, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("at", range(len(two_ranks.SIZES)))
@@ -207,12 +175,12 @@ def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_p
 
 
 def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
-    def fail(backend):
+    def fail(url, timeout):
         raise RuntimeError("Gloo connectFullMesh failed\nwith a stack below")
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
     with pytest.raises(OSError, match=r"do not find each other \(Gloo connectFullMesh failed\)"), joined(two_ranks.CPU):
         pass
 
@@ -235,6 +203,25 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     said = log.read_text()
     assert said.count("finishing the step") == 1 and "stopped by SIGTERM; run the same command again to resume" in said
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_every_restart_is_for_a_killed_process(victim, tmp_path):
+    """As many restarts as kills are enough: none goes to processes that look for each other at old addresses."""
+    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=2, processes=3)
+    assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+def test_a_start_shares_no_part_of_the_store_with_an_earlier_one():
+    """Also where an earlier process asked and never came."""
+    store = torch.distributed.HashStore()
+    store.set("nas_kmix/asks/2", "word of a process that was killed")
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: unused_part(store, rank, 3), range(3)))
+        assert not found[0].check(["address"])
+        found[1].set("address", str(start))
+        assert [part.get("address") for part in found] == [str(start).encode()] * 3
 
 
 @pytest.mark.slow

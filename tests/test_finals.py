@@ -3,6 +3,7 @@
 Halving and verdict have their own tests; here real networks are trained, in child processes.
 """
 
+import html
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from test_candidates import POOLS
 from test_pipeline import completed, costs_of, draw_images, files_of, main, refused, write_npz
 
 from darts_space import GENOTYPES, Genotype, random_genotype
+from nas_kmix.analysis.report.page import document
+from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.children import run_in_children
 from nas_kmix.engine.compute import Compute
@@ -28,12 +31,12 @@ from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.pipeline.candidates import Shape
 from nas_kmix.pipeline.finals import divide
 from nas_kmix.pipeline.trial import FinalsConfig, Roles, Task, Trainer, train_rung
-from nas_kmix.pipeline.verdict import judge
+from nas_kmix.pipeline.verdict import in_words, judge
 
 FLAGS = shlex.split(
     "--no-report --threads 1 --device cpu -j 0 --method random --ratio .4 --channels 2 --partial 2 --layers 3 "
     "--rest-steps 1 --arch-steps 6 --record-every 2 --arch-lr .1 --batch-size 8 --finals.channels 2 --finals.layers 3 "
-    "--finals.batch-size 8 --finals.rungs 2"
+    "--finals.batch-size 8 --finals.epochs 1 --finals.rungs 2"
 )
 PROVED = ("candidates.json", "finals.jsonl", "genotype.json", "result.json")
 
@@ -110,8 +113,9 @@ def test_a_search_without_finals_is_unproved_until_they_are_added(alone, npz, tm
     listed = json.loads((tmp_path / "candidates.json").read_text())["candidates"]
     assert {one["origin"] for one in listed} == {"bilevel"}
     assert Genotype.load(tmp_path / "genotype.json") == Genotype.from_json(listed[0]["genotype"])
+    (tmp_path / "candidates.json").unlink()  # as a version without finals left its folders
     ended = completed(command(npz, tmp_path, "--candidates", "PC_DARTS_cifar", "--jobs", 2))
-    assert "candidates.json is up to date, skipped" in ended.out
+    assert "\nsearch: 7 steps\n" not in ended.out
     for name in PROVED:
         assert (tmp_path / name).read_bytes() == (alone[0] / name).read_bytes(), name
     refused(command(npz, tmp_path, "--no-finals"), "is the winner of finals", "leave out --no-finals")
@@ -143,6 +147,20 @@ def test_finals_that_cannot_be_are_refused_before_the_search(flags, words, npz, 
     ended = main(command(npz, tmp_path / "run", *flags))
     assert ended.code == 2 and words in ended.err and "Traceback" not in ended.err
     assert not (tmp_path / "run" / "genotypes.jsonl").exists()
+
+
+def test_the_report_shows_who_came_from_where_and_the_verdicts_of_several_runs(alone, npz, tmp_path):
+    folder, _ = alone
+    page = document([Record(folder)])
+    result = json.loads((folder / "result.json").read_text())
+    assert all(html.escape(line) in page for line in in_words(result))
+    assert "given: PC_DARTS_cifar" in page and "bilevel search, seed 0, architecture step 6" in page
+    assert page.count("Best random one, ") >= 2 and not Record(folder).trains
+    shutil.copytree(folder, tmp_path / "other")
+    several = document([Record(folder), Record(tmp_path / "other")])
+    assert "Pooled over 2 runs" in several and several.count(result["verdict"]) >= 4
+    (tmp_path / "other" / "finals.jsonl").unlink()
+    assert "nothing was proved" in document([Record(tmp_path / "other")])
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------
@@ -185,7 +203,7 @@ def test_the_parts_of_the_images_are_disjoint_and_stratified():
     data = load_data(DataConfig())
     halves = np.array_split(np.random.default_rng(0).permutation(len(data))[:300], 2)
     weights, arch = map(np.sort, halves)
-    for images in (None, 200):
+    for images in (None, 100):
         roles = divide(data, weights, arch, FinalsConfig(images=images, seed=3))
         parts = [roles.train, roles.judge, roles.verdict]
         assert sum(map(len, parts)) == len(np.unique(np.concatenate(parts))) == sum(len(set(part)) for part in parts)

@@ -9,8 +9,8 @@ from conftest import draw_pixels
 from PIL import Image
 
 from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.datasets import open_source
 from nas_kmix.engine.folders import list_images
-from nas_kmix.engine.sources import open_source
 
 
 def image(path, seed=0):

@@ -2,14 +2,17 @@
 
 import math
 
+import joint_norm
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from tensors import draw, gradients_of
 from torch.nn import functional as F
 
 from darts_space.fast import kernels
-from darts_space.fast.kernels import BatchNorm2d, average_pool, batch_norm, concatenate, copied, product, summed
+from darts_space.fast.kernels import average_pool, concatenate, copied, product, summed
+from darts_space.fast.norm import BatchNorm2d, batch_norm
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5, 7), (1, 3, 1, 9), (2, 5, 1, 1), (8, 1, 3, 3)])
@@ -64,6 +67,19 @@ def test_the_module_counts_its_batches_and_moves_its_statistics():
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("parts", [[(0, 2), (2, 5)], [(0, 0), (0, 5)], [(0, 1), (1, 1), (1, 5)]])
+def test_a_joint_norm_is_that_of_the_whole_batch(parts, server, tmp_path):
+    """Some processes may have no images."""
+    run_ranks(server, len(parts), joint_norm.main, tmp_path, parts)
+    x, weight, bias, grad = joint_norm.inputs()
+    statistics = [torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)]
+    y = F.batch_norm(x, *statistics, weight, bias, True)
+    expected = [y.detach(), *torch.autograd.grad((y * grad).sum(), (x, weight, bias)), *statistics]
+    found = list(zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(len(parts))), strict=True))
+    together = [torch.cat(found[0]), torch.cat(found[1]), sum(found[2]), sum(found[3]), found[4][0], found[5][-1]]
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-12)
 
 
 def test_a_single_pixel_is_refused_while_training():

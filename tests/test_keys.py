@@ -13,6 +13,7 @@ from conftest import draw_pixels
 
 import search
 import train_eval
+from darts_space import GENOTYPES, read_genotype
 from nas_kmix.analysis import landscape
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.augment import Augmentation
@@ -20,21 +21,26 @@ from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import load_data
 from nas_kmix.engine.keys import identity
-from nas_kmix.pipeline import network, proxy, scorer, scores
+from nas_kmix.pipeline import finals, network, proxy, scorer, scores
 from nas_kmix.pipeline import search as search_stage
+from nas_kmix.pipeline.candidates import Candidate
 from nas_kmix.scores import ScoreTable
 from nas_kmix.splits import divide, other_splits
 
 # What changes no result: places, reporting, what is run at all, and sizes that bound memory alone.
 SEARCH = {
     *("preset", "out", "stop_after", "given.scorer", "given.scores", "given.proxy", "export_list", "fresh", "report"),
-    *("jobs", "input.data_root", "scoring.batch_size", "search.cuda_graphs"),
+    *("with_finals", "jobs", "quiet", "input.data_root", "scoring.batch_size", "search.cuda_graphs"),
+    *("invocation.config", "invocation.dry_run"),
 }
-TRAIN = {*("preset", "out", "fresh", "skip_bad", "report", "eval_only", "export"), "input.data_root"}
+TRAIN = {
+    *("preset", "out", "fresh", "quiet", "skip_bad", "report", "eval_only", "export", "export_raw", "input.data_root"),
+    *("invocation.config", "invocation.dry_run"),
+}
 DEVICE = {f"device.{field.name}" for field in fields(DeviceConfig)}  # a run may go on on another device
 # Filled in from the fields `augmentation` and `seed` of the whole.
 FILLED = {*(f"{part}.seed" for part in ("scorer", "scoring", "selection", "search")), "scorer.augmentation"}
-FILLED |= {"search.augmentation"}
+FILLED |= {"search.augmentation", "finals.augmentation", "finals.seed", "finals.jobs", "search.jobs"}
 # Values to change a field to, where neither the next number nor the opposite will do.
 OTHER = {
     "device.amp": "bf16",
@@ -42,11 +48,15 @@ OTHER = {
     "eval_only": Path("last.pt"),
     "export": Path("net.pt2"),
     "export_list": Path("list.tsv"),
+    "invocation.config": Path("config.json"),
     "given.proxy": Path("proxy.json"),
     "given.scorer": Path("scorer.pt"),
     "given.scores": Path("scores.npz"),
     "preset": "cpu",
     "stop_after": "proxy",
+    "candidates": ("DARTS_V1",),
+    "finals.channels": 10,
+    "finals.images": 5,
     "augmentation.color_jitter": (0.1, 0.0, 0.0, 0.0),
     "augmentation.crop_padding": 5,
     "input.image_size": 64,
@@ -138,7 +148,7 @@ def another(name, value):
 
 
 def search_keys(config):
-    """The keys of all four stages, of a search that finds nothing in its folder."""
+    """The keys of all five stages, of a search that finds nothing in its folder."""
     config = config.spread()
     data = load_data(config.input)
     model = build_backbone(config.scorer.backbone, num_classes=data.num_classes, seed=0)
@@ -146,11 +156,16 @@ def search_keys(config):
     table = ScoreTable(np.arange(len(data)), data.labels, losses)
     halves = search_stage.Halves.of_all_images(data, config.selection.arch_share, seed=0)
     halves = replace(halves, weights=halves.weights[::2], arch=halves.arch[::2])
+    roles = finals.divide(data, halves.weights, halves.arch, config.finals)
+    given = {text: read_genotype(text) for text in config.candidates}
+    searched = [Candidate(GENOTYPES["PC_DARTS_cifar"], "bilevel", 0, 1)]
+    entrants = finals.entrants(searched, {}, given, config.finals, data)
     return [
         scorer.key(config.scorer, data),
         scores.key(config.scoring, scorer.Scorer(model, data, None), data),
         proxy.key(config.selection, table, data),
         search_stage.key(config.search, halves, data),
+        finals.key(config.finals, entrants, roles, data),
     ]
 
 

@@ -13,7 +13,7 @@ import search
 import train_eval
 from nas_kmix.analysis import robustness
 from nas_kmix.engine.cli import with_home
-from nas_kmix.engine.sources import located
+from nas_kmix.engine.datasets import located
 
 TRAIN = shlex.split(
     "--threads 1 --device cpu -j 0 --genotype PC_DARTS_cifar --channels 2 --layers 3 --no-auxiliary --epochs 1 "

@@ -31,16 +31,20 @@ from nas_kmix.analysis.report import page as page_module
 from nas_kmix.analysis.report.charts import Scale, Series, histogram, line_chart, scale_of, stacked_bars
 from nas_kmix.analysis.report.drawings import PAGE_COLOURS, drawing
 from nas_kmix.analysis.report.markup import Markup, number, table, tag
+from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.page import document
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.analysis.table_picture import FALL, RISE, panel_figure
-from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.data import DataConfig, load_data, open_data
+from nas_kmix.engine.progress import duration
 from nas_kmix.pipeline.scorer import load_scorer
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 from nas_kmix.scoring import ScoringConfig, redraw, score_dataset
 
-IDS = {"cells", "search", "proxy", "mixes", "cost", "compare", "landscape", "robustness"}
+OF_A_SEARCH = {"cells", "search", "finals", "proxy", "mixes", "cost"}
+OF_A_NETWORK = {"cells", "training", "mixes", "cost", "landscape", "robustness"}
+OF_BOTH = {"compare", *OF_A_SEARCH, *OF_A_NETWORK}
 NAMES = ('<script>alert("ant")</script>', "b&amp;'ee'", "</style><img src=http://wasp.example/x>")
 TINY = shlex.split(
     "--threads 1 --device cpu -j 0 --no-finals --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 6 --ratio .4 "
@@ -175,9 +179,9 @@ def test_remote_references_are_seen():
 def test_every_section_is_there_once_and_linked(written):
     found = Page(written)
     assert [attributes["id"] for attributes in found.of("section")].count("cells") == 1
-    assert {attributes["id"] for attributes in found.of("section")} == IDS
-    assert {attributes["href"] for attributes in found.of("a")} == {f"#{name}" for name in IDS}
-    assert all(len(found.text[name].strip()) > 20 for name in IDS)
+    assert {attributes["id"] for attributes in found.of("section")} == OF_A_SEARCH
+    assert {attributes["href"] for attributes in found.of("a")} == {f"#{name}" for name in OF_A_SEARCH}
+    assert all(len(found.text[name].strip()) > 20 for name in OF_A_SEARCH)
 
 
 def test_everything_drawn_says_what_it_is(written):
@@ -191,7 +195,7 @@ def test_names_from_files_stay_text(written, searched):
     found = Page(written)
     assert "script" not in {name for name, _ in found.tags} and "i" in {name for name, _ in found.tags}
     assert NAMES[0] in found.text["proxy"] and NAMES[1] in found.text["mixes"] + found.text["proxy"]
-    assert str(searched) in found.text["landscape"]
+    assert searched.name in found.text[None]
 
 
 def test_text_is_escaped_unless_it_is_markup():
@@ -261,7 +265,10 @@ def test_curves_end_where_the_metrics_do(written, searched):
     for name, column in (("training", "loss"), ("validation", "val_loss"), ("training", "accuracy")):
         assert f"{name} {number(float(last[column]))}" in shown
     for cell in ("normal", "reduce"):
-        assert number(float(last[f"entropy_{cell}"]), 7) in shown and number(float(last[f"margin_{cell}"]), 2) in shown
+        below = math.log(8) - float(last[f"entropy_{cell}"])  # metrics.csv holds seven digits of the entropy
+        found = [float(text) for text in re.findall(r"at the end ([\d.e-]+) \(normal cell\) and ([\d.e-]+)", shown)[0]]
+        assert any(value == pytest.approx(below, abs=2e-6, rel=0.05) for value in found)
+        assert number(float(last[f"margin_{cell}"]), 2) in shown
 
 
 def test_scores_reliability_and_overlap(written, searched):
@@ -316,6 +323,9 @@ def test_the_ledger_and_the_speed_up(written, searched):
     found, ledger = Page(written), json.loads((searched / "cost.json").read_text())
     proxy = json.loads((searched / "proxy.json").read_text())
     for stage, bill in ledger["stages"].items():
+        if stage == "finals":
+            assert bill["wall_s"] == 0  # nothing to show
+            continue
         seconds, _, forward, backward, memory = found.row(stage)
         assert seconds == number(bill["wall_s"]) and memory == f"{bill['peak_rss_bytes'] / 2**30:.2f}"
         assert [forward, backward] == [f"{bill['images_forward']:,}", f"{bill['images_backward']:,}"]
@@ -344,13 +354,13 @@ def test_a_search_of_an_earlier_version_is_shown_by_epoch(copy, cheap):
 
 def test_a_trained_network(trained):
     found = Page((trained / "report.html").read_text(encoding="utf-8"))
-    assert {attributes["id"] for attributes in found.of("section")} == IDS
+    assert {attributes["id"] for attributes in found.of("section")} == OF_A_NETWORK
     result = json.loads((trained / "result.json").read_text())
     shown = found.row("trained here: cifar, C=2, L=3")
     assert shown == [f"{result[key]:,}" for key in ("params_without_aux", "params", "macs", "macs_published")]
     assert f"{100 * result['last']['test_accuracy']:.2f} %" in found.text[None]
-    assert f"test {number(result['last']['test_accuracy'])}" in found.text["search"]
-    assert len(found.of("img")) == 8 and "no proxy" not in found.text["proxy"]
+    assert f"test {number(result['last']['test_accuracy'])}" in found.text["training"]
+    assert len(found.of("img")) == 8 and str(trained) in found.text["landscape"]
 
 
 def test_a_genotype_is_named_as_shortly_as_can_be():
@@ -393,13 +403,13 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
     assert len(set(short.values())) == len(folders)
     text = document([Record(folder) for folder in folders])
     found = Page(text)
-    assert list(remote_references(text)) == [] and {one["id"] for one in found.of("section")} == IDS
+    assert list(remote_references(text)) == [] and {one["id"] for one in found.of("section")} == OF_BOTH
     seconds = sum(bill["wall_s"] for bill in json.loads((searched / "cost.json").read_text())["stages"].values())
     assert found.row(short[searched])[-2] == f"{number(seconds)} s"
     accuracies = [result["last"]["test_accuracy"], 0.5]
     for folder, accuracy in zip((trained, again), accuracies, strict=True):
         row = found.row(short[folder])
-        assert row[2] == f"{100 * accuracy:.2f} %" and row[-1] == f"{number(seconds)} s"
+        assert row[0] == "tiny.npz, test" and row[3] == f"{100 * accuracy:.2f} %" and row[-1] == f"{number(seconds)} s"
     spread = f"{100 * np.mean(accuracies):.2f} % ± {100 * np.std(accuracies, ddof=1):.2f}"
     assert spread in found.row("mean of 2")
     entries = [
@@ -409,7 +419,50 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
     (row,) = [row for row in found.tables if row and row[0].startswith("2  ")]
     assert row == [f"2  {short[other]}", str(len(entries[0] & entries[1])), "–"]
     labels = [one["aria-label"] for one in found.of("svg") if "aria-label" in one]
-    assert "Accuracy against the all-in cost of the search" in labels
+    assert "Accuracy on tiny.npz, test, against the all-in cost of the search" in labels
+
+
+def test_accuracies_on_other_images_share_neither_axis_nor_mean(searched, trained, tmp_path, cheap):
+    """One network is measured on validation images, another on other data; all have one search and differ in seed."""
+    result = json.loads((trained / "result.json").read_text())
+    last = {name: value for name, value in result["last"].items() if not name.startswith("test_")}
+    without = changed(trained, tmp_path / "val-only", "result.json", last=last, best=last)
+    config = json.loads((trained / "config.json").read_text())
+    other = changed(trained, tmp_path / "other-data", "config.json", input={**config["input"], "data": "/sets/flowers"})
+    found = Page(document([Record(folder) for folder in (searched, trained, without, other)]))
+    assert [found.row(folder.name)[0] for folder in (trained, without, other)] == [
+        "tiny.npz, test", "tiny.npz, validation", "flowers, test"
+    ]  # fmt: skip
+    charts = [one["aria-label"] for one in found.of("svg") if "all-in cost" in one.get("aria-label", "")]
+    assert [label.split("Accuracy on ")[1].split(", against")[0] for label in charts] == [
+        "flowers, test", "tiny.npz, test", "tiny.npz, validation"
+    ]  # fmt: skip
+    assert not [row for row in found.tables if row and row[0].startswith("mean of")]
+    assert "Accuracy on the test images" not in found.text["compare"]
+
+
+def test_a_network_without_test_images_is_called_validated(trained, tmp_path, cheap):
+    result = json.loads((trained / "result.json").read_text())
+    last = {name: value for name, value in result["last"].items() if not name.startswith("test_")}
+    folder = changed(trained, tmp_path / "val-only", "result.json", last=last)
+    heading = Page(document([Record(folder)])).text[None]
+    assert "validation accuracy, last epoch" in heading and "test accuracy" not in heading
+
+
+def test_a_backbone_trained_without_mixing_has_no_cells_and_no_mixes(trained, tmp_path, cheap):
+    config = json.loads((trained / "config.json").read_text())
+    network = {**config["network"], "genotype": None, "backbone": "tiny"}
+    folder = changed(trained, tmp_path / "net", "config.json", network=network, mix={**config["mix"], "mix": "none"})
+    sections = {one["id"] for one in Page(document([Record(folder)])).of("section")}
+    assert sections == OF_A_NETWORK - {"cells", "mixes"}
+
+
+def test_the_heading_says_when_and_how_long_and_what_is_estimated(written, searched):
+    found = Page(written)
+    began = json.loads((searched / "env.json").read_text())["date"]
+    seconds = sum(bill["wall_s"] for bill in json.loads((searched / "cost.json").read_text())["stages"].values())
+    assert f"Began on {began[:10]} {began[11:16]} UTC, took {duration(seconds)}" in found.text[None]
+    assert "estimated, all in" in found.text[None] and "which was not run" in found.text["cost"]
 
 
 def test_random_genotypes_share_as_many_edges_as_the_page_says():
@@ -423,7 +476,7 @@ def test_a_page_too_large_leaves_out_and_says_so(searched, trained, monkeypatch,
     monkeypatch.setattr(page_module, "LARGEST_PAGE", 150_000)
     text = document(records)
     assert "Left out, as the page would be too large" in text and len(text.encode()) < 250_000
-    assert {one["id"] for one in Page(text).of("section")} == IDS
+    assert {one["id"] for one in Page(text).of("section")} == OF_BOTH
 
 
 # -- faults become sentences -------------------------------------------------------------------------------------------
@@ -450,7 +503,7 @@ def test_a_file_that_is_missing_or_damaged_is_a_sentence(name, copy, cheap):
         if (new := change(content)) is not None:
             (copy / name).write_bytes(new)
         found = Page(document([Record(copy)]))
-        assert {one["id"] for one in found.of("section")} == IDS, damage
+        assert {one["id"] for one in found.of("section")} == OF_A_SEARCH, damage
         said = " ".join(found.text.values())
         if damage == "missing":
             assert f"There is no {name} in {copy}." in said
@@ -460,7 +513,7 @@ def test_a_file_that_is_missing_or_damaged_is_a_sentence(name, copy, cheap):
 
 def test_an_empty_folder_is_a_page_of_sentences(tmp_path):
     found = Page(document([Record(tmp_path)]))
-    assert {one["id"] for one in found.of("section")} == IDS and not found.of("svg") and not found.of("img")
+    assert {one["id"] for one in found.of("section")} == OF_A_SEARCH and not found.of("svg") and not found.of("img")
 
 
 def test_data_that_is_gone_or_changed_shows_no_images(copy, npz, tmp_path, cheap):
@@ -517,7 +570,7 @@ def test_a_report_older_than_its_results_is_written_anew(copy, npz):
     report_of_proxy.write_text("of a run that ended with its proxy")
     os.utime(report_of_proxy, (0, 0))
     assert search.main(argv) == 0
-    assert IDS - {"compare", "landscape", "robustness"} <= Page(report_of_proxy.read_text()).text.keys()
+    assert Page(report_of_proxy.read_text()).text.keys() >= OF_A_SEARCH
     report_of_proxy.write_text("newer than all results")
     assert search.main(argv) == 0
     assert report_of_proxy.read_text() == "newer than all results"
@@ -569,6 +622,41 @@ def test_landscape_and_robustness_where_their_files_are(copy, cheap):
     assert "net.npz" in found.text["landscape"] and "robustness.csv cannot be used" in found.text["robustness"]
 
 
+def test_the_folder_of_an_analysis_is_shown_when_it_is_passed(searched, tmp_path, cheap):
+    axis, rng = np.linspace(-0.5, 0.5, 5), np.random.default_rng(0)
+    arrays = {"axis": axis, "slice_axis": axis, "sigmas": np.array([0.01, 0.02]), "loss": np.array(1.25)}
+    arrays |= {"surface": rng.random((5, 5)), "slice": rng.random(5), "noise": rng.random((3, 2))}
+    (tmp_path / "around").mkdir()
+    np.savez(tmp_path / "around" / "net.npz", **arrays, eigenvalues=np.array([12.5, 3.5]))
+    (tmp_path / "attacks").mkdir()
+    (tmp_path / "attacks" / "grey.csv").write_text("run,threat,fgsm_accuracy\nnet,grey,0.5\n")
+    records = [Record(folder) for folder in (searched, tmp_path / "around", tmp_path / "attacks")]
+    found = Page(document(records))
+    assert {one["id"] for one in found.of("section")} == {*OF_A_SEARCH, "landscape", "robustness"}
+    assert "largest eigenvalues 12.5 and 3.5" in found.text["landscape"]
+    assert found.row("net") == ["grey", "50.00 %"] and "There is no" not in found.text["landscape"]
+    alone = Page(document(records[1:2]))
+    assert {one["id"] for one in alone.of("section")} == {"landscape"}
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_wordnet_ids_are_spelt_out_where_a_list_knows_them(tmp_path):
+    ids = ("n01443537", "n02123045", "n02124075", "other")
+    for name in ids:
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / "train" / name / "0.png")
+    data = open_data(DataConfig(data=str(tmp_path / "set")))
+    assert spoken(data) == ids
+    lines = ["n01443537\tgoldfish, Carassius auratus", "n02123045\tcat, tabby", "n02124075\tcat", "x"]
+    (tmp_path / "set" / "words.txt").write_text("\n".join(lines))
+    assert spoken(data) == ("goldfish", "cat (n02123045)", "cat (n02124075)", "other")
+    (tmp_path / "set" / "words.txt").unlink()
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01443537 goldfish, Carassius auratus\n")
+    assert spoken(data) == ("goldfish", *ids[1:])
+
+
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
@@ -583,6 +671,26 @@ def test_ticks_are_few_round_and_inside(log):
         assert all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in ticks)
         steps = np.diff(np.log10(ticks) if log else ticks)
         np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+
+
+def test_no_two_ticks_read_alike():
+    for low, high in ((2.0794401, 2.0794415), (0, 3e-7), (99_990, 100_010), (-1e-4, 2e-4)):
+        scale = Scale(low, high, 0, 1)
+        labels = scale.labels(scale.ticks())
+        assert len(set(labels)) == len(labels) > 1, labels
+    assert Scale(0, 1, 0, 1).labels([0, 0.5, 1.0]) == ["0", "0.5", "1"]
+
+
+def test_names_below_bars_do_not_overlap():
+    for classes in (3, 10, 30):
+        names = [f"a long class name {i}" for i in range(classes)]
+        found = Page(stacked_bars("t", names, {"a": [1] * classes}, "class"))
+        middle = [float(one["x"]) for one in found.of("text") if one["class"] == "tick middle"]
+        if classes > 3:
+            assert len(middle) in (0, classes)
+        room = min(np.diff(middle), default=math.inf)
+        shown = re.findall(r">(a[^<]*)</text>", str(stacked_bars("t", names, {"a": [1] * classes}, "class")))
+        assert all(6 * len(name) < room for name in shown)
 
 
 def test_whole_numbers_have_whole_ticks():

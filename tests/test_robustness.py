@@ -22,7 +22,7 @@ from nas_kmix.analysis.measures import attacked_accuracy, natural_accuracy, of_k
 from nas_kmix.analysis.robustness import AttackConfig, make_attack
 from nas_kmix.analysis.runs import InputConfig, load_images, subset
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.sources import open_class_folders
+from nas_kmix.engine.datasets import open_class_folders
 
 EPS = 8 / 255
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -23,7 +23,7 @@ from nas_kmix.engine import run as run_module
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_device
 from nas_kmix.engine.files import TEMPORARY_SUFFIX
 from nas_kmix.engine.keys import StageMismatchError, check_key, stage_key
-from nas_kmix.engine.ledger import peak_rss_bytes
+from nas_kmix.engine.ledger import Ledger, peak_rss_bytes
 from nas_kmix.engine.run import Run, StoppedError, checkpoint_name
 
 STAGES = ("scorer", "scoring", "search")
@@ -483,3 +483,12 @@ def test_environment_is_json():
 def test_environment_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert compute_module.environment(torch.device("cpu"))["commit"] is None
+
+
+def test_the_bills_of_a_version_with_fewer_stages_are_kept(tmp_path):
+    old = Ledger(tmp_path / "cost.json", ("scorer", "search"))
+    with old.billing("search") as cost:
+        cost.images_forward += 7
+    new = Ledger(tmp_path / "cost.json", ("scorer", "search", "finals"))
+    new.read_back()
+    assert new.costs["search"].images_forward == 7 and new.costs["finals"].wall_s == 0

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,6 +249,18 @@ def test_every_evaluated_epoch_is_told(npz, tmp_path, capsys):
             assert f", {title} {100 * float(row[name]):.1f} %" in line
 
 
+def test_evaluation_at_another_size_is_what_was_asked_for(npz, alone, capsys):
+    argv = [*SMALL[:7], "--data", str(npz), "--eval-only", str(alone[0] / "last.pt")]
+    found = train_eval.run(train_eval.parse([*argv, "--image-size", "24"]))
+    assert "images of 24 px" in capsys.readouterr().out and found["val_loss"] != alone[1]["last"]["val_loss"]
+    train = load_data(DataConfig(data=str(npz)))
+    data = load_data(DataConfig(data=str(npz)), split="val", like=replace(train, image_size=24))
+    model = load_network(alone[0] / "last.pt")
+    with torch.no_grad():
+        hits = (model(train.normalise(data.images)).argmax(1).numpy() == data.labels).mean()
+    assert data.images.shape[-1] == 24 and found["val_accuracy"] == pytest.approx(hits)
+
+
 def test_a_backbone_is_trained_and_its_checkpoint_evaluated(npz, tmp_path):
     flags = ["--device", "cpu", "--threads", "1", "--data", str(npz)]
     argv = [*flags, "--backbone", "tiny", "--epochs", "1", "--mix", "dcutmix", "--drop-path", ".2"]
@@ -275,8 +288,8 @@ def test_the_exported_program_agrees_with_the_model(npz, alone, tmp_path):
     program, model = torch.export.load(tmp_path / "net.pt2").module(), load_network(folder / "best.pt")
     data = load_data(DataConfig(data=str(npz)))
     for n in (1, 7):
-        images = data.normalise(data.images[:n])
-        torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-5)
+        images = data.images[:n]  # uint8, which the program normalises
+        torch.testing.assert_close(program(images), model(data.normalise(images)), rtol=1e-5, atol=1e-5)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -303,7 +316,6 @@ def test_other_settings_are_refused_and_nothing_changes(npz, alone, tmp_path, ca
         (["--genotype", "PC_DARTS_cifar", "--max-macs", "many"], "many"),
         (["--genotype", "PC_DARTS_cifar", "--train-images", "1000"], "--train-images 1000"),
         (["--genotype", "PC_DARTS_cifar", "--val-share", "1"], "--val-share"),
-        (["--genotype", "PC_DARTS_cifar", "--image-size", "100"], "128"),
         (["--eval-only", "nowhere.pt"], "nowhere.pt"),
         (["--eval-only", "nowhere.pt", "--backbone", "tiny"], "--eval-only"),
         (["--eval-only", "nowhere.pt", "--max-macs", "1M"], "--eval-only reads the network"),
@@ -437,7 +449,7 @@ def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, mon
     """The rest of the last epoch does not read it again, and constants are measured on a part of a large set."""
     cut_in_half(photographs / "train/ant/3.jpg")
     flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2]
-    monkeypatch.setattr(data_module, "_measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
+    monkeypatch.setattr(data_module.augment, "measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
     with monkeypatch.context() as patch:
         met, read = [], Source.read
 

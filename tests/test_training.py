@@ -332,7 +332,7 @@ def test_bad_images_are_left_out(tmp_path, image_folder, monkeypatch, max_reside
     """Whether they are known beforehand or, as in large streamed sets, found on the way; a bad batch is skipped."""
     folder = image_folder(classes=tuple("abc"), truncated=("train/a/1.png", "train/c/3.png"))
     if not known:
-        monkeypatch.setattr(data_module, "_measure_constants", lambda data: ((0.5,) * 3, (0.3,) * 3))
+        monkeypatch.setattr(data_module.augment, "measure_constants", lambda data: ((0.5,) * 3, (0.3,) * 3))
     data, seen = load_data(DataConfig(data=str(folder), max_resident_gb=max_resident_gb)), []
 
     def counting(images, labels, rng):

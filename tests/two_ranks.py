@@ -1,6 +1,6 @@
-"""What each process of `torchrun` runs in test_distributed.py; alone, it is the single process to compare with."""
+"""What each process runs in test_distributed.py; alone, it is the single process to compare with."""
 
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from darts_space import GENOTYPES, CifarNetwork
+from darts_space.fast.norm import join_norms
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import ImageData
@@ -61,30 +62,23 @@ def mix(images, labels, rng):
     return torch.lerp(images[partner], images, weight), torch.lerp(one_hot[partner], one_hot, weight)
 
 
+def trained(network, run, stage, recipe, epochs=3, **options):
+    """The states of a network and of its average after a training."""
+    config = OptimConfig(epochs=epochs, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
+    options |= {"mix": mix, "seed": 0, "run": run, "stage": stage, "key": stage_key(stage, {}, {}), "recipe": recipe}
+    average = train(network, make_data(17), config, Augmentation(cutout=8), **options).model
+    return {"model": network.state_dict(), "average": average.state_dict()}
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    with joined(CPU) as world, Run(out, stages=("train",), world=world) as run:
+    with joined(CPU) as world, Run(out, stages=("train", "joint"), world=world) as run:
         run.log = RecordedLog(out, writes=world.main)
         evaluations = [evaluate(make_network(), make_data(n), world=world, batch_size=3) for n in SIZES]
-        network = frozen_double(make_network())
         recipe = Recipe(grad_clip=1.0, label_smoothing=0.1, drop_path=0.3, ema=0.8, accumulate=2)
-        config = OptimConfig(epochs=3, batch_size=8, lr=0.1)  # 17 images: 8, 8 and 1, which leaves a process without
-        key = stage_key("train", {}, {})
-        trained = train(
-            network,
-            make_data(17),
-            config,
-            Augmentation(cutout=8),
-            mix=mix,
-            seed=0,
-            run=run,
-            stage="train",
-            key=key,
-            recipe=recipe,
-        )
-        state = {"model": network.state_dict(), "average": trained.model.state_dict()}
-        files.save_tensors(out / f"rank{world.rank}.pt", {**state, "curve": run.log.curve, "evaluations": evaluations})
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        state = trained(frozen_double(make_network()), run, "train", recipe) | {"curve": run.log.curve}
+        network, recipe = make_network().double(), replace(recipe, accumulate=1)  # BatchNorm sees each part alone
+        if world.size > 1:
+            join_norms(network)
+        state["joint"] = trained(network, run, "joint", recipe, epochs=1, joint_norms=world.size > 1)
+        files.save_tensors(out / f"rank{world.rank}.pt", {**state, "evaluations": evaluations})

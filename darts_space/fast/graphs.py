@@ -6,7 +6,7 @@ to run them; replaying a recording takes one launch. The arithmetic is that of `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class GraphedSearch(Search):
         arch_step = super().arch_step
         return self._replay("arch_step", lambda batch: arch_step(batch, batch), val_batch)
 
-    def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         return self._replay("arch_gradient", super().arch_gradient, val_batch)
 
     def _replay(self, name: str, function: Callable[[Batch], Any], batch: Batch) -> Any:

@@ -1,12 +1,11 @@
 """Operations that PyTorch has too, but not fast, lean or accurate enough on a CPU.
 
-Products with narrow matrices, copies and sums of channels, the average pool and BatchNorm; `separable` has the
-separable convolutions. Other devices compute all of them with PyTorch's kernels. Separable convolutions and BatchNorm
-are differentiable only once: create_graph=True is refused.
+Products with narrow matrices, copies and sums of channels, and the average pool; `separable` has the separable
+convolutions, `norm` has BatchNorm. Other devices compute all of them with PyTorch's kernels. Separable convolutions and
+BatchNorm are differentiable only once: create_graph=True is refused.
 
 Products, copies and sums take tensors (N, H, W, C), which are channels_last tensors seen from the other side: a 1x1
-convolution is a matrix product over the last axis. The pool, BatchNorm and `concatenate` take (N, C, H, W), as
-PyTorch's do.
+convolution is a matrix product over the last axis. The pool and `concatenate` take (N, C, H, W), as PyTorch's do.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ import itertools
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 OURS = {"cpu"}
 """Devices on which the implementations here are used; on others each is a few calls to PyTorch."""
-
-EPSILON = 1e-5  # this and the next are nn.BatchNorm2d's
-MOMENTUM = 0.1
 
 
 def pointwise_convolution(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
@@ -128,86 +124,6 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     window = x.new_ones(x.shape[1], 1, 3, 3)
     pixels = F.conv2d(x.new_ones(1, 1, *x.shape[2:]), window[:1], None, stride, 1)
     return F.conv2d(x, window, None, stride, 1, groups=len(window)) / pixels
-
-
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    training: bool,
-) -> Tensor:
-    """nn.BatchNorm2d on x (N, C, H, W) in channels_last; while training the running statistics move in place.
-
-    Raises ValueError while training on a single pixel, which has no variance.
-    """
-    count = x.numel() // x.shape[1]
-    if training and count == 1:
-        raise ValueError("BatchNorm cannot normalise a single pixel while training; use a larger batch or images.")
-    weight = None if weight is None else weight.contiguous()  # PyTorch's gradient by x is wrong otherwise, on a CPU
-    if not training or x.device.type not in OURS:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPSILON)
-    y, mean, var = _BatchNorm.apply(x, weight, bias)
-    with torch.no_grad():
-        running_mean.lerp_(mean, MOMENTUM)
-        running_var.lerp_(var * (count / (count - 1)), MOMENTUM)
-    return y
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, computed by `batch_norm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.num_batches_tracked += 1
-        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=self.training)
-
-
-class _BatchNorm(torch.autograd.Function):
-    """BatchNorm's training pass on a CPU: as fast as PyTorch's, its float32 sums ten to thirty times as accurate.
-
-    PyTorch sums a channels_last tensor pixel by pixel, each channel in a single float32: after 65,536 pixels the fifth
-    digit is wrong. Here each column of the image counts as a channel of its own, so that each sum is shorter by the
-    width of the image; the sums of the columns are added up afterwards.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.contiguous(memory_format=torch.channels_last)
-        by_column = torch.ops.aten.batch_norm_update_stats(_columns(x), None, None, 0.0)
-        means, variances = (values.view(x.shape[3], -1) for values in by_column)
-        between, mean = torch.var_mean(means, 0, correction=0)
-        var = variances.mean(0) + between
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return F.batch_norm(x, mean, var, weight, bias, eps=EPSILON), mean, var
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        refuse_to_be_differentiated_twice()
-        x, weight, mean, var = ctx.saved_tensors
-        grad, width = grad.contiguous(memory_format=torch.channels_last), x.shape[3]
-        statistics = (value.expand(width, -1).contiguous().flatten() for value in (mean, var))  # `repeat`, but faster
-        _, *sums = torch.ops.aten.native_batch_norm_backward(
-            _columns(grad), _columns(x), None, *statistics, None, None, False, EPSILON, [False, True, True],
-        )  # fmt: skip
-        sums = torch.stack(sums).view(2, width, -1).sum(1)  # of grad * normalised x, and of grad
-        scale = (var + EPSILON).rsqrt()
-        if weight is not None:
-            scale = scale * weight
-        # The gradient through mean and variance removes the mean of grad and its correlation with the normalised x.
-        by_x = F.batch_norm(x, mean, var, *(sums * (scale * (-x.shape[1] / x.numel()))), eps=EPSILON)
-        by_x.addcmul_(grad, scale.to(grad.dtype)[:, None, None])
-        return by_x, *(part if needed else None for part, needed in zip(sums, ctx.needs_input_grad[1:], strict=True))
-
-
-def _columns(x: Tensor) -> Tensor:
-    """x (N, C, H, W), in channels_last, as (1, W * C, N * H, 1), in channels_last too; float32 at least."""
-    x = x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32))
-    return x.reshape(1, -1, 1, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)
 
 
 def refuse_to_be_differentiated_twice() -> None:

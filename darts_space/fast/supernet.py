@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from darts_space.cell import EDGES, PRIMITIVES, STATES, edge_rows
 from darts_space.fast import kernels
 from darts_space.fast.conversion import from_plain
-from darts_space.fast.kernels import BatchNorm2d, average_pool, batch_norm, pointwise_convolution, product, summed
+from darts_space.fast.kernels import average_pool, pointwise_convolution, product, summed
+from darts_space.fast.norm import BatchNorm2d, batch_norm
 from darts_space.fast.separable import batch_to_space, separable_convolution, space_to_batch
 from darts_space.plain import PlainCell
 from darts_space.search_network import SearchNetwork
@@ -54,6 +55,9 @@ class StateEdges(nn.Module):
 
     Channels are ordered by (kernel size, state, node, channel), where there are several of each.
     """
+
+    joint = False
+    """Whether the norms take the batches of all processes for a single one; `join_norms` says so."""
 
     def __init__(self, states: tuple[int, ...], channels: int, partial: int, stride: int):
         super().__init__()
@@ -106,7 +110,7 @@ class StateEdges(nn.Module):
         planes = front.permute(0, 3, 1, 2)
         pools = torch.cat([F.max_pool2d(planes, 3, self.stride, 1), average_pool(planes, self.stride)], dim=1)
         mean, var = self.running_pools_mean.view(-1), self.running_pools_var.view(-1)
-        pools = batch_norm(pools, mean, var, training=self.training).permute(0, 2, 3, 1)
+        pools = batch_norm(pools, mean, var, training=self.training, joint=self.joint).permute(0, 2, 3, 1)
         mixed = self._spread(pools, pools_weight.reshape(1, -1, self.targets), self.own_channel)
 
         front = F.relu(front)
@@ -137,7 +141,7 @@ class StateEdges(nn.Module):
         """BatchNorm of all edges' channels, whose running statistics start at `row`, and a ReLU if `rectified`."""
         rows = slice(row, row + x.shape[3] // self.running_mean[0].numel())
         mean, var = self.running_mean[rows].view(-1), self.running_var[rows].view(-1)
-        y = batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training)
+        y = batch_norm(x.permute(0, 3, 1, 2), mean, var, scale, training=self.training, joint=self.joint)
         return (F.relu(y, inplace=True) if rectified else y).permute(0, 2, 3, 1)  # in place on a view would cost a copy
 
     def _sum(self, x: Tensor, kernel_sizes: int = 2) -> Tensor:

@@ -25,7 +25,7 @@ from nas_kmix.analysis.cell_picture import draw_cells
 from nas_kmix.analysis.description import describe
 from nas_kmix.analysis.figures import PICTURES, save_figure
 from nas_kmix.engine import files
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 
 FORMS = {".json": "json", ".txt": "text"}
 
@@ -90,9 +90,8 @@ def _title(source: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, and 2 with a sentence where something cannot be read or written."""
-    config = with_home(tyro.cli(Config, args=argv, description=__doc__))
     try:
-        if text := run(config):
+        if text := run(parse_flags(Config, argv, __doc__)):
             print(text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

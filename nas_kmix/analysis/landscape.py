@@ -43,7 +43,7 @@ from nas_kmix.analysis.objective import (
 )
 from nas_kmix.analysis.runs import InputConfig, load_images, open_runs, subset
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, stage_key
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 (a full disk), 2 (bad usage), 130 and 143 (signals)."""
 
     def work() -> None:
-        print(table(run(with_home(tyro.cli(Config, args=argv, description=__doc__)))))
+        print(table(run(parse_flags(Config, argv, __doc__))))
 
     return cli.exit_code(work, lambda error: "Start over with --fresh, or choose another --out.")
 

@@ -5,6 +5,7 @@ In:  what `read_landscape` returns, by the network's name. Losses that are not f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,18 @@ Landscapes = Mapping[str, Mapping[str, Any]]
 
 
 def draw_landscapes(landscapes: Landscapes) -> Figure:
-    """One figure of all networks: their surfaces side by side, below them all slices and all noise curves."""
-    columns = min(MOST_COLUMNS, max(2, len(landscapes)))
-    rows = -(-len(landscapes) // columns)
-    figure = Figure(figsize=(columns * PANEL_INCHES, (rows + 1) * PANEL_INCHES), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(rows, 1))
+    """One figure of all networks: their surfaces side by side, below them all slices and all noise curves.
+
+    A single surface stands beside its curves.
+    """
+    rows = math.ceil(len(landscapes) / MOST_COLUMNS)
+    columns = math.ceil(len(landscapes) / rows)
+    if len(landscapes) == 1:
+        figure = Figure(figsize=(3 * PANEL_INCHES, PANEL_INCHES), layout="constrained")
+        above, below = figure.subfigures(1, 2, width_ratios=(1, 2))
+    else:
+        figure = Figure(figsize=(columns * PANEL_INCHES, (rows + 1) * PANEL_INCHES), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(rows, 1))
     limits = _limits(landscapes)
     for place, (name, found) in enumerate(landscapes.items(), start=1):
         axes = above.add_subplot(rows, columns, place, projection="3d")
@@ -60,9 +68,14 @@ def _draw_surface(axes: Axes, found: Mapping[str, Any], limits: tuple[float, flo
     axes.plot_surface(first, second, surface, cmap="cividis", vmin=limits[0], vmax=limits[1], rasterized=True)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color("#ffffff00")
-    axes.locator_params(nbins=3)
-    axes.set(zlim=limits, xlabel="eigenvector 1", ylabel="eigenvector 2", zlabel="loss")
-    axes.set_box_aspect(None, zoom=0.85)  # the layout does not know how far the label of the third axis stands out
+    inside = np.array([-0.6, 0.6]) * found["axis"][-1]  # at the corners the ticks of two axes would meet
+    axes.set(zlim=limits, xticks=inside, yticks=inside)
+    axes.locator_params(axis="z", nbins=3)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("eigenvector 1", labelpad=6)
+    axes.set_ylabel("eigenvector 2", labelpad=6)
+    axes.set_zlabel("loss")
+    axes.set_box_aspect(None, zoom=0.8)  # the layout does not know how far the label of the third axis stands out
 
 
 def _draw_slices(axes: Axes, landscapes: Landscapes) -> None:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nas_kmix.engine import files
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.mixing import DCutMix, DMixup, Mixer, SaliencyDCutMix
 from nas_kmix.rivals import CutMix, Cutout, Mixup
@@ -137,7 +137,7 @@ def run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, and 2 with a sentence where something cannot be read or written."""
     try:
-        run(with_home(tyro.cli(Config, args=argv, description=__doc__)))
+        run(parse_flags(Config, argv, __doc__))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

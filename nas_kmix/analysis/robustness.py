@@ -41,10 +41,11 @@ from nas_kmix.analysis.measures import (
 from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
 from nas_kmix.engine import files
 from nas_kmix.engine.bad_files import BadFiles
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
-from nas_kmix.engine.sources import Source, open_class_folders
+from nas_kmix.engine.datasets import open_class_folders
+from nas_kmix.engine.sources import Source
 
 START = 2  # random stream, beside runs.SUBSET
 Flat = tyro.conf.arg(name="")
@@ -252,7 +253,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 (a full disk), 2 (bad usage), 130 (Ctrl-C; nothing is written then)."""
     try:
-        print(table(run(with_home(tyro.cli(Config, args=argv, description=__doc__)))))
+        print(table(run(parse_flags(Config, argv, __doc__))))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

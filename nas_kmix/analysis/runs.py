@@ -13,7 +13,7 @@ import torch
 from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.engine.sources import located, splits_of
+from nas_kmix.engine.datasets import located, splits_of
 
 SUBSET = 1  # random stream: which images are taken
 
@@ -84,13 +84,13 @@ def check_same_task(first: Classifier, second: Classifier) -> None:
 
 def load_images(config: InputConfig, like: Classifier, *, device: torch.device, workers: int) -> ImageData:
     """The split to analyse, at the image size and in the normalisation of `like`. Raises ValueError."""
-    data = located(config.data) if config.data else _recorded_data(like.path)
+    data, split_seed = (located(config.data), 0) if config.data else _recorded_data(like.path)
     split = config.split
     if split == "auto":
         split = next((name for name in ("test", "val") if name in splits_of(data)), None)
         if split is None:
             raise ValueError(f"--data {data} has neither val nor test images; choose --split train to use those.")
-    chosen = DataConfig(data=data, data_root=config.data_root, image_size=like.image_size)
+    chosen = DataConfig(data=data, data_root=config.data_root, split_seed=split_seed, image_size=like.image_size)
     return like.prepare(load_data(chosen, split=split, device=device, workers=workers, like=like))
 
 
@@ -102,14 +102,16 @@ def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, SUBSET]).choice(good, size=images, replace=False))
 
 
-def _recorded_data(checkpoint: Path) -> str:
+def _recorded_data(checkpoint: Path) -> tuple[str, int]:
+    """`--data` and `--split-seed` of the run that trained the network."""
     record = checkpoint.parent / "config.json"
     try:
-        data = str(files.read_json(record)["input"]["data"])
+        flags = files.read_json(record)["input"]
+        data, split_seed = str(flags["data"]), int(flags.get("split_seed", 0))  # which older runs lack
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{record} does not say what {checkpoint.name} was trained on; give it with --data."
         ) from error
     if located(data) != data and not Path(data).exists():  # a relative path of another folder
         raise ValueError(f"{checkpoint.name} was trained on {data}, which is not here; name it with --data.")
-    return data
+    return data, split_seed

@@ -1,4 +1,7 @@
-"""The command search.py: run the stages in order, and print and write what goes with them."""
+"""Search for an architecture on a proxy dataset, as search.py does: images in, `genotype.json` out.
+
+The stages run in order, and what goes with them is printed and written. The same command again resumes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from torch import Tensor
 
 from darts_space import Genotype, read_genotype
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.commands.summary import of_search
+from nas_kmix.commands import dry_run
+from nas_kmix.commands.summary import of_images, of_search
 from nas_kmix.engine import bad_files, cli
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData, load_data
+from nas_kmix.engine.datasets import located
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
-from nas_kmix.engine.sources import located
 from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
 from nas_kmix.pipeline.stage import obtain
@@ -62,22 +66,19 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
         config.scorer.mix.check_processes(run.world.size)
         if config.fresh:
             run.clear((*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS)))
-        run.say(
-            f"{data.source.name}: {len(data)} training images of {data.num_classes} classes, "
-            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}"
-        )
+        run.say(of_images(data, len(data), config.augmentation))
         if config.report:
             _show_architectures(run)
         try:
             result = _stages(config, data, run)
             run.finish()
-            _list_bad_images(data, run)
+            _list_bad_images(BadFileList([data], run.world), run)
             if config.report and run.world.main and (run.ledger.started or _report_is_old(run)):
                 run.say(write_report_of_run(run.folder, data))
             return result
         except BaseException:
-            if run.ledger.started:  # a refused command leaves the folder as it was
-                _list_bad_images(data, run)
+            if run.ledger.started and run.world.main:  # a refused command leaves the folder as it was
+                _list_bad_images(BadFileList([data]), run)
             raise
 
 
@@ -87,15 +88,14 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     if config.uses_scores:
         trained = None
         if given.scores is None:
-            trained = obtain(scorer, config.scorer, data, run=run, given=given.scorer)
+            trained = scorer.from_elsewhere(given.scorer, config.scorer, data, run=run)
+            trained = trained or obtain(scorer, config.scorer, data, run=run, given=given.scorer)
         if config.stop_after == "scorer":
             return result
         table = obtain(scores, config.scoring, trained, data, run=run, given=given.scores)
         result = replace(result, table=table)
         if config.stop_after == "scores":
             return result
-    if not run.go_on_alone():
-        return result
     if given.proxy is not None and (flags := without_effect(config)):
         run.say(f"with --proxy {given.proxy} these flags have no effect: {', '.join(flags)}")
     if given.proxy == ALL_IMAGES:
@@ -103,7 +103,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     else:
         file = None if given.proxy is None else locate(given.proxy)
         chosen = obtain(proxy, config.selection, result.table, data, run=run, given=file)
-        if config.export_list is not None:
+        if config.export_list is not None and run.world.main:
             chosen.export_list(config.export_list)
         result = replace(result, proxy=chosen)
         if config.stop_after == "proxy":
@@ -147,8 +147,8 @@ def _report_is_old(run: Run) -> bool:
     return not report.exists() or any(path.stat().st_mtime > report.stat().st_mtime for path in results)
 
 
-def _list_bad_images(data: ImageData, run: Run) -> None:
-    if run.world.main and (count := BadFileList([data]).write(run.folder)):
+def _list_bad_images(bad: BadFileList, run: Run) -> None:
+    if count := bad.write(run.folder):
         path = run.path(bad_files.FILE)
         run.say(f"warning: {count} files cannot be read and are left out; {path} lists them")
 
@@ -182,6 +182,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         nonlocal config
         config = parse(argv, description)
+        if config.invocation.dry_run:
+            return print("\n".join(dry_run.of_search(config)))
         result = run(config)
         if is_main():
             print(of_search(config, result, argv))

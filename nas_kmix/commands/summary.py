@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas_kmix.engine import files
+from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.cli import program
+from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.named_sets import survives_mirroring
 from nas_kmix.engine.progress import duration
 from nas_kmix.pipeline import finals, proxy
 from nas_kmix.pipeline.config import Config
@@ -25,6 +29,16 @@ UNPROVED = [
 ]
 ORDER = {"mostly noise": "a very different order", "fair": "a similar order", "good": "nearly the same order"}
 MARGIN = 13  # columns of the words on the left
+
+
+def of_images(data: ImageData, count: int, augmentation: Augmentation) -> str:
+    """The first line of a run: what it trains on, and how; below it, how a set without splits was divided."""
+    mirrored = "mirrored at random" if augmentation.flip else "not mirrored (--flip)"
+    line = (
+        f"{data.source.name}: {count} training images of {data.num_classes} classes, {data.image_size} px, {mirrored}, "
+        f"{'resident' if data.resident else 'streamed'} on {data.device}"
+    )
+    return f"{line}\n{data.source.note}" if data.source.note else line
 
 
 # -- a search ----------------------------------------------------------------------------------------------------------
@@ -45,11 +59,12 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     rows["cost"] = f"{duration(costs['total']['wall_s'])} ({', '.join(parts)})"
     if result.genotype is not None:
-        rows["next"] = f"python {shlex.join(_training_command(config, folder))}"
+        _, *flags = _training_command(config, folder)
+        rows["next"] = shlex.join([*program("train_eval.py", "train"), *flags])
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        again = ["search.py", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
-        rows["next"] = f"python {shlex.join(again)}"
+        again = [*rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
+        rows["next"] = shlex.join([*program("search.py", "search"), *again])
     lines = [] if result.genotype is None else [result.genotype.to_text()]
     return "\n".join([*lines, *(f"{name:{MARGIN}}{text}" for name, text in rows.items())])
 
@@ -75,11 +90,14 @@ def _training_command(config: Config, folder: Path) -> list[str]:
 
     preset = RETRAINED_WITH[config.preset]
     flags = ["--genotype", str(folder / finals.FILE)]
-    for name in ("data", "data_root", "image_size"):
+    for name in ("data", "data_root", "split_seed", "image_size"):
         value = getattr(config.input, name)
         if value != getattr(PRESETS[preset].input, name):
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    return ["train_eval.py", *(["--preset", preset] if preset != "quick" else []), *flags, "--out", f"{folder}-net"]
+    if config.augmentation.flip != survives_mirroring(config.input.data):  # else train_eval.py does the same
+        flags.append("--flip" if config.augmentation.flip else "--no-flip")
+    chosen = ["--preset", preset] if preset != "quick" else []
+    return ["train_eval.py", *chosen, *flags, "--out", f"{folder}-net"]
 
 
 def rest_of(argv: Sequence[str]) -> list[str]:

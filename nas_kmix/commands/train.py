@@ -1,10 +1,17 @@
-"""The command train_eval.py: train a network or evaluate a checkpoint, and print and write what goes with it."""
+"""Train or evaluate a backbone or the network of a genotype: images in, `last.pt`, `best.pt` and `metrics.csv` out.
+
+    nas-kmix train --genotype runs/digits/genotype.json --out runs/digits-net
+    nas-kmix train --preset cpu --genotype PC_DARTS_cifar --data cifar100 --out runs/net
+    nas-kmix train --eval-only runs/net/best.pt --data cifar100 --export net.onnx
+
+train_eval.py is the same command. Run the same command again to resume. The last line of the output is JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,29 +20,30 @@ import tyro
 from torch import nn
 
 from darts_space import CifarNetwork, ImageNetNetwork, cost
-from nas_kmix.analysis.classifiers import load_classifier
+from darts_space.fast.norm import join_norms
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.commands.summary import of_evaluation, of_training
+from nas_kmix.commands import dry_run as forecast
+from nas_kmix.commands.evaluate import evaluate_checkpoint
+from nas_kmix.commands.summary import of_evaluation, of_images, of_training
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
-from nas_kmix.engine.compute import DeviceConfig, pick_compute
+from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.engine.distributed import is_main, joined
+from nas_kmix.engine.datasets import located
+from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
-from nas_kmix.engine.export import export_model
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.log import OnLog
-from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run, open_run
-from nas_kmix.engine.sources import located
 from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline import network
-from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining
+from nas_kmix.pipeline.export import check_export, export_network
+from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining, preparation_of
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.presets import PAPER
-from nas_kmix.splits import divide, evaluate_all, of_known_classes, other_splits, where_validation_comes_from
+from nas_kmix.splits import Evaluated, Part, divide, other_splits, where_validation_comes_from
 
 STAGES = (network.NAME, network.EVALUATION)
 RESULTS = (*network.FILES, "result.json", bad_files.FILE, "report.html")
@@ -56,6 +64,7 @@ class Config(NetworkTraining):
     a row of the paper's tables, e.g. pyramidnet110-cifar100-dcutmix; an unknown name lists them all."""
     out: Path = Path("runs/train")
     """The run folder."""
+    invocation: Annotated[cli.Invocation, Flat] = field(default_factory=cli.Invocation)
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     skip_bad: bool = False
@@ -67,7 +76,10 @@ class Config(NetworkTraining):
     eval_only: Path | None = None
     """Evaluate this last.pt, best.pt or scorer.pt on the val and test splits of --data, without training."""
     export: Path | None = None
-    """Also write the network to this file as a torch.export program for any batch size."""
+    """Also write the network after the last epoch, or that of --eval-only, to this file, .pt2 (torch.export) or .onnx:
+    a program from uint8 images to logits."""
+    export_raw: bool = False
+    """Let the exported program take normalised float32 images."""
     input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     device: Annotated[DeviceConfig, Flat] = field(default_factory=DeviceConfig)
 
@@ -134,21 +146,11 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
     _check_flags(config)
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
-        return _evaluate_checkpoint(config)
+        return evaluate_checkpoint(config, own_size=config.input.image_size != PRESETS[config.preset].input.image_size)
     watched = {"compared_by": COMPARED_BY, "on_log": on_log, "quiet": config.quiet}
     with open_run(config.out, asdict(config), config.device, stages=STAGES, **watched) as run:
-        _check_processes(config, run)
-        options = {"device": run.compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
-        data = load_data(config.input, **options)
-        _check_size(config, data)
-        splits = other_splits(config.input, data, **options)
-        training, evaluated = divide(
-            data,
-            splits,
-            val_share=config.val_share,
-            train_images=config.train_images,
-            seed=config.seed,
-        )
+        config.mix.check_processes(run.world.size)
+        data, splits, training, evaluated = _load_images(config, run.compute)
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
         result = {"kind": "train", "network": description, "seed": config.seed, **cost(model, data.image_size)}
@@ -159,15 +161,14 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
             run.clear(RESULTS)
         if config.preset in PAPER:
             run.say(f"the paper's {PAPER[config.preset].doc}")
-        run.say(
-            f"{data.source.name}: {len(training.indices)} training images of {data.num_classes} classes, "
-            f"{data.image_size} px, {'resident' if data.resident else 'streamed'} on {run.compute.device}; "
-            f"{result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds"
-        )
+        run.say(of_images(data, len(training.indices), config.augmentation))
+        run.say(f"network: {result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds")
         run.say(where_validation_comes_from(config.input.data, splits, evaluated, config.val_share))
         settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
-        if settings.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if settings.sync_batchnorm and run.compute.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the same, in fewer kernels
+        elif settings.sync_batchnorm:
+            join_norms(model)
         bad = BadFileList((training.data, *(part.data for part in evaluated.values())), run.world)
         trained = obtain(network, settings, model, training, evaluated, bad, run=run)
         run.finish()
@@ -179,43 +180,36 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         if run.world.main:
             files.write_json(run.path("result.json"), result)
             if config.export is not None:
-                export_model(trained.model, training.examples(), config.export)
+                made = trained.model, preparation_of(data), training.examples()
+                export_network(*made, config.export, raw=config.export_raw)
             if config.report:
                 run.say(write_report_of_run(run.folder, data))
         return result
 
 
-def _evaluate_checkpoint(config: Config) -> dict[str, Any]:
-    """Evaluate the file of --eval-only; write nothing but the file of --export."""
+def dry_run(config: Config) -> Iterator[str]:
+    """What `run` would do, line by line; refusals are the same."""
+    _check_flags(config)
+    if config.eval_only is not None:
+        raise ValueError("--eval-only trains nothing and takes no time to speak of; leave out --dry-run.")
+    config = replace(config, input=replace(config.input, data=located(config.input.data)))
     compute = pick_compute(config.device)
-    with joined(compute.device) as world:
-        trained = load_classifier(config.eval_only)
-        options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
-        sets = other_splits(config.input, trained, **options, same_classes=False)
-        if not sets:
-            raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
-        names = trained.class_names
-        evaluated = {split: of_known_classes(part, names, str(trained.path)) for split, part in sets.items()}
-        for split, part in evaluated.items():
-            here = sets[split].data.class_names
-            if world.main and not config.quiet:
-                Progress.say(
-                    f"{split}: {len(part.indices)} images; the network, trained on {len(names)} classes, knows "
-                    f"{len(set(here) & set(names))} of its {len(here)} classes"
-                )
-        model = compute.layout(trained.model.to(compute.device))
-        own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())
-        progress = Progress(network.EVALUATION, own, unit="image", silent=config.quiet or not world.main)
-        metrics = evaluate_all(model, evaluated, compute, world, progress)
-        progress.close()
-        bad = BadFileList((part.data for part in evaluated.values()), world).gather()
-        if bad and world.main:
-            first = next(iter(bad.values()))
-            Progress.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}")
-        if config.export is not None and world.main:
-            export_model(model, next(iter(evaluated.values())).examples(), config.export)
-        images = {split: part.readable(bad) for split, part in evaluated.items()}
-        return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
+    data, splits, training, evaluated = _load_images(config, compute)
+    model = network.build(config.network, data, seed=config.seed)
+    name = config.network.backbone or f"{config.network.layers} cells of {model.channels} channels"
+    chain = forecast.Chain(data, compute, config.out, config.fresh)
+    yield from forecast.of_training(name, model, config.optim, config.recipe, len(training.indices), chain)
+    yield where_validation_comes_from(config.input.data, splits, evaluated, config.val_share)
+
+
+def _load_images(config: Config, compute: Compute) -> tuple[ImageData, Evaluated, Part, Evaluated]:
+    """The training split; the val and test splits that --data has; what is trained on, and what is evaluated."""
+    options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
+    data = load_data(config.input, **options)
+    _check_size(config, data)
+    splits = other_splits(config.input, data, **options)
+    shares = {"val_share": config.val_share, "train_images": config.train_images}
+    return data, splits, *divide(data, splits, **shares, seed=config.seed)
 
 
 def _speed(run: Run) -> dict[str, float]:
@@ -239,8 +233,10 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--eval-only reads the network from its file; leave out --genotype, --backbone, --max-macs.")
     if config.eval_only is not None and config.eval_only.is_dir():
         raise ValueError(f"--eval-only {config.eval_only} is a folder; name a file in it, e.g. last.pt or best.pt.")
-    if config.export is not None and config.export.is_dir():
-        raise ValueError(f"--export {config.export} is a folder; name a file.")
+    if config.export is not None:
+        check_export(config.export)
+    elif config.export_raw:
+        raise ValueError("--export-raw says what the program of --export FILE takes; give that too.")
     if settings.max_macs is not None and settings.genotype is None:
         raise ValueError("--max-macs chooses the channels of a genotype's network; a backbone has fixed ones.")
     if settings.backbone is None and (settings.stochastic_depth or settings.drop_block):
@@ -257,13 +253,6 @@ def _check_flags(config: Config) -> None:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
     if config.eval_every < 1 or (config.train_images is not None and config.train_images < 1):
         raise ValueError("--eval-every and --train-images must be at least 1.")
-
-
-def _check_processes(config: Config, run: Run) -> None:
-    device = run.compute.device
-    if config.sync_batchnorm and device.type != "cuda":
-        raise ValueError(f"--sync-batchnorm needs CUDA devices, but this is {device.type}; leave it out.")
-    config.mix.check_processes(run.world.size)
 
 
 def _check_size(config: Config, data: ImageData) -> None:
@@ -286,6 +275,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
 
     def work() -> None:
         config = parse(argv, description)
+        if config.invocation.dry_run:
+            return print("\n".join(dry_run(config)))
         result = run(config)
         if is_main():
             if not config.quiet:

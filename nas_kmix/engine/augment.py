@@ -6,8 +6,9 @@ the caller seeds with (seed, epoch, step), so a resumed run sees exactly the sam
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ class Augmentation:
     """Random augmentation of training images: crops and flips first, then colours, lighting and Cutout."""
 
     flip: bool = True
-    """Flip training images left to right at random; not for digits and letters."""
+    """Mirror training images at random; off by default for digits, letters and SVHN, as far as --data names them."""
     crop_padding: int = 4
     """Padding in pixels before a random crop, for images up to 64 px; larger ones use RandomResizedCrop."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -78,6 +79,27 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], o
     mean_, std_ = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in (mean, std))
     result = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
     return result.mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
+
+
+def measure_constants(data: Any, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel in [0, 1] over the images of `data`, at most `sample` evenly spaced ones.
+
+    `data` is an `ImageData`. Raises ValueError if no image can be read.
+    """
+    indices = data.good()
+    indices = indices[:: math.ceil(len(indices) / sample)]
+    total, squares, count = np.zeros(3), np.zeros(3), 0
+    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
+        pixels = batch.images.cpu().to(torch.float64) / 255.0
+        total += pixels.sum(dim=(0, 2, 3)).numpy()
+        squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
+        count += pixels.numel() // 3
+    if count == 0:
+        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    # A constant channel carries no information; dividing by its zero deviation would fill it with NaN.
+    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
 
 
 def random_crop(images: Tensor, padding: int, *, rng: np.random.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,11 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import torch
+from tqdm import tqdm
 
 SECONDS_BETWEEN_LOOKS = 0.2  # for a request to stop
 
@@ -36,8 +39,8 @@ class ChildError(OSError):
 class Children(Generic[Name, Task, Outcome]):
     """Up to `jobs` children that call `function`. Use as a context manager, which kills them at its end.
 
-    `function` is sent once to each child, so what all tasks need may be part of it. Send arrays, not tensors: those
-    would go through shared memory, of which containers have little.
+    `function` is sent once to each child, so what all tasks need may be part of it. It must belong to a module that can
+    be imported. Send arrays, not tensors: those would go through shared memory, of which containers have little.
     """
 
     def __init__(self, function: Callable[[Task], Outcome], jobs: int):
@@ -102,7 +105,7 @@ class Children(Generic[Name, Task, Outcome]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-        with _signals_for_this_process_alone():
+        with _signals_for_this_process_alone(), _without_main_module():
             process.start()
         theirs.close()  # so that its end is the end of the pipe
         self._processes.append(process)
@@ -143,6 +146,20 @@ def _signals_for_this_process_alone() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """A child that is started here does not import the script that this process runs.
+
+    Nothing of it is needed, and one without `if __name__ == "__main__"` would run again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 # -- in a child --------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +167,7 @@ def _serve(theirs: Connection, function: Callable[[Any], Any]) -> None:
     """Take tasks and send results until the parent process ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave in the system
     while True:
         try:
             task = theirs.recv()

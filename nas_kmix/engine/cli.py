@@ -1,4 +1,7 @@
-"""What the command lines share: presets as the defaults of flags, and expected failures told in one sentence."""
+"""What the command lines share: flags and their defaults, and expected failures told in one sentence.
+
+The defaults are a preset's, or those of an earlier run's config.json.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,118 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
 
+from nas_kmix.engine import files
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.meter import NonFiniteLossError
+from nas_kmix.engine.named_sets import survives_mirroring
+from nas_kmix.engine.settings import configured
 from nas_kmix.engine.signals import StoppedError
 from nas_kmix.engine.workers import end_workers, explain
 
 Config = TypeVar("Config")
 
+# What people type who come from other projects, and what does it here.
+FOREIGN = {
+    "--learning-rate": "use --lr (in a search, --scorer.lr is the scorer's)",
+    "--arch-learning-rate": "use --arch-lr",
+    "--init-channels": "use --channels",
+    "--arch": "use --genotype NAME",
+    "--model": "use --backbone NAME (in a search, --scorer.backbone)",
+    "--drop-path-prob": "use --drop-path",
+    "--output-dir": "use --out FOLDER",
+    "--save": "use --out FOLDER",
+    "--data-path": "use --data FOLDER",
+    "--data-dir": "use --data FOLDER",
+    "--dataset": "use --data NAME",
+    "--num-workers": "use --workers",
+    "--gpu": "use --device cuda:N",
+    "--test-only": "use train_eval.py --eval-only FILE",
+    "--evaluate": "use train_eval.py --eval-only FILE",
+    "--resume": "leave it out, since the same command resumes",
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How this command is started; nothing of it changes a result."""
+
+    config: Path | None = None
+    """Take all settings from this config.json of an earlier run, except --out and --fresh; other flags override it."""
+    dry_run: bool = False
+    """Say what would be done, how long it would take and what would be refused, after a few steps; write nothing."""
+
+
+NOT_A_SETTING = ("out", "fresh", "invocation")  # what --config does not take from a config.json
+
 
 def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str | None) -> Config:
-    """Parse flags into a config; `--preset` (default: `quick`) is read first and sets the other flags' defaults."""
-    preset = "quick"
+    """Parse flags into a config.
+
+    `--preset` (default: `quick`) and `--config` are read first and set the defaults, and `--data` that of `--flip`,
+    which is off for digits, letters and SVHN.
+    """
+    preset, file = _value_of("--preset", argv), _value_of("--config", argv)
+    # An unknown preset is refused later, with its name.
+    default = presets.get(preset or "quick", presets["quick"])
+    default = replace(default, device=default.device.suited_to(_value_of("--device", argv) or default.device.device))
+    if file is not None:
+        default = _of_file(_expanded(Path(file)), presets, preset)
+    data = _value_of("--data", argv)
+    if file is None or data is not None:
+        flip = survives_mirroring(data or default.input.data)
+        default = replace(default, augmentation=replace(default.augmentation, flip=flip))
+    return parse_flags(type(default), argv, description, default=default)
+
+
+def parse_flags(kind: type[Config], argv: Sequence[str] | None, description: str | None, **default: Any) -> Config:
+    """Parse flags; those of other projects are answered with ours."""
+    argv = sys.argv[1:] if argv is None else argv
+    for argument in argv:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in FOREIGN:
+            raise ValueError(f"There is no flag {flag}: {FOREIGN[flag]}.")
+    return with_home(tyro.cli(kind, args=argv, description=description, **default))
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """The last value of a flag, before all flags are parsed."""
+    found = None
     for i, argument in enumerate(argv):
-        if argument == "--preset" and i + 1 < len(argv):
-            preset = argv[i + 1]
-        elif argument.startswith("--preset="):
-            preset = argument.split("=", 1)[1]
-    default = presets.get(preset, presets["quick"])  # an unknown preset is refused later, with its name
-    return with_home(tyro.cli(type(default), args=argv, default=default, description=description))
+        if argument == flag and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.split("=", 1)[1]
+    return found
+
+
+def _of_file(path: Path, presets: Mapping[str, Config], preset: str | None) -> Config:
+    """The settings of an earlier run."""
+    values = files.read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} is not the config.json of a run.")
+    named = values.get("preset", "quick")
+    if preset not in (None, named):
+        raise ValueError(f"--config {path} has the settings of --preset {named}; leave out --preset {preset}.")
+    settings = {name: value for name, value in values.items() if name not in NOT_A_SETTING}
+    default = presets["quick"] if not isinstance(named, str) else presets.get(named, presets["quick"])
+    try:
+        return configured(default, settings)
+    except ValueError as error:
+        raise ValueError(
+            f"--config {path} does not fit this command ({error}); it takes the config.json of one of its own runs."
+        ) from error
+
+
+def program(script: str, name: str) -> list[str]:
+    """How to start a command as this process was started: `python search.py`, or `nas-kmix search`."""
+    return ["nas-kmix", name] if Path(sys.argv[0]).name.startswith("nas-kmix") else ["python", script]
 
 
 def with_home(config: Config) -> Config:

@@ -8,7 +8,6 @@ data, `decoding` reads the files, and `bad_files` keeps track of those that cann
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nas_kmix.engine import augment, sources
+from nas_kmix.engine import augment
 from nas_kmix.engine.bad_files import BadFiles
+from nas_kmix.engine.datasets import open_source
 from nas_kmix.engine.decoding import Decoder, Plan, decode_all, open_loader
 from nas_kmix.engine.folders import say_left_out
 from nas_kmix.engine.photographs import PhotoCrops
@@ -36,9 +36,12 @@ class DataConfig:
     """Which images to read, and how."""
 
     data: str = "digits"
-    """digits | cifar10 | cifar100 | FOLDER with train/CLASS/* | FILE.npz in MedMNIST's layout."""
+    """digits | cifar10 | cifar100 | a MedMNIST name, e.g. pathmnist | FOLDER with train/CLASS/* or CLASS/* |
+    FILE.npz in MedMNIST's layout | hf:FOLDER, saved by Hugging Face's save_to_disk."""
     data_root: Path = Path("data")
-    """Folder in which CIFAR is looked for, and into which it is downloaded."""
+    """Folder in which CIFAR and MedMNIST are looked for, and into which they are downloaded."""
+    split_seed: int = 0
+    """Seed by which a set without splits, such as a FOLDER with CLASS/*, is divided into train and test."""
     image_size: int | None = None
     """Side in pixels: resize the shorter side, crop the centre. Default: native up to 64 px; required above."""
     max_resident_gb: float = 4.0
@@ -195,7 +198,8 @@ def load_data(
     now or when it is reached. Raises ValueError (with the path and the remedy) for missing or malformed data, an empty
     class, a single class, or sizes that need `--image-size`.
     """
-    source = sources.open_source(config.data, config.data_root, split, own_classes=not same_classes)
+    options = {"own_classes": not same_classes, "split_seed": config.split_seed}
+    source = open_source(config.data, config.data_root, split, **options)
     say_left_out(source.name, split, source.left_out)
     if like is None and source.num_classes < 2:
         raise ValueError(
@@ -205,17 +209,14 @@ def load_data(
         _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
     elif same_classes and source.class_names != like.class_names:
         counts = source.num_classes, len(like.class_names)
-        remedy = (
-            "; name all classes in the archive's class_names"
-            if source.name.endswith(".npz") and counts[0] != counts[1]
-            else ""
-        )
+        unnamed = source.name.endswith(".npz") and counts[0] != counts[1]
+        remedy = "; name all classes in the archive's class_names" if unnamed else ""
         raise ValueError(
             f"--data {config.data}: the {split} images have other classes than the training images "
             f"({counts[0]} and {counts[1]}){remedy}."
         )
     size = _image_size(source, config) if like is None else like.image_size
-    resize = _wider(size) if like is not None else None
+    resize = wider(size) if like is not None else None
     bad, images = BadFiles(strict=strict), None
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         images = decode_all(source, size, resize, threads=workers, bad=bad).to(device)
@@ -225,7 +226,7 @@ def load_data(
     if data.resident:
         remedy = f"repair the files; the first is {bad.first()}"
         _refuse_empty_class(source, source.labels[data.good()], config, remedy)
-    mean, std = source.constants or _measure_constants(data)
+    mean, std = source.constants or augment.measure_constants(data)
     return replace(data, mean=mean, std=std)
 
 
@@ -237,13 +238,13 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
     if data.stem == "cifar":
         return data
     source = replace(data.source.part(indices), split="val")
-    bad, images, resize = BadFiles(strict=data.bad.strict), None, _wider(data.image_size)
+    bad, images, resize = BadFiles(strict=data.bad.strict), None, wider(data.image_size)
     if data.resident:
         images = decode_all(source, data.image_size, resize, threads=data.workers, bad=bad).to(data.device)
     return replace(data, source=source, images=images, resize=resize, bad=bad)
 
 
-def _wider(size: int) -> int | None:
+def wider(size: int) -> int | None:
     """The side to which images are resized for evaluation before the centre crop; None up to 64 px."""
     return round(size / CENTRE_SHARE) if _stem_for(size) == "imagenet" else None
 
@@ -253,7 +254,7 @@ def open_data(config: DataConfig) -> ImageData:
 
     It has no normalisation. Raises ValueError if the data are gone.
     """
-    source = sources.open_source(config.data, config.data_root, "train", download=False)
+    source = open_source(config.data, config.data_root, "train", download=False, split_seed=config.split_seed)
     return ImageData(source, _image_size(source, config), (), (), torch.device("cpu"), None)
 
 
@@ -280,21 +281,3 @@ def _image_size(source: Source, config: DataConfig) -> int:
         f"--data {config.data}: images are {several}{height}x{width}; only squares of one size up to "
         f"{CIFAR_STEM_LIMIT} px are taken as they are. Choose a side with --image-size."
     )
-
-
-def _measure_constants(data: ImageData, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel in [0, 1] over the images, at most `sample` evenly spaced ones."""
-    indices = data.good()
-    indices = indices[:: math.ceil(len(indices) / sample)]
-    total, squares, count = np.zeros(3), np.zeros(3), 0
-    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
-        pixels = batch.images.cpu().to(torch.float64) / 255.0
-        total += pixels.sum(dim=(0, 2, 3)).numpy()
-        squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
-        count += pixels.numel() // 3
-    if count == 0:
-        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    # A constant channel carries no information; dividing by its zero deviation would fill it with NaN.
-    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())

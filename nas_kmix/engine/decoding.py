@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.photographs import PhotoCrops
@@ -32,6 +32,7 @@ class Decoder(torch.utils.data.Dataset):
 
     def __init__(self, source: Source, size: int, resize: int | None, crops: PhotoCrops | None = None):
         self.source, self.size, self.resize, self.crops = source, size, resize, crops
+        _torchvision()  # before worker processes start, each of which would import it again
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> tuple[Tensor, np.ndarray, dict[int, str]] | str:
         """Of (index, epoch): images (N, S, S, 3), indices (N,), and sentences of bad files by index.
@@ -68,8 +69,15 @@ class Decoder(torch.utils.data.Dataset):
             return self.crops.resize(pixels)
         image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
         if self.resize is not None or image.shape[1:] != (self.size, self.size):
+            TF = _torchvision()
             image = TF.center_crop(TF.resize(image, self.resize or self.size, antialias=True), self.size)
         return image
+
+
+def _torchvision() -> ModuleType:
+    from torchvision.transforms.v2 import functional  # late, since it takes as long to import as torch itself
+
+    return functional
 
 
 def decode_all(source: Source, size: int, resize: int | None, *, threads: int, bad: BadFiles) -> Tensor:

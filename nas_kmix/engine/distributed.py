@@ -7,12 +7,21 @@ decisions (gloo), devices exchange gradients through DistributedDataParallel (NC
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed, nn
+
+from nas_kmix.engine.signals import waiting
+
+PATIENCE = timedelta(minutes=30)  # torch's own; torchrun ends the others long before where one has failed
+LONGEST_WAIT = timedelta(days=365)  # at a barrier, where another process may have work of its own
+SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    patient: distributed.ProcessGroup | None = None
+    """All processes again, for waits of any length."""
 
     @property
     def main(self) -> bool:
@@ -58,8 +69,17 @@ class World:
         return [given[:n].numpy().tobytes() for given, n in zip(everyone, lengths, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every process gets here."""
-        self.total(0.0)
+        """Wait until every process gets here, however long another one works alone.
+
+        Raises StoppedError where a signal comes in and the others do not follow.
+        """
+        if self.size == 1:
+            return
+        everyone = distributed.all_reduce(torch.zeros(1), group=self.patient, async_op=True)
+        with waiting():
+            while not everyone.is_completed():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        everyone.wait()
 
     def align_buffers(self, model: nn.Module) -> None:
         """Give every process the running statistics of rank 0."""
@@ -91,20 +111,49 @@ def joined(device: torch.device) -> Iterator[World]:
         yield World()
         return
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=unused_part(store, rank, size), rank=rank, world_size=size)
     except (distributed.DistError, RuntimeError) as error:
         raise OSError(
             f"The processes of this job do not find each other ({_first_line(error)}): one of them has ended, the "
             f"address or port that torchrun was given is wrong, or this PyTorch lacks the backend."
         ) from error
     try:
-        yield World(distributed.get_rank(), size)
+        yield World(distributed.get_rank(), size, distributed.new_group(timeout=LONGEST_WAIT, backend="gloo"))
     except (distributed.DistError, RuntimeError) as error:
         if "connection" not in str(error).lower() and not isinstance(error, distributed.DistError):
             raise
         raise OSError(f"Another process of this job has ended ({_first_line(error)}); its own log says why.") from error
     finally:
         distributed.destroy_process_group()
+
+
+def unused_part(store: distributed.Store, rank: int, size: int) -> distributed.Store:
+    """A part of the store that the processes of this start alone write to (a sync point).
+
+    torchrun keeps one store for all its restarts. It holds the addresses of processes that have ended, which the new
+    ones would try to reach (pytorch issue 135712), and the number of the restart differs between machines. So rank 0
+    makes up a name, and tells it to whoever asks with a word that nobody has asked with before.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"nas_kmix/asks/{rank}", word)
+        name = store.get(f"nas_kmix/answers/{word}").decode()
+        store.set(f"nas_kmix/knows/{name}/{rank}", "")
+        return distributed.PrefixStore(name, store)
+    name, waiting = uuid.uuid4().hex, set(range(1, size))
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while waiting:
+        if time.monotonic() > deadline:
+            raise distributed.DistStoreError(f"process {min(waiting)} has not come within {PATIENCE}")
+        for other in tuple(waiting):
+            if store.check([f"nas_kmix/asks/{other}"]):  # the word may be one of an earlier start: ask again
+                store.set(f"nas_kmix/answers/{store.get(f'nas_kmix/asks/{other}').decode()}", name)
+            if store.check([f"nas_kmix/knows/{name}/{other}"]):
+                waiting.remove(other)
+        time.sleep(0.02)
+    return distributed.PrefixStore(name, store)
 
 
 def _world_size() -> int:

@@ -27,11 +27,42 @@ ORDER, AUGMENT, DROP_PATH, LAYERS = 1, 2, 3, 4  # random streams: a draw of one 
 
 
 @dataclass(frozen=True)
+class Division:
+    """How the processes of a world divide the batches of a set among themselves.
+
+    A resident set is divided after its batches have been augmented, so that the parts are those of a single process's
+    batch; a streamed one before it is read.
+    """
+
+    data: ImageData
+    world: World
+
+    @property
+    def before_reading(self) -> bool:
+        return not self.data.resident and self.world.size > 1
+
+    def plan(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+        """What this process has to read."""
+        return [batch[self.world.share(len(batch))] for batch in batches] if self.before_reading else batches
+
+    def moment(self, *moment: int) -> tuple[int, ...]:
+        """What seeds the draws of a batch: where each process draws its own, with its rank."""
+        return (*moment, self.world.rank) if self.before_reading else moment
+
+    def rows(self, batch: Batch) -> tuple[slice, int]:
+        """This process's rows of what it has read, and the number of images in all parts of the batch."""
+        n = len(batch.indices)
+        if self.before_reading:
+            return slice(0, n), int(self.world.total(n)[0])
+        return self.world.share(n), n
+
+
+@dataclass(frozen=True)
 class Share:
     """One process's part of a batch, with its drop-path mask (layers, edges, N) or None.
 
-    n: images of the part; total: images of all parts. An empty part holds one image of weight 0, since every process
-    must take part.
+    n: images of the part; total: images of all parts. Every process must take part: an empty part holds one image of
+    weight 0, unless joint norms can do without.
     """
 
     images: Tensor
@@ -56,26 +87,26 @@ class Feed:
     seed: int
     photographs: bool = False
     """In a streamed set above 64 px, crop whole photographs instead of their centre squares."""
+    joint_norms: bool = False
+    """Whether the network's BatchNorms take the parts of a batch for a single one."""
 
     def epoch(self, indices: np.ndarray, steps: int, epoch: int, first_step: int) -> Iterator[Share | None]:
         """The shares from `first_step` on; None for a batch without a readable file."""
         plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.seed, ORDER, epoch))[first_step:]
-        if not self.data.resident:
-            plan = [batch[self.world.share(len(batch))] for batch in plan]
+        plan = Division(self.data, self.world).plan(plan)
         crops = PhotoCrops(self.data.image_size, self.seed) if self.photographs else None
         batches = self.data.batches(plan, crops=crops, epoch=epoch, persistent=self.photographs)
         for step, batch in enumerate(batches, start=first_step):
             yield self._share(batch, epoch, step)
 
     def _share(self, batch: Batch, epoch: int, step: int) -> Share | None:
-        divided = not self.data.resident and self.world.size > 1  # this is a part already
-        total = int(self.world.total(len(batch.indices))[0]) if divided else len(batch.indices)
+        division = Division(self.data, self.world)
+        rows, total = division.rows(batch)
         if total == 0:
             return None
-        moment = (epoch, step, self.world.rank) if divided else (epoch, step)
-        rows = slice(0, len(batch.indices)) if divided else self.world.share(total)
+        moment = division.moment(epoch, step)
         n = rows.stop - rows.start
-        if n == 0:
+        if n == 0 and not self.joint_norms:
             rows = slice(0, 1)
         if len(batch.indices) == 0:
             side = self.data.image_size

@@ -63,6 +63,20 @@ def list_images(folder: Path, classes: Iterable[str]) -> Listing:
     return Listing(tuple(paths), np.array(labels, dtype=np.int64), _told(others))
 
 
+def annotated(folder: Path, split: str) -> dict[str, str]:
+    """The images of `folder/val/images` and their classes, if `folder/val/val_annotations.txt` lists them.
+
+    By paths below `folder`, sorted; so Tiny-ImageNet has its validation images. Empty without such a list.
+    """
+    listing = folder / split / f"{split}_annotations.txt"
+    if not listing.is_file():
+        return {}
+    rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows or any(len(row) < 2 for row in rows):
+        raise SplitFolderError(f"{listing} must hold lines of a file name, a tab and a class.")
+    return {f"{split}/images/{name}": label for name, label, *_ in sorted(rows)}
+
+
 def loose_images(folder: Path) -> list[Path]:
     """Images directly in the folder, which belong to no class."""
     return sorted(p for p in folder.iterdir() if _is_image(p.name) and not _ignored(p.name) and p.is_file())

@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,8 +101,12 @@ class Learner:
         recipe: Recipe,
         compute: Compute | None = None,
         world: World | None = None,
+        *,
+        joint_norms: bool = False,
     ):
+        """`joint_norms`: the network's BatchNorms take the parts of all processes of the world for a single batch."""
         self.model, self.recipe, self._compute = model, recipe, compute or Compute()
+        self._world, self._joint_norms = world or World(), joint_norms
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             config.lr,
@@ -117,7 +120,7 @@ class Learner:
             # Buffers too: running statistics of the unaveraged weights would not fit the averaged ones.
             averaging = get_ema_multi_avg_fn(recipe.ema)
             self._average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
-        self._forward = (world or World()).wrap(model, self._compute.device)
+        self._forward = self._world.wrap(model, self._compute.device)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -136,19 +139,19 @@ class Learner:
         Returns the mean loss and the number of hits, on the device. A hit is an image for which the network predicts
         the class with the largest share of the label.
         `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is the weight of these images when the
-        gradients of all processes are averaged: 1 if all have equally many.
+        gradients of all processes are averaged: 1 if all have equally many. Joint norms take no images, too.
         """
         total = images.new_zeros((), dtype=soft_labels.dtype)
         hits = torch.zeros((), dtype=torch.int64, device=images.device)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = np.array_split(np.arange(len(images)), min(self.recipe.accumulate, len(images)))
-        for i, part in enumerate(parts, start=1):
-            rows = slice(part[0], part[-1] + 1)
-            mask = None if drop_path is None else drop_path[:, :, rows]
-            share = len(part) / len(images)
-            waits = i < len(parts) and self._forward is not self.model  # sync gradients once, with the last part
+        count = self._parts(len(images))
+        masks = [None] * count if drop_path is None else drop_path.tensor_split(count, dim=2)
+        parts = zip(images.tensor_split(count), soft_labels.tensor_split(count), masks, strict=True)
+        for i, (part, labels, mask) in enumerate(parts, start=1):
+            share = len(part) / max(1, len(images))
+            waits = i < count and self._forward is not self.model  # sync gradients once, with the last part
             with self._forward.no_sync() if waits else nullcontext():
-                loss, objective, correct = self._losses(images[rows], soft_labels[rows], mask)
+                loss, objective, correct = self._losses(part, labels, mask)
                 self._scaler.scale(objective * (share * weight)).backward()
             total = total + loss.detach() * share
             hits = hits + correct
@@ -160,6 +163,12 @@ class Learner:
         if self._average is not None:
             self._average.update_parameters(self.model)
         return total, hits
+
+    def _parts(self, images: int) -> int:
+        """The number of parts in which to compute this many images; the same in all processes if norms are joint."""
+        if self._joint_norms and self.recipe.accumulate > 1:
+            images = int(self._world.highest(images)[0])
+        return max(1, min(self.recipe.accumulate, images))
 
     def _losses(self, images: Tensor, soft_labels: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the logits, the objective (that loss plus the auxiliary head's, weighted), and the hits."""
@@ -174,8 +183,10 @@ class Learner:
         return loss, objective, (logits.argmax(1) == soft_labels.argmax(1)).sum()
 
     def _loss_of(self, logits: Tensor, soft_labels: Tensor) -> Tensor:
-        """In the labels' precision, whatever autocast chose for the logits."""
+        """In the labels' precision, whatever autocast chose for the logits; 0 of no images."""
         logits, smoothing = logits.to(soft_labels.dtype), self.recipe.label_smoothing
+        if len(logits) == 0:
+            return logits.sum()
         if self.recipe.loss == "cross_entropy":
             return F.cross_entropy(logits, soft_labels, label_smoothing=smoothing)
         smoothed = torch.lerp(soft_labels, torch.full_like(soft_labels, 1.0 / soft_labels.shape[1]), smoothing)

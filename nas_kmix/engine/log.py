@@ -57,6 +57,13 @@ class Log:
     def clear(self) -> None:
         self._rows.clear()
 
+    def adopt(self, folder: Path) -> None:
+        """Add the rows of the log in another folder."""
+        other = Log(folder, writes=False)
+        other.read_back()
+        for (stage, epoch), row in other._rows.items():
+            self.add(stage, epoch, **{n: float(value) for n, value in row.items() if n not in ("stage", "epoch")})
+
     def add(self, stage: str, epoch: int, *, machine: Mapping[str, float] | None = None, **values: float) -> None:
         """Add a row. A repeated epoch replaces its row. TensorBoard plots over the value `step` if given.
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 CROPS = 4  # random stream, beside those of `feed`
 SCALE = (0.08, 1.0)  # share of the photograph's area
@@ -49,6 +48,8 @@ class PhotoCrops:
 
     def resize(self, pixels: np.ndarray) -> Tensor:
         """uint8 (H, W, 3) to uint8 (3, size, size), channels last in memory."""
+        from torchvision.transforms.v2 import functional as TF  # late, as in `decoding`
+
         with warnings.catch_warnings():  # torch warns of arrays that are read-only, as Pillow's are
             warnings.simplefilter("ignore")
             image = torch.from_numpy(pixels).permute(2, 0, 1)

@@ -81,7 +81,7 @@ class Run:
         self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
         self.log = Log(self.folder, compared_by=compared_by, on_log=on_log, writes=self.world.main)
         self.on_record = lambda *_, **__: None
-        self._records, self._quiet = dict(records or {}), quiet
+        self._records, self.quiet = dict(records or {}), quiet
         self._stop = StopSignals(speaks=self.world.main)
         self._lock: IO[str] | None = None
         self._new = False
@@ -149,8 +149,8 @@ class Run:
 
     def clear(self, names: tuple[str, ...]) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
-        records = ("config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
-        for pattern in (*names, "checkpoints/*.pt", *records):
+        own = ("checkpoints/*.pt", "config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
+        for pattern in (*names, *own, *(f"seed-*/{name}" for name in own)):
             for path in self.folder.glob(pattern) if self.world.main else ():
                 path.unlink()
         self.world.barrier()
@@ -186,18 +186,22 @@ class Run:
             files.write_json(self.path(name), record)
         self._records = {}
 
-    def go_on_alone(self) -> bool:
-        """End the joint work of the processes; True in the one that goes on alone."""
-        main, self.world = self.world.main, World() if self.world.main else self.world
-        return main
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let this process work in the block without the others, which wait for it."""
+        world, self.world = self.world, World()
+        try:
+            yield
+        finally:
+            self.world = world
 
     def say(self, line: str) -> None:
         """Print a line without breaking a progress bar."""
-        if self.world.main and (not self._quiet or line.startswith("warning:")):
+        if self.world.main and (not self.quiet or line.startswith("warning:")):
             Progress.say(line)
 
     def progress(self, label: str, total: int, *, done: int = 0, unit: str = "step") -> Progress:
-        return Progress(label, total, done=done, unit=unit, silent=self._quiet or not self.world.main)
+        return Progress(label, total, done=done, unit=unit, silent=self.quiet or not self.world.main)
 
     # -- stopping and going on -----------------------------------------------------------------------------------
 

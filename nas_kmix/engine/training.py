@@ -89,14 +89,15 @@ def train(
     content: Mapping[str, Any] | None = None,
     bad: BadFileList | None = None,
     photographs: bool = False,
+    joint_norms: bool = False,
 ) -> Trained:
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
     The loss is the cross-entropy against the soft labels of `mix`. `seed` fixes the order of the batches, the
     augmentation and the mixing. Bills and logs to `run` under the name `stage`. Training resumes from the file
     `checkpoint` (default: the stage's own), which also holds `content` and the state of `bad`. If `validation` selects
-    an epoch, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`. Raises NonFiniteLossError,
-    StoppedError (its state saved) and StageMismatchError.
+    an epoch, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`, for `joint_norms` see `Learner`.
+    Raises NonFiniteLossError, StoppedError (its state saved) and StageMismatchError.
     """
     recipe = recipe or Recipe()
     indices = data.good() if indices is None else indices
@@ -104,8 +105,8 @@ def train(
     steps = min(steps, recipe.limit_steps or steps)
     task = _Training(
         config,
-        Learner(model, config, recipe, run.compute, run.world),
-        Feed(model, data, config, augmentation, recipe, mix, run.world, seed, photographs),
+        Learner(model, config, recipe, run.compute, run.world, joint_norms=joint_norms),
+        Feed(model, data, config, augmentation, recipe, mix, run.world, seed, photographs, joint_norms),
         indices,
         steps,
         stage,

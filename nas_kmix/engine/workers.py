@@ -12,9 +12,11 @@ import os
 import shutil
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
@@ -25,11 +27,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nas_kmix.engine.compute import cores
+from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.signals import waiting
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108, nothing of ours is put there by name
 PREFETCH = 2  # batches that every worker prepares ahead
+HUNGRY = 0.5  # share of the time spent waiting for images, over a minute, from which it is worth a line
 LOOK_EVERY = 60  # seconds without a batch until there is a warning
 MORE_ROOM = "give the container more, e.g. docker run --shm-size=8g"
 DEAD = "DataLoader worker (pid"  # how torch begins to say that a worker was lost, wherever this process is then
@@ -52,8 +57,9 @@ def read(loader: DataLoader) -> Iterator[Any]:
     A slow disk is waited for, with a warning; a lost worker is not. Raises WorkerError, and StoppedError where a
     signal came in and no batch after it.
     """
-    iterator, warned = _begin(loader), False
+    iterator, warned, before = _begin(loader), False, None
     while True:
+        asked = time.monotonic()
         try:
             with waiting():
                 batch = next(iterator)
@@ -76,7 +82,37 @@ def read(loader: DataLoader) -> Iterator[Any]:
             continue
         if isinstance(batch, str):
             raise WorkerError(batch)
+        now = time.monotonic()
+        if before is not None:  # the first batch of a pass is always waited for
+            _hunger.note(now - asked, now - before, loader.num_workers)
+        before = now
         yield batch
+
+
+@dataclass
+class Hunger:
+    """How much of the time goes into waiting for images; too much of it is said once."""
+
+    waited: float = 0.0
+    passed: float = 0.0
+    said: bool = False
+
+    def note(self, waited: float, passed: float, workers: int) -> None:
+        """Of the seconds that have `passed` since the batch before, some were `waited`."""
+        self.waited, self.passed = self.waited + waited, self.passed + passed
+        if self.said or self.passed < LOOK_EVERY:
+            return
+        if self.waited > HUNGRY * self.passed and is_main():
+            self.said, most = True, cores()
+            remedy = "store smaller copies of the images, or use a faster disk"
+            if workers < most:
+                remedy = f"raise --workers, now {workers} for {most} cores"
+            share = 100 * self.waited / self.passed
+            Progress.say(f"warning: {share:.0f} % of the time is spent waiting for images to be read; {remedy}")
+        self.waited = self.passed = 0.0
+
+
+_hunger = Hunger()
 
 
 def _begin(loader: DataLoader) -> Iterator[Any]:

@@ -13,6 +13,7 @@ import tyro
 from darts_space import read_genotype
 from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.cli import Invocation
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import DataConfig, ImageData
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
@@ -22,6 +23,7 @@ from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.pipeline.trial import FinalsConfig
+from nas_kmix.pretrained import is_published
 from nas_kmix.proxies import published
 from nas_kmix.proxy import ProxyConfig, smallest_ratio
 from nas_kmix.scores import COLUMNS
@@ -36,7 +38,8 @@ class Given:
     """Results of another run to start from; at most one."""
 
     scorer: Path | None = None
-    """Use the scorer.pt of another run."""
+    """Use the scorer.pt of another run; torchvision:NAME[:WEIGHTS] or timm:NAME with its published weights; or a state
+    dict of the network --scorer.backbone."""
     scores: Path | None = None
     """Use the scores.npz of another run on the same data."""
     proxy: Path | None = None
@@ -60,6 +63,7 @@ class Config:
     given: Annotated[Given, Flat] = field(default_factory=Given)
     export_list: Path | None = None
     """Also write the proxy to this file, one line `path-or-index, label, class name` per image, for other trainers."""
+    invocation: Annotated[Invocation, Flat] = field(default_factory=Invocation)
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     jobs: int = min(8, os.cpu_count() or 1)
@@ -90,14 +94,17 @@ class Config:
         return self.selection.method != "random" or self.stop_after in ("scorer", "scores")
 
     def spread(self) -> Config:
-        """The same config, with the shared seed and augmentation copied into the config of every stage."""
+        """The same config, with the shared seed and augmentation copied into the config of every stage.
+
+        The scorer goes without Cutout, as in the published code, since its images are mixed.
+        """
         common = {"seed": self.seed, "augmentation": self.augmentation}
         return replace(
             self,
-            scorer=replace(self.scorer, **common),
+            scorer=replace(self.scorer, seed=self.seed, augmentation=replace(self.augmentation, cutout=0)),
             scoring=replace(self.scoring, seed=self.seed),
             selection=replace(self.selection, seed=self.seed),
-            search=replace(self.search, **common),
+            search=replace(self.search, **common, jobs=self.jobs),
             finals=replace(self.finals, **common, jobs=self.jobs),
         )
 
@@ -153,7 +160,7 @@ PRESETS: dict[str, Config] = {
     # PyramidNet-110 for 300 epochs (the paper's Table 1: 16.95 % top-1 error) and PC-DARTS for 50 (Table 5). For a GPU.
     "paper": Config(preset="paper", input=DataConfig(data="cifar100"), with_finals=False),
     # PC-DARTS's ImageNet search (section 4.3): 10 % of each class for the weights, 2.5 % for the architecture. The
-    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs, which share all but the search.
+    # scorer is the paper's ResNet-50 (Table 3: 21.76 % top-1 error). For several GPUs.
     "imagenet": Config(
         preset="imagenet",
         input=DataConfig(data="imagenet", image_size=224),
@@ -196,6 +203,8 @@ def check_flags(config: Config) -> None:
     if selects and needed is not None and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
         raise ValueError(f"--measure {selection.measure} needs {needed}, which measures it.")
     for flag, path in paths.items():
+        if is_published(path):
+            continue
         names = ("none", *published()) if flag == "proxy" else ()
         if not path.is_file() and str(path) not in names:
             others = f"; published proxies are {', '.join(published())}" if names else ""

@@ -36,6 +36,7 @@ from nas_kmix.sampling import split_by_class
 
 NAME = "finals"
 FILE = "genotype.json"
+ALONE = True  # with child processes of its own
 TABLE, RESULT = "finals.jsonl", "result.json"
 FILES = (candidates.FILE, TABLE, RESULT)
 VERDICT_IMAGES = 2500

@@ -91,3 +91,10 @@ def read_history(folder: Path) -> list[tuple[int, Genotype]]:
     with files.damage_named(path, files.REMOVE_OURS):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [(int(row["arch_step"]), Genotype.from_json(row["genotype"])) for row in rows]
+
+
+def say_if_gone(genotype: Path, run: Run) -> None:
+    """Warn if the history beside the file of a search's result is missing."""
+    for name in FILES:
+        if not genotype.with_name(name).exists():
+            run.say(f"warning: {genotype.with_name(name)} is gone; remove {genotype.name} to search again and get both")

@@ -14,13 +14,14 @@ import torch
 import tyro
 from torch import nn
 
-from darts_space import build_network, parse_macs, read_genotype, widest
+from darts_space import Preparation, build_network, parse_macs, read_genotype, widest
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
-from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.data import ImageData, wider
+from nas_kmix.engine.data import Preparation as Prepared
 from nas_kmix.engine.keys import NOT_IN_KEY, check_key, identity, stage_key
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.run import Run
@@ -114,6 +115,12 @@ def describe(model: nn.Module, config: NetworkConfig, data: ImageData) -> dict[s
     return {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
 
 
+def preparation_of(like: Prepared) -> Preparation:
+    """How evaluation prepares images for a network that was trained `like` this."""
+    size = like.image_size
+    return Preparation(like.class_names, size, wider(size) or size, like.mean, like.std)
+
+
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +171,7 @@ def make(
     content = {
         "format": BACKBONE_FORMAT if config.network.genotype is None else NETWORK_FORMAT,
         "network": describe(model, config.network, data),
-        "class_names": list(data.class_names),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "image_size": data.image_size,
+        **preparation_of(data).to_json(),
     }
 
     def measure(model: nn.Module) -> dict[str, float]:
@@ -194,6 +198,7 @@ def make(
         content=content,
         bad=bad,
         photographs=_photographs(training),
+        joint_norms=config.sync_batchnorm,
     )
 
 

@@ -6,13 +6,14 @@ In:  a `SearchConfig`, the `Halves` and the images. Out: the genotype after the 
 averages them to fewer pixels. First the weights move alone, then the architecture too. From then on `history` records
 the genotype and the four architecture tables every `record_every` steps, and `run.on_record` receives the search's
 name, the step, the tables so far, the genotype, and the total number of records.
+
+The processes of a world take every step together, each with its part of both batches.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,22 +26,21 @@ from torch.nn import functional as F
 from darts_space import BilevelConfig, Genotype, Search, SuperNet, learning_rate, scaled_lr
 from darts_space.derivation import EdgesBy, Removal
 from darts_space.fast.graphs import GraphedSearch
+from darts_space.fast.norm import join_norms
 from darts_space.removal import REMOVAL_PASSES
 from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
-from nas_kmix.engine.feed import step_batches
+from nas_kmix.engine.feed import Division, step_batches
 from nas_kmix.engine.keys import NOT_IN_KEY
 from nas_kmix.engine.loop import Ended, run_loop
 from nas_kmix.engine.meter import Meter
 from nas_kmix.engine.run import Run
-from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import history
+from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.stage import Key
-from nas_kmix.sampling import split_by_class
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
-SET_ASIDE = 0.1  # of all images, where there is no proxy
 TURN = 600
 """Steps on the weights before which the gradient of alpha favours pools even in the smallest supernet, that of the
 preset quick; in larger ones until about 1,400 (studies/search_quality)."""
@@ -68,7 +68,14 @@ class SearchConfig:
     full_batch: Annotated[int, tyro.conf.Suppress] = field(default=256, metadata=NOT_IN_KEY)
     """Batch size from which `full_lr` holds; a given `lr` holds for any batch size."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """SGD's learning-rate schedule: half a cosine to zero over all steps, or constant."""
+    """SGD's learning-rate schedule: half a cosine to --lr-min over all steps, or constant."""
+    lr_min: float = 0.0
+    """SGD's last learning rate."""
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    """SGD's weight decay."""
+    grad_clip: float = 5.0
+    """Clip the gradient norm of the weights to this value."""
     warmup_epochs: int = 0
     """Epochs of learning-rate warm-up; at most half of --epochs."""
     channels: int = 16
@@ -84,6 +91,8 @@ class SearchConfig:
     validation loss rises if an input is removed (studies/search_quality)."""
     arch_lr: float = 6e-4
     """Adam's learning rate for alpha and beta."""
+    arch_weight_decay: float = 1e-3
+    """Adam's weight decay on alpha and beta."""
     arch_grad_clip: float | None = None
     """Clip the gradient norm of alpha and beta to this value. Default: no clipping."""
     unrolled: bool = False
@@ -93,11 +102,16 @@ class SearchConfig:
     seeds: int = 1
     """Number of searches on the same proxy. The finals compare them; without finals, genotype.json is the one that
     shares most edges with the others."""
+    sync_batchnorm: bool = False
+    """Under torchrun, compute BatchNorm's statistics over the batches of all processes."""
     cuda_graphs: bool = field(default=False, metadata=NOT_IN_KEY)
-    """On a GPU, record a step once, then replay it: nine times as fast for a small supernet. First order, no fp16."""
+    """On a GPU, record a step once, then replay it: nine times as fast for a small supernet. First order, no fp16;
+    processes of torchrun that share a search do without."""
     augmentation: Annotated[Augmentation, tyro.conf.Suppress] = field(default_factory=Augmentation)
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of the initial weights, batches and augmentation; several searches count up from it."""
+    jobs: Annotated[int, tyro.conf.Suppress] = field(default=1, metadata=NOT_IN_KEY)
+    """Child processes for several searches."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "seeds", "record_every"):
@@ -112,18 +126,16 @@ class SearchConfig:
     def bilevel(self, amp: str, epoch_steps: int) -> BilevelConfig:
         """The settings of `darts_space`, for epochs of `epoch_steps` steps. Raises ValueError if they are invalid."""
         frozen = min(15, self.epochs // 2) if self.frozen_epochs is None else self._at_most_half(self.frozen_epochs)
-        return BilevelConfig(
-            rest_steps=frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
-            arch_steps=(self.epochs - frozen) * epoch_steps if self.arch_steps is None else self.arch_steps,
-            lr=scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
-            schedule=self.schedule,
-            epoch_steps=epoch_steps,
-            warmup_epochs=self._at_most_half(self.warmup_epochs),
-            arch_lr=self.arch_lr,
-            arch_grad_clip=self.arch_grad_clip,
-            unrolled=self.unrolled,
-            amp=amp,
-        )
+        own = {item.name: getattr(self, item.name) for item in fields(BilevelConfig) if hasattr(self, item.name)}
+        resolved = {
+            "rest_steps": frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
+            "arch_steps": (self.epochs - frozen) * epoch_steps if self.arch_steps is None else self.arch_steps,
+            "lr": scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
+            "epoch_steps": epoch_steps,
+            "warmup_epochs": self._at_most_half(self.warmup_epochs),
+            "amp": amp,
+        }
+        return BilevelConfig(**own | resolved)
 
     def supernet(self, data: ImageData) -> SuperNet:
         """A new supernet for these images."""
@@ -138,40 +150,13 @@ class SearchConfig:
         )
 
 
-@dataclass(frozen=True)
-class Halves:
-    """Which images train the weights and which the architecture: int64, sorted; `identity` tells halves apart."""
-
-    weights: np.ndarray
-    arch: np.ndarray
-    identity: str
-
-    def __post_init__(self):
-        if len(self.weights) == 0 or len(self.arch) == 0:
-            raise ValueError("The proxy leaves no image for the architecture; raise --ratio or --arch-share.")
-
-    def epoch_steps(self, batch_size: int) -> int:
-        """Steps per epoch of the weights' half."""
-        return math.ceil(len(self.weights) / batch_size)
-
-    @staticmethod
-    def of_proxy(manifest: ProxyManifest) -> Halves:
-        return Halves(manifest.weights, manifest.arch, identity=manifest.hash())
-
-    @staticmethod
-    def of_all_images(data: ImageData, arch_share: float, *, seed: int) -> Halves:
-        """All images that can be read, divided by class, but for a tenth that is left for the verdict of the finals."""
-        used, _ = split_by_class(data.good(), data.labels[data.good()], SET_ASIDE, seed=seed + 1)
-        weights, arch = split_by_class(used, data.labels[used], arch_share, seed=seed)
-        return Halves(weights, arch, identity=f"all images but {SET_ASIDE:.0%}, arch_share {arch_share}")
-
-
 def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, run: Run) -> None:
     """Log the resolved numbers of steps, and warn if the architecture moves too early."""
     size = config.search_size or data.image_size
     run.say(
         f"search: {bilevel.rest_steps} steps on the weights alone, then {bilevel.arch_steps} on weights and "
         f"architecture; {config.batch_size} images of {size} px per step"
+        f"{f', shared by {run.world.size} processes' if run.world.size > 1 else ''}"
     )
     if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
         run.say(
@@ -181,21 +166,20 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, 
 
 
 def search_once(
-    name: str,
-    folder: Path,
-    config: SearchConfig,
-    halves: Halves,
-    data: ImageData,
-    *,
-    run: Run,
-    key: Key,
+    name: str, folder: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key
 ) -> Genotype:
     """Search, write the history into `folder`, and return the genotype after the last step."""
     epoch_steps = halves.epoch_steps(config.batch_size)
     bilevel = config.bilevel(run.compute.amp, epoch_steps)
     supernet = run.compute.layout(config.supernet(data).to(run.compute.device))
-    graphed = config.cuda_graphs and run.compute.device.type == "cuda"
-    search = (GraphedSearch if graphed else Search)(supernet, bilevel)
+    if run.world.size > 1:
+        halves.check_processes(run.world.size, config.batch_size)
+        if config.sync_batchnorm:
+            join_norms(supernet)
+        search = Search(supernet, bilevel, joint=True)
+    else:
+        graphed = config.cuda_graphs and run.compute.device.type == "cuda"
+        search = (GraphedSearch if graphed else Search)(supernet, bilevel)
     every = config.record_every or epoch_steps
     periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
     task = _Searching(name, folder, search, periods, config, halves, data, run)
@@ -228,37 +212,42 @@ class _Searching:
         """Nothing to set: the learning rate changes step by step."""
 
     def batches(self, period: int, first_step: int) -> Iterator[tuple[Batch, Batch]]:
-        """Pairs of full batches, one from each half, over successive shuffled passes."""
+        """Pairs of full batches, one from each half, over successive shuffled passes; or this process's parts."""
         first, steps = self.search.steps_done, self.periods[period] - first_step
         seed, size = self.config.seed, self.config.batch_size
         weight_plan = step_batches(self.halves.weights, size, first, steps, seed=(seed, WEIGHT_ORDER))
         arch_plan = step_batches(self.halves.arch, size, first, steps, seed=(seed, ARCH_ORDER))
         if self.search.resting:
             arch_plan = [indices[:0] for indices in arch_plan]  # not used while the architecture rests, so not read
-        return zip(self.data.batches(weight_plan), self.data.batches(arch_plan), strict=True)
+        batches = (self.data.batches(self._division.plan(plan)) for plan in (weight_plan, arch_plan))
+        return zip(*batches, strict=True)
 
     def step(self, batch: tuple[Batch, Batch], period: int, step: int, meter: Meter) -> int:
-        train, val = batch
         resting, done, seed = self.search.resting, self.search.steps_done, self.config.seed
-        result = self.search.step(
-            self._prepared(train, [seed, WEIGHT_AUGMENT, done]),
-            None if resting else self._prepared(val, [seed, ARCH_AUGMENT, done]),
-        )
-        n = len(train.labels)
-        meter.add(step, n, loss=result.train_loss * n, accuracy=result.train_correct)
+        train, n = self._prepared(batch[0], (seed, WEIGHT_AUGMENT, done))
+        val, n_val = (None, 0) if resting else self._prepared(batch[1], (seed, ARCH_AUGMENT, done))
+        result = self.search.step(train, val)
+        own = len(train[1])
+        meter.add(step, own, loss=result.train_loss * n, accuracy=result.train_correct)
         if result.val_loss is not None:
-            meter.add(step, len(val.labels), val_loss=result.val_loss * len(val.labels))
-        return n * (4 if self.config.unrolled and not resting else 1) + len(val.labels)
+            meter.add(step, len(val[1]), val_loss=result.val_loss * n_val)
+        return n * (4 if self.config.unrolled and not resting else 1) + n_val
 
-    def _prepared(self, batch: Batch, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented float images at the search's size, and labels."""
+    @property
+    def _division(self) -> Division:
+        return Division(self.data, self.run.world)
+
+    def _prepared(self, batch: Batch, moment: tuple[int, ...]) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+        """This process's augmented float images at the search's size, and labels; the number of images of all."""
+        rows, n = self._division.rows(batch)
         if len(batch.labels) == 0:
             raise ValueError(
                 f"{self.data.source.name}: no file of a batch can be read any more; the first is "
                 f"{self.data.bad.first()}"
             )
-        images = augment_batch(batch.images, self.data, self.config.augmentation, rng=np.random.default_rng(seed))
-        return self._downsampled(images), batch.labels
+        rng = np.random.default_rng(self._division.moment(*moment))
+        images = augment_batch(batch.images, self.data, self.config.augmentation, rng=rng)[rows]
+        return (self._downsampled(images), batch.labels[rows]), n
 
     def _downsampled(self, images: torch.Tensor) -> torch.Tensor:
         if self.config.search_size is not None:
@@ -270,9 +259,11 @@ class _Searching:
         order = np.random.default_rng([self.config.seed, REMOVAL_IMAGES]).permutation(self.halves.arch)
         size = min(REMOVAL_BATCH, len(order))
         plan = [order[i * size : (i + 1) * size] for i in range(min(REMOVAL_BATCHES, len(order) // size))]
-        batches = [(self._downsampled(self.data.normalise(b.images)), b.labels) for b in self.data.batches(plan)]
-        cost = self.run.ledger.costs[self.name.partition("/")[0]]
-        cost.images_forward += REMOVAL_PASSES * sum(len(labels) for _, labels in batches)
+        batches, cost = [], self.run.ledger.costs[self.name.partition("/")[0]]
+        for batch in self.data.batches(self._division.plan(plan)):
+            rows, n = self._division.rows(batch)
+            batches.append((self._downsampled(self.data.normalise(batch.images[rows])), batch.labels[rows]))
+            cost.images_forward += REMOVAL_PASSES * n
         return self.search.removal_losses(batches)
 
     def end(self, period: int, means: Mapping[str, float]) -> Ended:
@@ -285,6 +276,7 @@ class _Searching:
         place = {"step": done, "arch_step": max(0, row["arch_step"])}
         if row["arch_step"] >= 0:
             self.rows.append(row)
+        if row["arch_step"] >= 0 and self.run.world.main:
             history.write_history(self.rows, self.folder)
             tables = [row["tables"] for row in self.rows]
             records = sum(end >= bilevel.rest_steps for end in accumulate(self.periods))

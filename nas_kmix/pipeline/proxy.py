@@ -20,6 +20,7 @@ from nas_kmix.scores import ScoreTable
 
 NAME = "selection"
 FILE = "proxy.json"
+ALONE = True
 
 
 def key(config: ProxyConfig, table: ScoreTable | None, data: ImageData) -> Key:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,6 +32,7 @@ from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import Validation, train
 from nas_kmix.mixers import MixConfig, make_mix
 from nas_kmix.pipeline.stage import Key
+from nas_kmix.pretrained import is_published, published_scorer, scorer_of_file
 from nas_kmix.splits import divide, evaluate_all
 
 NAME = "scorer"
@@ -54,7 +56,8 @@ class ScorerConfig:
     """The classifier that scores images, and its training (in the paper's Table 1, PyramidNet-110 with DCutMix)."""
 
     backbone: str = "pyramidnet110"
-    """Name of a network in `nas_kmix.backbones.BACKBONES`."""
+    """Name of a network in `nas_kmix.backbones.BACKBONES`; of a state dict given as --scorer also torchvision:NAME or
+    timm:NAME."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     mix: Annotated[MixConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
     val_share: float = 0.0
@@ -136,6 +139,32 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
     else:
         run.say(f"{NAME}: trained on all {len(training.indices):,} images, so none is left to test it on")
     return Scorer(model, data, counts)
+
+
+def from_elsewhere(given: Path | None, config: ScorerConfig, data: ImageData, *, run: Run) -> Scorer | None:
+    """The scorer that `--scorer` names, if no run of ours has trained it: a library's, or a state dict. Its training is
+    billed nowhere.
+
+    Raises ValueError for one that does not fit the images, and OSError for weights that cannot be had.
+    """
+    if given is None:
+        return None
+    state: Any = None
+    if not is_published(given):
+        with suppress(Exception):  # `load_scorer` says what is wrong with the file
+            state = torch.load(given, map_location="cpu", weights_only=True)
+        if not isinstance(state, Mapping) or "format" in state:
+            return None
+    if not run.world.main:
+        run.world.barrier()  # rank 0 downloads the weights, and the others find them
+    if state is None:
+        model, view = published_scorer(str(given), data)
+    else:
+        model, view = scorer_of_file(given, state, config.backbone, data)
+    if run.world.main:
+        run.world.barrier()
+    run.say(f"scorer: {given}, which comes from elsewhere; what its training cost is not billed")
+    return Scorer(run.compute.layout(model), view, None)
 
 
 def drop_before(layer: nn.Module, probability: float) -> None:

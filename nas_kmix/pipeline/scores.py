@@ -97,4 +97,5 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
         f"{NAME}: {table.losses.shape[1]} losses of each of {len(table.index):,} images, {table.losses.mean():.3f} on "
         f"average; their CV is {middle:.3f} for a typical image, mostly between {low:.3f} and {high:.3f}"
     )
-    return table
+    run.world.barrier()  # rank 0 alone measures the baselines
+    return table if run.world.main else ScoreTable.load(path)

@@ -20,8 +20,10 @@ from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import candidates, history
 from nas_kmix.pipeline.candidates import Candidate
-from nas_kmix.pipeline.one_search import Halves, SearchConfig, say_how_long, search_once
-from nas_kmix.pipeline.stage import Key, obtain
+from nas_kmix.pipeline.halves import Halves
+from nas_kmix.pipeline.one_search import SearchConfig, say_how_long, search_once
+from nas_kmix.pipeline.seeds import search_seeds
+from nas_kmix.pipeline.stage import Key
 
 NAME = "search"
 FILE = candidates.FILE
@@ -47,12 +49,16 @@ def key(config: SearchConfig, halves: Halves, data: ImageData) -> Key:
     return stage_key(NAME, identity(config) | resolved, {"data": data.fingerprint, "proxy": halves.identity})
 
 
+def _keys(configs: Sequence[SearchConfig], halves: Halves, data: ImageData) -> list[Key]:
+    return [key(one, halves, data) for one in configs]
+
+
 def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key | None) -> Searched:
     """The searched ones among the candidates in `path`."""
     found, provenance = candidates.load(path)
     check_key(path, provenance, key)
     if config.seeds == 1:
-        _say_if_gone(path, run)
+        history.say_if_gone(path, run)
     return Searched([one for one in found if one.origin == "bilevel"], provenance)
 
 
@@ -62,17 +68,28 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     say_how_long(bilevel, config, data, run)
     provenance = dict(key)
     if config.seeds == 1:
-        genotypes = [search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
+        earlier = _of_earlier_version(path.with_name(Unproved.FILE), bilevel.arch_steps, key)
+        genotypes = [earlier or search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
         records = [history.read_history(path.parent)]
     else:
         seeds = [replace(config, seeds=1, seed=config.seed + i) for i in range(config.seeds)]
-        genotypes = [obtain(OneSeed(i), one, halves, data, run=run) for i, one in enumerate(seeds)]
+        genotypes = search_seeds(seeds, _keys(seeds, halves, data), halves, data, run=run)
         records = [history.read_history(run.path(f"seed-{i}")) for i in range(config.seeds)]
         provenance |= _chosen(genotypes, run)
     rows = [one or [(bilevel.arch_steps, genotype)] for one, genotype in zip(records, genotypes, strict=True)]
     found = candidates.of_records(rows)
-    candidates.save(path, found, provenance)
+    if run.world.main:
+        candidates.save(path, found, provenance)
     return Searched(found, provenance)
+
+
+def _of_earlier_version(path: Path, arch_steps: int, key: Key) -> Genotype | None:
+    """What a finished search of this key ended with, if it has its history but no candidates yet."""
+    if not path.exists():
+        return None
+    genotype, made_with = Genotype.load(path), files.read_json(path).get("provenance")
+    last = history.read_history(path.parent)[-1:]
+    return genotype if made_with == key and last == [(arch_steps, genotype)] else None
 
 
 def _chosen(genotypes: Sequence[Genotype], run: Run) -> dict[str, Any]:
@@ -84,19 +101,13 @@ def _chosen(genotypes: Sequence[Genotype], run: Run) -> dict[str, Any]:
     return {"chosen": f"seed-{chosen}", "shared_edges": shared}
 
 
-def _say_if_gone(path: Path, run: Run) -> None:
-    for name in history.FILES:
-        if not path.with_name(name).exists():
-            run.say(f"warning: {path.with_name(name)} is gone; remove {path.name} to search again and get both")
-
-
 class Unproved:
     """`genotype.json` without finals, as a stage of its own: what the search ended with.
 
     Of several searches it is the one that shares most edges with the others.
     """
 
-    NAME, FILE = NAME, "genotype.json"
+    NAME, FILE, ALONE = NAME, "genotype.json", True
 
     @staticmethod
     def key(config: SearchConfig, searched: Searched, halves: Halves, data: ImageData) -> Key:
@@ -116,23 +127,3 @@ class Unproved:
         last = [one for one in searched.candidates if one.seed == seed]
         last[0].genotype.save(path, provenance=searched.provenance)
         return last[0].genotype
-
-
-class OneSeed:
-    """One of several searches, as a stage of its own in the subfolder seed-N."""
-
-    key = staticmethod(key)
-
-    def __init__(self, number: int):
-        self.NAME, self.FILE = f"{NAME}/seed-{number}", f"seed-{number}/genotype.json"
-
-    def load(self, path: Path, *inputs: Any, run: Run, key: Key | None) -> Genotype:
-        genotype = Genotype.load(path)
-        check_key(path, files.read_json(path).get("provenance"), key)
-        _say_if_gone(path, run)
-        return genotype
-
-    def make(self, path: Path, *inputs: Any, run: Run, key: Key) -> Genotype:
-        genotype = search_once(self.NAME, path.parent, *inputs, run=run, key=key)
-        genotype.save(path, provenance=key)
-        return genotype

@@ -10,6 +10,10 @@ A stage is a module, or an object, with two names and three functions:
 
 `config` is the stage's own part of the flags; `inputs` are the results of earlier stages. Resuming is up to `make`,
 through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
+
+All processes of the run's world call `obtain`, with the same inputs, and get the same result. Of a stage with
+`ALONE = True` rank 0 alone calls `make`, and the others then load what it has written; otherwise all call it, and rank
+0 writes the file.
 """
 
 from __future__ import annotations
@@ -57,12 +61,23 @@ def obtain(stage: Stage[Result], config: Any, *inputs: Any, run: Run, given: Pat
             )
         return result
     path, key = run.path(stage.FILE), stage.key(config, *inputs)
-    result = stage.load(path, config, *inputs, run=run, key=key) if path.exists() else None
+    found = bool(run.world.highest(path.exists())[0])  # all agree before one of them may write it
+    result = stage.load(path, config, *inputs, run=run, key=key) if found else None
     if result is not None:
         run.say(f"{stage.NAME}: {path} is up to date, skipped")
     else:
         began = time.monotonic()
-        result = stage.make(path, config, *inputs, run=run, key=key)
+        result = _made(stage, path, config, *inputs, run=run, key=key)
         run.say(f"{stage.NAME}: done in {duration(time.monotonic() - began)}, {path}")
     run.remove_checkpoint(checkpoint_name(stage.NAME))  # a run killed just before this line leaves one behind
     return result
+
+
+def _made(stage: Stage[Result], path: Path, config: Any, *inputs: Any, run: Run, key: Key) -> Result:
+    if not getattr(stage, "ALONE", False):
+        return stage.make(path, config, *inputs, run=run, key=key)
+    if run.world.main:
+        with run.alone():
+            result = stage.make(path, config, *inputs, run=run, key=key)
+    run.world.barrier()
+    return result if run.world.main else stage.load(path, config, *inputs, run=run, key=key)

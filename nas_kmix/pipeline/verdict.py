@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.05  # on each side
 DEMONSTRATION = 4  # with fewer controls than that only enormous differences can be seen
@@ -50,6 +49,8 @@ def judge(entry: float, controls: Sequence[float], images: int) -> Verdict:
     mean = float(np.mean(controls))
     spread = max(float(np.std(controls, ddof=1)), standard_error(mean, images))
     se = spread * math.sqrt(1 + 1 / m)
+    from scipy import stats  # late, since it takes half as long to import as torch
+
     difference, detectable = entry - mean, float(stats.t.ppf(1 - LEVEL, m - 1)) * se
     word: Word = "no better than random"
     if abs(difference) > detectable:

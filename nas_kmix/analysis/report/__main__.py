@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from nas_kmix.analysis.report import write_report
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import parse_flags
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 (a full disk), and 2 with a sentence for bad usage."""
-    config = with_home(tyro.cli(Config, args=argv, description=__doc__))
     try:
+        config = parse_flags(Config, argv, __doc__)
         if not config.runs:
             raise ValueError("Give at least one run folder: python -m nas_kmix.analysis.report RUN")
         out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"

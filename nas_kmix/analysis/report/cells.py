@@ -7,11 +7,20 @@ from darts_space.genotype import COLLAPSE_POOLS, COLLAPSE_SKIPS
 from nas_kmix.analysis.cell_picture import ROW_INCHES, draw_cell
 from nas_kmix.analysis.description import COUNTS, edge_text, network_costs
 from nas_kmix.analysis.report.drawings import drawing
+from nas_kmix.analysis.report.extras import is_run
 from nas_kmix.analysis.report.markup import Markup, figure, join, sentence, table, tag
-from nas_kmix.analysis.report.parts import show
+from nas_kmix.analysis.report.parts import UNREADABLE, show
 from nas_kmix.analysis.report.record import Record
 
 COST_HEAD = ("network", "parameters", "with auxiliary head", "multiply-adds", "published convention")
+
+
+def applies(record: Record) -> bool:
+    """Whether the run has cells: a trained backbone has none, and analyses are about networks of other runs."""
+    try:
+        return is_run(record) and not (record.trains and record.config["network"]["genotype"] is None)
+    except UNREADABLE:
+        return True  # the section says what is wrong
 
 
 def section(record: Record) -> Markup:

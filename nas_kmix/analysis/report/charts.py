@@ -16,6 +16,7 @@ from nas_kmix.analysis.report.markup import Markup, join, number, tag
 
 WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 22.0, 38.0
+LETTER = 6.4  # units of width that a letter takes
 MOST_MARKERS = 40  # of one line; more would hide it
 COLOURS = 6  # classes s0 to s5
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -62,12 +63,21 @@ class Scale:
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
 
-    def label(self, value: float) -> str:
+    def labels(self, ticks: Sequence[float]) -> list[str]:
+        """What to write at the ticks: no two alike."""
         if self.log:
-            return "10" + str(round(math.log10(value))).translate(SUPERSCRIPTS)
-        if abs(value) >= 10_000:
-            return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
-        return f"{value:g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+            return ["10" + str(round(math.log10(value))).translate(SUPERSCRIPTS) for value in ticks]
+        for digits in range(4, 16):
+            texts = [_short(value, digits) for value in ticks]
+            if len(set(texts)) == len(texts):
+                break
+        return texts
+
+
+def _short(value: float, digits: int) -> str:
+    if abs(value) >= 10_000:
+        return f"{value / 1e6:.{digits}g}M" if abs(value) >= 1e6 else f"{value / 1e3:.{digits}g}k"
+    return f"{value:.{digits}g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
 
 
 def scale_of(
@@ -80,7 +90,7 @@ def scale_of(
         return Scale(10.0**first, 10.0 ** max(math.ceil(math.log10(high)), first + 1), start, end, log=True)
     low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
     if high == low:
-        low, high = low - (abs(low) or 1.0) * 0.5, high + (abs(high) or 1.0) * 0.5
+        low, high = low - (abs(low) or 1.0) * 0.02, high + (abs(high) or 1.0) * 0.02
     pad = (high - low) * room
     whole = all(value == round(value) for value in values)
     return Scale(low if zero and low == 0 else low - pad, high + pad, start, end, whole=whole)
@@ -163,11 +173,12 @@ def stacked_bars(title: str, names: Sequence[str], stacks: dict[str, Sequence[fl
             top = y(base[at] + value)
             bars.append(tag("rect", about, **box, y=top, height=y(base[at]) - top, class_=f"bar {_colour(i)}"))
         base = base + np.asarray(values, dtype=float)
-    labels = []
-    if len(names) <= 12:
+    labels, room = [], int((x(1) - x(0)) / LETTER)
+    if room >= 3:
+        shown = [name if len(name) <= room else f"{name[: room - 1]}…" for name in names]
         labels = [
-            tag("text", name[:6], x=x(at + 0.5), y=HEIGHT - BOTTOM + 14, class_="tick middle")
-            for at, name in enumerate(names)
+            tag("text", name, x=x(at + 0.5), y=HEIGHT - BOTTOM + 14, class_="tick middle")
+            for at, name in enumerate(shown)
         ]
     return svg(title, _axes(x, y, x_label, "images", ticks_of_x=False), *bars, *labels)
 
@@ -207,11 +218,11 @@ def _scales(points: Sequence[tuple[float, float]], log: bool, zero: bool) -> tup
 def _axes(x: Scale, y: Scale, x_label: str, y_label: str, *, ticks_of_x: bool = True) -> Markup:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = [tag("path", d=f"M{LEFT:g} {bottom:g}H{right:g}", class_="axis")]
-    for value in y.ticks():
+    for value, text in zip(y.ticks(), y.labels(y.ticks()), strict=True):
         parts.append(tag("path", d=f"M{LEFT:g} {y(value):.1f}H{right:g}", class_="grid"))
-        parts.append(tag("text", y.label(value), x=LEFT - 5, y=y(value) + 3.5, class_="tick end"))
-    for value in x.ticks() if ticks_of_x else ():
-        parts.append(tag("text", x.label(value), x=x(value), y=bottom + 14, class_="tick middle"))
+        parts.append(tag("text", text, x=LEFT - 5, y=y(value) + 3.5, class_="tick end"))
+    for value, text in zip(x.ticks(), x.labels(x.ticks()), strict=True) if ticks_of_x else ():
+        parts.append(tag("text", text, x=x(value), y=bottom + 14, class_="tick middle"))
     middle = (LEFT + right) / 2
     parts.append(tag("text", x_label, x=middle, y=HEIGHT - 7, class_="label middle"))
     parts.append(tag("text", y_label, x=0.0, y=9.0, class_="label"))

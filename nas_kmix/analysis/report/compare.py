@@ -16,12 +16,23 @@ from darts_space.cell import GENOTYPE_EDGES
 from nas_kmix.analysis.report.charts import Series, legend, scatter_chart
 from nas_kmix.analysis.report.cost import all_in_seconds, speed_up
 from nas_kmix.analysis.report.finals import verdict_table
-from nas_kmix.analysis.report.markup import Markup, figure, join, missing, number, percent, sentence, table, tag
+from nas_kmix.analysis.report.markup import (
+    Markup,
+    figure,
+    gallery,
+    join,
+    missing,
+    number,
+    percent,
+    sentence,
+    table,
+    tag,
+)
 from nas_kmix.analysis.report.parts import UNREADABLE, reason
 from nas_kmix.analysis.report.proxy import reliability
 from nas_kmix.analysis.report.record import Record
 
-T = TypeVar("T")
+T, K = TypeVar("T"), TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,12 @@ class TrainedNetwork:
     record: Record
     origin: str
     """What its genotype came from: how a search's proxy was chosen, a name, or a backbone."""
+    images: str
+    """The images that the accuracy is of: data set and split."""
     seed: int
     genotype: Genotype | None
     accuracy: float | None
-    """Accuracy after the last epoch on the test images, else on those held out; in [0, 1]."""
+    """Accuracy after the last epoch on the test images, else on the validation images; in [0, 1]."""
     best: float | None
     result: dict
     search_seconds: float | None
@@ -56,11 +69,7 @@ class TrainedNetwork:
 
 
 def section(records: Sequence[Record]) -> Markup:
-    """Tables, accuracy against cost, and shared edges."""
-    if len(records) < 2:
-        return missing(
-            "One run alone compares with nothing; give several: python -m nas_kmix.analysis.report RUN RUN …"
-        )
+    """Tables, accuracy against cost, and shared edges of two or more runs."""
     searched, trained, unknown = [], [], []
     for record in sorted(records, key=lambda record: record.trains):  # networks look for the search they came from
         try:
@@ -107,7 +116,7 @@ def proxy_text(record: Record) -> str:
     """How the images of a search were chosen, in a few words."""
     proxy = _or_none(lambda: record.proxy)
     if proxy is None:
-        return "all images" if str(record.config.get("proxy")) == "none" else "–"
+        return f"{data_name(record)}: all images" if record.flag("proxy") == "none" else "–"
     by = proxy.method if proxy.method == "random" else f"{proxy.measure} {proxy.method}"
     every = f" {proxy.interval}" if proxy.method == "interval" else ""
     return f"{proxy.data}: {by}{every}, {percent(len(proxy.indices) / proxy.n)}"
@@ -121,6 +130,7 @@ def _trained(record: Record, searched: Sequence[Searched]) -> TrainedNetwork:
     return TrainedNetwork(
         record,
         origin=_network_name(network, genotype) if search is None else search.proxy,
+        images=f"{data_name(record)}, {_split(result.get('last'))}",
         seed=record.config.get("seed", 0),
         genotype=genotype,
         accuracy=_accuracy(result.get("last")),
@@ -154,6 +164,15 @@ def _network_name(network: dict, genotype: Genotype | None) -> str:
     return given
 
 
+def data_name(record: Record) -> str:
+    """`cifar100`, or the last part of a path."""
+    return Path(str(record.config.get("input", {}).get("data", "?"))).name
+
+
+def _split(metrics: dict | None) -> str:
+    return "test" if "test_accuracy" in (metrics or {}) else "validation"
+
+
 def _accuracy(metrics: dict | None) -> float | None:
     metrics = metrics or {}
     return metrics.get("test_accuracy", metrics.get("val_accuracy"))
@@ -162,7 +181,7 @@ def _accuracy(metrics: dict | None) -> float | None:
 # -- showing -----------------------------------------------------------------------------------------------------------
 
 
-def _groups(runs: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[T]]]:
+def _groups(runs: Sequence[T], key: Callable[[T], K]) -> list[tuple[K, list[T]]]:
     return [(name, list(members)) for name, members in itertools.groupby(sorted(runs, key=key), key=key)]
 
 
@@ -186,7 +205,7 @@ def _search_table(searched: Sequence[Searched], short: dict[Path, str]) -> Marku
             cost = "–" if run.seconds is None else f"{number(run.seconds)} s"
             ratio = "–" if run.ratio is None else f"{run.ratio:.2f}×"
             rows.append((short[run.record.folder], proxy, run.seed, run.reliability, skips, cost, ratio))
-    head = ("run", "proxy", "seed", "reliability", "skips", "all-in cost", "all-in speed-up")
+    head = ("run", "proxy", "seed", "reliability", "skips", "all-in cost", "all-in speed-up, estimated")
     return table(head, rows, caption="Searches", text_columns=2)
 
 
@@ -194,20 +213,29 @@ def _network_table(trained: Sequence[TrainedNetwork], short: dict[Path, str]) ->
     if not trained:
         return missing("No accuracy is compared: none of these runs is of train_eval.py.")
     rows = []
-    for origin, members in _groups(trained, lambda run: run.origin):
+    for (images, origin), members in _groups(trained, lambda run: (run.images, run.origin)):
         for run in members:
             costs = [run.result.get(name) for name in ("params_without_aux", "macs", "train_s")]
             search = "–" if run.search_seconds is None else f"{number(run.search_seconds)} s"
             last, best = ("–" if a is None else percent(a, 2) for a in (run.accuracy, run.best))
             counts = (number(costs[0]), number(costs[1]), f"{number(costs[2])} s")
-            rows.append((short[run.record.folder], origin, run.seed, last, best, *counts, search))
+            rows.append((short[run.record.folder], images, origin, run.seed, last, best, *counts, search))
         known = [run.accuracy for run in members if run.accuracy is not None]
         if len(known) > 1:
             spread = f"{percent(float(np.mean(known)), 2)} ± {100 * np.std(known, ddof=1):.2f}"
-            rows.append((tag("b", f"mean of {len(known)}"), origin, "", tag("b", spread), *[""] * 5))
-    head = ("run", "genotype from", "seed", "last epoch", "best epoch", "parameters", "multiply-adds", "training")
-    note = "Accuracy on the test images; ± is the standard deviation over seeds."
-    networks = table((*head, "all-in search"), rows, caption="Trained networks", text_columns=2)
+            rows.append((tag("b", f"mean of {len(known)}"), images, origin, "", tag("b", spread), *[""] * 5))
+    head = (
+        "run",
+        "accuracy on",
+        "genotype from",
+        "seed",
+        "last epoch",
+        "best epoch",
+        "parameters",
+        "multiply-adds",
+    )
+    note = "Accuracies on other images do not compare; ± is the standard deviation over seeds."
+    networks = table((*head, "training", "all-in search"), rows, caption="Trained networks", text_columns=3)
     return join([networks, sentence(note, "note")])
 
 
@@ -217,14 +245,17 @@ def _accuracy_chart(trained: Sequence[TrainedNetwork]) -> Markup:
         return missing(
             "Accuracy against cost needs trained networks whose genotype came from a search with a cost.json."
         )
-    series = [
-        Series(origin, [run.search_seconds for run in members], [100 * run.accuracy for run in members])
-        for origin, members in _groups(shown, lambda run: run.origin)
-    ]
-    title = "Accuracy against the all-in cost of the search"
-    drawn = scatter_chart(title, series, "all-in search, seconds", "accuracy, %")
-    how = "A mark is a trained network; bars are mean and standard deviation over the seeds of a group."
-    return figure(title, drawn, how, legend([one.name for one in series]), class_="wide")
+    figures = []
+    for images, members in _groups(shown, lambda run: run.images):  # each on axes of its own
+        series = [
+            Series(origin, [run.search_seconds for run in group], [100 * run.accuracy for run in group])
+            for origin, group in _groups(members, lambda run: run.origin)
+        ]
+        title = f"Accuracy on {images}, against the all-in cost of the search"
+        drawn = scatter_chart(title, series, "all-in search, seconds", "accuracy, %")
+        how = "A mark is a trained network; bars are mean and standard deviation over the seeds of a group."
+        figures.append(figure(title, drawn, how, legend([one.name for one in series]), class_="wide"))
+    return gallery(*figures)
 
 
 def _shared(searched: Sequence[Searched], trained: Sequence[TrainedNetwork], short: dict[Path, str]) -> Markup:

@@ -102,11 +102,17 @@ def _speed_up(record: Record) -> Markup:
         f"{duration(found.full)} ({number(found.full)} s): this search took {number(found.search)} s for "
         f"{record.costs['search'].images_forward:,} passes of its {len(proxy.indices):,} images"
     )
-    if found.scorer == 0:
+    if found.scorer == 0 and record.given_scorer is not None:
+        estimate += f". The scorer, {record.given_scorer}, came from elsewhere; what its training cost is not known"
+    elif found.scorer == 0:
         estimate += ". No scorer was trained for it, or its cost is not recorded"
     return join(
         [
-            table(("what is billed", "seconds", "speed-up"), rows, caption="Speed-up over the full search"),
+            table(
+                ("what is billed", "seconds", "estimated speed-up"),
+                rows,
+                caption="Estimated speed-up over a full search, which was not run",
+            ),
             sentence(f"{estimate}. A ratio below 1 means that the proxy costs more than it saves.", "note"),
         ]
     )

@@ -1,9 +1,10 @@
-"""Sections `landscape` and `robustness`: what nas_kmix.analysis.landscape and .robustness left in a run folder."""
+"""Sections `landscape` and `robustness`: what the analyses of these names left, in a run's folder or in their own."""
 
 from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 
@@ -14,31 +15,51 @@ from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine import files
 
+OF_RUNS = (
+    "scorer.pt", "scores.npz", "proxy.json", "genotype.json", "alphas.npz", "metrics.csv", "last.pt", "result.json",
+)  # fmt: skip
 ARRAYS = ("loss", "eigenvalues", "surface", "axis", "slice", "slice_axis", "noise", "sigmas")
 
 
+def is_run(record: Record) -> bool:
+    """Whether the folder is a run's, and not one in which an analysis left its results."""
+    return any(record.path(name).is_file() for name in OF_RUNS) or not (landscapes(record) or tables(record))
+
+
+def landscapes(record: Record) -> list[Path]:
+    """The results of nas_kmix.analysis.landscape, in RUN/landscape or in the folder itself."""
+    found = (path for place in ("landscape", "") for path in sorted(record.path(place).glob("*.npz")))
+    return [path for path in found if path.name not in OF_RUNS]
+
+
+def tables(record: Record) -> list[Path]:
+    """The tables of nas_kmix.analysis.robustness, whatever they are called."""
+    return [path for path in sorted(record.folder.glob("*.csv")) if path.name not in OF_RUNS]
+
+
 def landscape(record: Record) -> Markup:
-    """Surface, slice and noise of every network in RUN/landscape."""
+    """Surface, slice and noise of every network."""
     return show(record, loss_around_the_network=_landscapes)
 
 
 def robustness(record: Record) -> Markup:
-    """The table of RUN/robustness.csv."""
+    """Every table as it stands, accuracies in per cent."""
     return show(record, attacks_and_hard_images=_robustness)
 
 
 def _landscapes(record: Record) -> Markup:
-    paths = sorted(record.path("landscape").glob("*.npz"))
+    paths = landscapes(record)
     if not paths:
         raise ValueError(
             f"There is no landscape in {record.name}; python -m nas_kmix.analysis.landscape {_network(record)} "
             f"--out {record.path('landscape')} computes it."
         )
-    return join(_landscape(record, path.stem, files.read_npz(path)) for path in paths)
+    return join(_landscape(record, path, files.read_npz(path)) for path in paths)
 
 
-def _landscape(record: Record, name: str, arrays: dict[str, np.ndarray]) -> Markup:
-    with record.reading(f"landscape/{name}.npz"):
+def _landscape(record: Record, path: Path, arrays: dict[str, np.ndarray]) -> Markup:
+    name = path.stem
+    with record.reading(path.relative_to(record.folder).as_posix()):
         found = {key: np.asarray(arrays[key], dtype=np.float64) for key in ARRAYS}
         drawn = draw_parts(name, found)
         surface, curvature = found["surface"], " and ".join(number(value) for value in found["eigenvalues"])
@@ -60,17 +81,21 @@ def _landscape(record: Record, name: str, arrays: dict[str, np.ndarray]) -> Mark
 
 
 def _robustness(record: Record) -> Markup:
-    path = record.path("robustness.csv")
-    if not path.is_file():
+    paths = tables(record)
+    if not paths:
         raise ValueError(
             f"There is no robustness.csv in {record.name}; python -m nas_kmix.analysis.robustness {_network(record)} "
-            f"--attack fgsm pgd --out {path} measures it."
+            f"--attack fgsm pgd --out {record.path('robustness.csv')} measures it."
         )
-    with record.reading("robustness.csv"):
+    return join(_attacks(record, path) for path in paths)
+
+
+def _attacks(record: Record, path: Path) -> Markup:
+    with record.reading(path.name):
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
         head = [name for name in rows[0] if any(row[name] for row in rows)]
         shown = [[_cell(name, row[name]) for name in head] for row in rows]
-    return table([name.replace("_", " ") for name in head], shown, caption="Attacks and hard images")
+    return table([name.replace("_", " ") for name in head], shown, caption=f"Attacks and hard images, {path.name}")
 
 
 def _network(record: Record) -> str:

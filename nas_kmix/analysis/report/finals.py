@@ -26,13 +26,7 @@ Row = Mapping[str, Any]
 
 def section(record: Record) -> Markup:
     """Verdict, candidates, accuracies, and the winner's cells beside the best random ones."""
-    if record.trains:
-        return show(record, finals=_none)
     return show(record, verdict=_verdict, candidates=_candidates, accuracy_by_rung=_chart, cells=_cells)
-
-
-def _none(record: Record) -> Markup:
-    raise ValueError(f"{record.name} trained a network; the finals are in the report of the search.")
 
 
 def _rows(record: Record) -> list[Row]:

@@ -66,7 +66,8 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: str, t
 
     body = join(tag("tr", cells("td", row)) for row in rows)
     content = join([tag("caption", caption), tag("thead", tag("tr", cells("th", head))), tag("tbody", body)])
-    return tag("div", tag("table", content), class_="scroll", tabindex=0, role="region", aria_label=caption)
+    class_ = "scroll many" if len(head) > 3 else "scroll"  # of many columns a phone shows some, and a hint
+    return tag("div", tag("table", content), class_=class_, tabindex=0, role="region", aria_label=caption)
 
 
 def figure(title: str, drawing: Markup, caption: Any = "", legend: Markup | None = None, class_: str = "") -> Markup:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from nas_kmix.analysis.report.extras import is_run
 from nas_kmix.analysis.report.markup import Markup, join, percent, picture, sentence, tag
-from nas_kmix.analysis.report.parts import show
+from nas_kmix.analysis.report.names import spoken
+from nas_kmix.analysis.report.parts import UNREADABLE, show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.mixers import K_IMAGES, MixConfig, make_mix
 
@@ -14,6 +16,14 @@ SAMPLES, BATCH = 8, 16
 SIDE = 128  # pixels at most
 LABELS, LEAST = 4, 0.005  # named under a mix, and what share of it is worth a name
 SAMPLE_STREAM, MIX_STREAM = 91, 92  # of random numbers, apart from those of the run
+
+
+def applies(record: Record) -> bool:
+    """Whether images were mixed: not where they were taken as they are, nor where features were mixed."""
+    try:
+        return is_run(record) and record.mixing.mix not in ("none", "manifold_mixup")
+    except UNREADABLE:
+        return True  # the section says what is wrong
 
 
 def section(record: Record) -> Markup:
@@ -24,10 +34,6 @@ def section(record: Record) -> Markup:
 def _mixes(record: Record) -> Markup:
     settings = record.mixing
     who = "network" if record.trains else "scorer"
-    if settings.mix == "none":
-        raise ValueError(f"{record.name} trained its {who} on images as they are (mix none).")
-    if settings.mix == "manifold_mixup":
-        raise ValueError(f"{record.name} trained with manifold_mixup, which mixes features: there is no image to show.")
     images, soft, names = _draw(record, settings)
     samples = [
         _sample(image.permute(1, 2, 0).numpy(), label.numpy(), names) for image, label in zip(images, soft, strict=True)
@@ -51,7 +57,7 @@ def _draw(record: Record, settings: MixConfig) -> tuple[torch.Tensor, torch.Tens
         mixed, soft = mix(images, batch.labels.cpu(), np.random.default_rng([seed, MIX_STREAM, attempt]))
         if mixed is not images:
             break
-    return (mixed[:SAMPLES] * 255).round().clamp(0, 255).to(torch.uint8), soft[:SAMPLES], data.class_names
+    return (mixed[:SAMPLES] * 255).round().clamp(0, 255).to(torch.uint8), soft[:SAMPLES], spoken(data)
 
 
 def _sample(pixels: np.ndarray, soft: np.ndarray, names: tuple[str, ...]) -> Markup:

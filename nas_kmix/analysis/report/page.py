@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import resources
+from typing import NamedTuple
 
 from nas_kmix.analysis.report import cells, compare, cost, extras, finals, mixes, proxy, search
 from nas_kmix.analysis.report.markup import Markup, escape, join, missing, number, percent, plural, sentence, tag
@@ -12,38 +13,62 @@ from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine.progress import duration
 from nas_kmix.version import __version__
 
+SPLITS = {"test": "test", "val": "validation"}
 LARGEST_PAGE = 4_800_000  # bytes, below the five million that mail programs take without asking
-SECTIONS: dict[str, tuple[str, Callable[[Record], Markup]]] = {
-    "cells": ("Cells", cells.section),
-    "search": ("Search", search.section),
-    "finals": ("Finals", finals.section),
-    "proxy": ("Proxy dataset", proxy.section),
-    "mixes": ("Mixed images", mixes.section),
-    "cost": ("Cost", cost.section),
-    "landscape": ("Loss landscape", extras.landscape),
-    "robustness": ("Robustness", extras.robustness),
+
+
+class Section(NamedTuple):
+    """A part of the page: of every run that can have it, a block under the run's name."""
+
+    title: str
+    build: Callable[[Record], Markup]
+    applies: Callable[[Record], bool]
+
+
+def _is_search(record: Record) -> bool:
+    return extras.is_run(record) and not record.trains
+
+
+SECTIONS: dict[str, Section] = {
+    "cells": Section("Cells", cells.section, cells.applies),
+    "search": Section("Search", search.section, _is_search),
+    "finals": Section("Finals", finals.section, _is_search),
+    "training": Section("Training", search.training, lambda record: record.trains),
+    "proxy": Section("Proxy dataset", proxy.section, _is_search),
+    "mixes": Section("Mixed images", mixes.section, mixes.applies),
+    "cost": Section("Cost", cost.section, extras.is_run),
+    "landscape": Section(
+        "Loss landscape", extras.landscape, lambda record: record.trains or bool(extras.landscapes(record))
+    ),
+    "robustness": Section("Robustness", extras.robustness, lambda record: record.trains or bool(extras.tables(record))),
 }
 
 
 def document(records: Sequence[Record]) -> str:
     """A whole HTML document of at most 4.8 MB: what does not fit is left out, and the page says so."""
-    blocks = {key: [] for key in SECTIONS}
+    blocks: dict[str, list[tuple[Record, Markup]]] = {key: [] for key in SECTIONS}
     size = 0
     for record in records:
-        for key, (_, build) in SECTIONS.items():
-            block = build(record)
+        for key, section in SECTIONS.items():
+            if not section.applies(record):
+                continue
+            block = section.build(record)
             size += len(block.encode())
             if size > LARGEST_PAGE:
                 size -= len(block.encode())
                 block = missing(f"Left out, as the page would be too large to send; give {record.name} alone.")
-            blocks[key].append(block)
-    compared = _section("compare", "Comparison", compare.section(records))
-    body = [_section(key, title, _of_runs(records, blocks[key])) for key, (title, _) in SECTIONS.items()]
-    # Of several runs the comparison is what the reader came for.
-    body = [compared, *body] if len(records) > 1 else [*body[:6], compared, *body[6:]]
+            blocks[key].append((record, block))
+    titles, body = {}, []
+    runs = [record for record in records if extras.is_run(record)]
+    if len(runs) > 1:  # what the reader of several came for
+        titles["compare"] = "Comparison"
+        body.append(_section("compare", titles["compare"], compare.section(runs)))
+    for key, found in blocks.items():
+        if found:
+            titles[key] = SECTIONS[key].title
+            body.append(_section(key, titles[key], _of_runs(found, alone=len(records) == 1)))
     names = ", ".join(record.name for record in records)
-    order = ["compare", *SECTIONS] if len(records) > 1 else [*list(SECTIONS)[:6], "compare", *list(SECTIONS)[6:]]
-    links = [tag("a", SECTIONS[key][0] if key in SECTIONS else "Comparison", href=f"#{key}") for key in order]
+    links = [tag("a", title, href=f"#{key}") for key, title in titles.items()]
     style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     head = [
         tag("meta", charset="utf-8"),
@@ -62,11 +87,11 @@ def _section(key: str, title: str, content: Markup) -> Markup:
     return tag("section", tag("h2", title), content, id=key)
 
 
-def _of_runs(records: Sequence[Record], blocks: Sequence[Markup]) -> Markup:
+def _of_runs(blocks: Sequence[tuple[Record, Markup]], *, alone: bool) -> Markup:
     """The blocks of several runs, each under the name of its run."""
-    if len(records) == 1:
-        return blocks[0]
-    return join(join([tag("h3", record.name), block]) for record, block in zip(records, blocks, strict=True))
+    if alone:
+        return blocks[0][1]
+    return join(join([tag("h3", record.name), block]) for record, block in blocks)
 
 
 # -- heading -----------------------------------------------------------------------------------------------------------
@@ -93,7 +118,17 @@ def _origin(record: Record) -> Markup:
     except ValueError as error:
         return missing(error)
     written_at = f", commit {str(commit)[:10]}" if commit else ""
-    return join([command, sentence(f"{place}; {versions}{written_at}.", "note")])
+    return join([command, sentence(f"{_when(record)}{place}; {versions}{written_at}.", "note")])
+
+
+def _when(record: Record) -> str:
+    """When the run began and how long its stages took; runs of earlier versions know the latter alone."""
+    began = str(record.environment.get("date", ""))[:16].replace("T", " ")
+    try:
+        took = f"took {duration(cost.all_in_seconds(record))}; "
+    except UNREADABLE:
+        took = ""
+    return f"Began on {began} UTC, {took}" if began else took.capitalize()
 
 
 def _tiles(record: Record) -> list[Markup]:
@@ -125,7 +160,7 @@ def _cost_tile(record: Record) -> tuple[str, str]:
 
 def _speed_tile(record: Record) -> tuple[str, str]:
     found = cost.speed_up(record)
-    return f"{found.all_in:.2f}×", f"all in; {found.without_scorer:.2f}× without the scorer"
+    return f"{found.all_in:.2f}×", f"estimated, all in; {found.without_scorer:.2f}× without the scorer"
 
 
 def _skips_tile(record: Record) -> tuple[str, str]:
@@ -137,7 +172,7 @@ def _accuracy_tile(record: Record) -> tuple[str, str]:
     with record.reading("result.json"):
         metrics = record.result["last"]
         split = "test" if "test_accuracy" in metrics else "val"
-        return percent(metrics[f"{split}_accuracy"], 2), f"{split} accuracy, last epoch"
+        return percent(metrics[f"{split}_accuracy"], 2), f"{SPLITS[split]} accuracy, last epoch"
 
 
 def _parameters_tile(record: Record) -> tuple[str, str]:

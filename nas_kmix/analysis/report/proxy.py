@@ -19,10 +19,11 @@ from nas_kmix.analysis.report.markup import (
     table,
     tag,
 )
+from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.sampling import select
-from nas_kmix.scores import TITLES, ScoreTable, verdict
+from nas_kmix.scores import TITLES, verdict
 from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
@@ -31,13 +32,7 @@ THUMBNAIL = 96  # pixels at most
 
 def section(record: Record) -> Markup:
     """Numbers, histogram, counts, overlaps and pictures of one run's proxy."""
-    if record.trains:
-        return show(record, proxy=_none)
     return show(record, selection=_summary, histogram=_histogram, counts=_counts, overlap=_overlap, pictures=_pictures)
-
-
-def _none(record: Record) -> Markup:
-    raise ValueError(f"{record.name} trained a network; the proxy is in the report of the search.")
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,8 @@ def _histogram(record: Record) -> list[Markup]:
     keys += Markup('<li><span class="swatch s0"></span>selected</li></ul>')
     found = reliability(record)
     trust = (
-        f"How well the ranking of these {found.draws} draws would repeat itself with new ones: 0 not at all, 1 "
-        f"exactly. Estimated from split halves."
+        f"How alike two rankings by {found.draws} draws each, of other random mixes, would be: 1 is the same ranking, "
+        f"0 an unrelated one. Estimated from split halves."
     )
     return [figure(title, drawn, about, Markup(keys)), figure("Reliability", _gauge(found), trust)]
 
@@ -124,7 +119,7 @@ def _gauge(found: Reliability) -> Markup:
 
 def _counts(record: Record) -> list[Markup]:
     proxy = record.proxy
-    names, classes = proxy.class_names, len(proxy.class_names)
+    names, classes = _names(record), len(proxy.class_names)
     halves = {
         part: np.bincount(proxy.labels[np.isin(proxy.indices, half)], minlength=classes).tolist()
         for part, half in (("for the weights", proxy.weights), ("for the architecture", proxy.arch))
@@ -135,6 +130,15 @@ def _counts(record: Record) -> list[Markup]:
     title = f"Images per class: {classes} classes of {each}"
     drawn = stacked_bars(title, names, halves, "class")
     return [figure("Images per class", drawn, f"{classes} classes of {each}.", legend(list(halves), lines=False))]
+
+
+def _names(record: Record) -> tuple[str, ...]:
+    """Of the proxy's classes; the folder of the images may know them by words."""
+    names = record.proxy.class_names
+    try:
+        return spoken(record.data) if record.data.class_names == names else names
+    except ValueError:  # the images are gone
+        return names
 
 
 def _overlap(record: Record) -> Markup:
@@ -193,7 +197,7 @@ def _strip(record: Record, row: int, measure: str) -> Markup:
     data = record.check_data(scores.key["inputs"]["data"])
     index, losses = int(scores.index[row]), scores.losses[row]
     value = f"{TITLES[measure]} {number(float(scores.measure(measure)[row]), 3)}"
-    label = _class_name(data.class_names, scores, row)
+    label = spoken(data)[int(scores.label[row])]
     mixes, _ = redraw(scores, data, index)
     shown = np.argsort(losses, kind="stable")[np.linspace(0, len(losses) - 1, MIXES).round().astype(int)]
     images = data.fetch(np.array([index])).images
@@ -203,10 +207,6 @@ def _strip(record: Record, row: int, measure: str) -> Markup:
         loss = f"{losses[draw]:.2f}"
         cells.append(_cell(mixes[draw], f"mix {draw} of image {index}, {label}: loss {loss}", loss))
     return tag("div", *cells, class_="strip")
-
-
-def _class_name(names: tuple[str, ...], scores: ScoreTable, row: int) -> str:
-    return names[int(scores.label[row])]
 
 
 def _cell(image, alt: str, *lines: str) -> Markup:

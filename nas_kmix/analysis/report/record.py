@@ -190,7 +190,7 @@ class Record:
 
     @cached_property
     def proxy(self) -> ProxyManifest:
-        if self._flag("proxy") == "none":
+        if self.flag("proxy") == "none":
             raise ValueError(f"{self.name} searched on all images (--proxy none), so there is no proxy to show.")
         return ProxyManifest.load(self._found("proxy.json", given="proxy"))
 
@@ -252,7 +252,7 @@ class Record:
             )
         return path
 
-    def _flag(self, name: str) -> str | None:
+    def flag(self, name: str) -> str | None:
         """A path among the flags of a search; None if it was not given or is not recorded."""
         try:
             given = self.config.get("given")
@@ -261,12 +261,17 @@ class Record:
         value = (given if isinstance(given, dict) and name in given else self.config).get(name)  # or an older run's
         return value if isinstance(value, str) else None
 
+    @property
+    def given_scorer(self) -> str | None:
+        """What a search was given as --scorer."""
+        return self.flag("scorer")
+
     def _given(self, name: str) -> Path | None:
         """The path, unless it lies in the run's own folder, under its name of then or now."""
-        value = self._flag(name)
+        value = self.flag(name)
         if value in published():
             return locate(value)
-        if value is None or Path(value).parent == Path(self._flag("out") or ""):
+        if value is None or Path(value).parent == Path(self.flag("out") or ""):
             return None
         return None if Path(value).resolve().parent == self.folder.resolve() else Path(value)
 

@@ -1,7 +1,8 @@
-"""Section `search`: how a search came to its genotype, or how a training run went."""
+"""Sections `search` and `training`: how a search came to its genotype, and how the training of a network went."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -22,13 +23,12 @@ CELLS = (("normal", "Normal cell"), ("reduce", "Reduction cell"))
 COLUMN_NAMES = {"loss": "training", "val_loss": "validation", "accuracy": "training", "val_accuracy": "validation"}
 COLUMN_NAMES |= {"test_loss": "test", "test_accuracy": "test"}
 
+UNDECIDED = math.log(len(PRIMITIVES))  # the entropy of equal weights
 NODE_ROWS = tuple(node_rows(node) for node in range(NODES))
 
 
 def section(record: Record) -> Markup:
-    """Curves of both kinds of run; of a search also its tables and how its genotype settled."""
-    if record.trains:
-        return show(record, curves=lambda record: curves(record, "train", "Training"))
+    """Curves of supernet and scorer, the tables of the search, and how its genotype settled."""
     return show(
         record,
         first_appearance=_appearance,
@@ -38,6 +38,11 @@ def section(record: Record) -> Markup:
         beta=_betas,
         alpha=_alphas,
     )
+
+
+def training(record: Record) -> Markup:
+    """The curves of a training."""
+    return show(record, curves=lambda record: curves(record, "train", "Network"))
 
 
 def curves(record: Record, stage: str, title: str) -> list[Markup]:
@@ -89,9 +94,12 @@ def _decisions(record: Record) -> list[Markup]:
     def pair(name: str) -> list[Series]:
         return [Series(title, at, [row.diagnostics[f"{name}_{cell}"] for row in history]) for cell, title in CELLS]
 
+    def decided(one: Series) -> Series:
+        return Series(one.name, one.x, [UNDECIDED - entropy for entropy in one.y])
+
     keys = legend([title for _, title in CELLS])
     try:
-        entropy, margin = pair("entropy"), pair("margin")
+        entropy, margin = [decided(one) for one in pair("entropy")], pair("margin")
     except KeyError as error:
         raise ValueError(f"{record.path('genotypes.jsonl')} lacks {error}.") from error
     genotypes = [row.genotype for row in history]
@@ -100,9 +108,11 @@ def _decisions(record: Record) -> list[Markup]:
         Series("Pools", at, [one.pools()[0] for one in genotypes]),
         Series("Skip connections", at, [one.skip_connections()[0] for one in genotypes]),
     ]
-    two = " and ".join(f"{number(one.y[-1], 7)} ({one.name.lower()})" for one in entropy)
+    two = " and ".join(f"{number(one.y[-1], 2)} ({one.name.lower()})" for one in entropy)
     narrow = " and ".join(f"{number(one.y[-1], 2)} ({one.name.lower()})" for one in margin)
-    entropy_chart = line_chart(f"Mean entropy of alpha by {unit}", entropy, unit, "nats")
+    entropy_chart = line_chart(
+        f"Mean entropy of alpha below ln 8 by {unit}", entropy, unit, "nats below ln 8", zero=True
+    )
     margin_chart = line_chart(f"Smallest decision margin by {unit}", margin, unit, "probability", log=True)
     shared_chart = line_chart(
         "Edges shared with the final genotype", [shared], unit, f"of {GENOTYPE_EDGES} edges", zero=True
@@ -113,7 +123,12 @@ def _decisions(record: Record) -> list[Markup]:
         "more skip connections."
     )
     return [
-        figure("Entropy of alpha", entropy_chart, f"At the end {two}; ln 8 = 2.079442 is undecided, 0 decided.", keys),
+        figure(
+            "Entropy of alpha",
+            entropy_chart,
+            f"How far it has fallen below ln 8, where nothing is decided; at the end {two} of {UNDECIDED:.3f}.",
+            keys,
+        ),
         figure(
             "Smallest margin", margin_chart, f"How far the nearest decision is from tipping; at the end {narrow}.", keys
         ),

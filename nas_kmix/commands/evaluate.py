@@ -1,0 +1,58 @@
+"""The part of train_eval.py that trains nothing: evaluate the checkpoint of --eval-only, and export its network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nas_kmix.analysis.classifiers import load_classifier
+from nas_kmix.engine.bad_files import BadFileList
+from nas_kmix.engine.compute import pick_compute
+from nas_kmix.engine.distributed import joined
+from nas_kmix.engine.progress import Progress
+from nas_kmix.pipeline import network
+from nas_kmix.pipeline.export import export_network
+from nas_kmix.pipeline.network import preparation_of
+from nas_kmix.splits import evaluate_all, of_known_classes, other_splits
+
+if TYPE_CHECKING:
+    from nas_kmix.commands.train import Config
+
+
+def evaluate_checkpoint(config: Config, *, own_size: bool) -> dict[str, Any]:
+    """Evaluate the file of --eval-only; write nothing but the file of --export.
+
+    Images have the size that the network was trained on, unless the command gives its `own_size`.
+    """
+    compute = pick_compute(config.device)
+    with joined(compute.device) as world:
+        trained = load_classifier(config.eval_only)
+        if own_size:
+            trained = replace(trained, image_size=config.input.image_size)
+        options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
+        sets = other_splits(config.input, trained, **options, same_classes=False)
+        if not sets:
+            raise ValueError(f"--data {config.input.data} has neither val nor test images to evaluate on.")
+        names = trained.class_names
+        evaluated = {split: of_known_classes(part, names, str(trained.path)) for split, part in sets.items()}
+        for split, part in evaluated.items():
+            here = sets[split].data.class_names
+            if world.main and not config.quiet:
+                Progress.say(
+                    f"{split}: {len(part.indices)} images of {part.data.image_size} px; the network, trained on "
+                    f"{len(names)} classes, knows {len(set(here) & set(names))} of its {len(here)} classes"
+                )
+        model = compute.layout(trained.model.to(compute.device))
+        own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())
+        progress = Progress(network.EVALUATION, own, unit="image", silent=config.quiet or not world.main)
+        metrics = evaluate_all(model, evaluated, compute, world, progress)
+        progress.close()
+        bad = BadFileList((part.data for part in evaluated.values()), world).gather()
+        if bad and world.main:
+            first = next(iter(bad.values()))
+            Progress.say(f"warning: {len(bad)} files cannot be read and were left out; the first is {first}")
+        if config.export is not None and world.main:
+            examples = next(iter(evaluated.values())).examples()
+            export_network(model, preparation_of(trained), examples, config.export, raw=config.export_raw)
+        images = {split: part.readable(bad) for split, part in evaluated.items()}
+        return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}

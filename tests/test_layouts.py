@@ -1,0 +1,283 @@
+"""Images as people have them: flat folders, Tiny-ImageNet, MedMNIST, Hugging Face; each through both commands."""
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import draw_pixels
+from PIL import Image
+
+import search
+import train_eval
+from nas_kmix.engine import hugging_face
+from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.datasets import is_flat, located, open_source, splits_of
+from nas_kmix.engine.named_sets import MEDMNIST, survives_mirroring
+from nas_kmix.engine.sources import Source
+
+SEARCH = shlex.split(
+    "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 1 --scoring.draws 4 --ratio .5 --channels 2 --partial 2 "
+    "--layers 3 --rest-steps 1 --arch-steps 1 --batch-size 8"
+)
+TRAIN = shlex.split("--no-report --threads 1 --device cpu -j 0 --channels 2 --layers 3 --epochs 1 --no-auxiliary")
+
+
+def write(folder, images, names):
+    for pixels, name in zip(images, names, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """30 images of three classes without splits; one class is small."""
+    names = [f"{label}/{i}.png" for label, count in (("ant", 15), ("bee", 12), ("cat", 3)) for i in range(count)]
+    return write(tmp_path / "insects", draw_pixels(30, 16, 16, 3), names)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """As Tiny-ImageNet is unpacked: boxes beside the images of a class, annotated val images, test images alone."""
+    folder, classes = tmp_path / "tiny", ("n01443537", "n02123045")
+    images = draw_pixels(26, 16, 16, 3)
+    train = [f"train/{label}/images/{label}_{i}.JPEG" for label in classes for i in range(8)]
+    val = [f"val/images/val_{i}.JPEG" for i in range(6)]
+    write(folder, images, [*train, *val, *(f"test/images/test_{i}.JPEG" for i in range(4))])
+    for label in classes:
+        (folder / "train" / label / f"{label}_boxes.txt").write_text("n_0.JPEG\t0\t0\t9\t9\n")
+    lines = [f"val_{i}.JPEG\t{classes[i % 2]}\t0\t0\t9\t9\n" for i in range(6)]
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    return folder
+
+
+def through_both(data, tmp_path):
+    """Search on the data and train the genotype by the command that the search ends with; what both said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert search.main([*SEARCH, "--data", data, "--out", str(tmp_path / "run")]) == 0
+    program, *argv = shlex.split(said.getvalue().splitlines()[-1].removeprefix("next"))[1:]
+    assert program == "train_eval.py"
+    with contextlib.redirect_stdout(said):
+        assert train_eval.main([*argv, *TRAIN]) == 0
+    return said.getvalue(), json.loads(said.getvalue().splitlines()[-1])
+
+
+# -- a folder without splits -------------------------------------------------------------------------------------------
+
+
+def test_a_flat_folder_is_divided_by_class_and_says_so(flat, tmp_path):
+    said, result = through_both(str(flat), tmp_path)
+    assert "insects: 24 training images of 3 classes, 16 px, mirrored at random, resident on cpu" in said
+    note = "insects has no splits: 6 of its 30 images, 20 % of each class drawn by --split-seed 0, are for testing"
+    assert said.count(note) == 2 and "test_accuracy" in result["last"]
+
+
+def test_the_division_is_stratified_and_depends_on_the_seed_alone(flat):
+    def paths(split, seed=0):
+        source = open_source(str(flat), flat, split, split_seed=seed)
+        assert np.array_equal(source.labels, [source.class_names.index(path[:3]) for path in source.paths])
+        return source.paths
+
+    train, test = paths("train"), paths("test")
+    assert [sum(path.startswith(name) for path in test) for name in ("ant", "bee", "cat")] == [3, 2, 1]
+    assert sorted((*train, *test)) == sorted(path.relative_to(flat).as_posix() for path in flat.rglob("*.png"))
+    assert paths("test") == test and paths("test", 1) != test
+    (flat / "dog").mkdir()
+    Image.fromarray(draw_pixels(16, 16, 3)).save(flat / "dog" / "0.png")
+    assert "dog/0.png" in paths("train"), "the only image of a class is for training"
+    assert [path for path in paths("test") if "dog" not in path] == list(test), "other classes keep their images"
+
+
+@pytest.mark.parametrize("name", ["train", "Validation", "test"])
+def test_a_folder_with_a_split_is_not_flat(flat, name):
+    assert is_flat(flat) and splits_of(str(flat)) == ("train", "test")
+    (flat / "ant").rename(flat / name)
+    assert not is_flat(flat)
+
+
+def test_a_flat_folder_has_no_val_split(flat):
+    with pytest.raises(ValueError, match="divided into train and test, not 'val'"):
+        load_data(DataConfig(data=str(flat)), split="val")
+
+
+# -- Tiny-ImageNet -----------------------------------------------------------------------------------------------------
+
+
+def test_tiny_imagenet_is_taken_as_it_is_unpacked(tiny_imagenet, tmp_path):
+    said, result = through_both(str(tiny_imagenet), tmp_path)
+    assert "tiny: 16 training images of 2 classes" in said and "validation: 6 images of the split val" in said
+    assert "val_accuracy" in result["last"] and "test_accuracy" not in result["last"]
+    assert "warning: no test images" in said
+    data = load_data(DataConfig(data=str(tiny_imagenet)))
+    val = load_data(DataConfig(data=str(tiny_imagenet)), split="val", like=data)
+    assert val.source.paths == tuple(f"val/images/val_{i}.JPEG" for i in range(6))
+    assert val.labels.tolist() == [0, 1] * 3 and val.class_names == ("n01443537", "n02123045")
+
+
+def test_an_annotation_of_an_unknown_class_is_named(tiny_imagenet):
+    listing = tiny_imagenet / "val" / "val_annotations.txt"
+    listing.write_text(listing.read_text().replace("n02123045", "n99999999"))
+    with pytest.raises(ValueError, match="n99999999, which is no class of the training images"):
+        open_source(str(tiny_imagenet), tiny_imagenet, "val")
+    listing.write_text("val_0.JPEG n01443537\n")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt must hold lines of a file name, a tab and a class"):
+        open_source(str(tiny_imagenet), tiny_imagenet, "val")
+
+
+# -- MedMNIST ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def medmnist(monkeypatch, tmp_path):
+    """The package's interface, over an archive in its layout with names of its own: 28 px, grey, labels (N, 1)."""
+    arrays = {}
+    for split, count in (("train", 24), ("val", 8), ("test", 8)):
+        arrays[f"{split}_images"] = draw_pixels(count, 28, 28)
+        arrays[f"{split}_labels"] = np.arange(count)[:, None] % 2
+    root = tmp_path / "root"
+    root.mkdir()
+    np.savez(root / "pneumoniamnist.npz", **arrays)
+
+    class PneumoniaMNIST:
+        def __init__(self, split, root, size, download):
+            assert (size, download) == (28, False)
+            with np.load(f"{root}/pneumoniamnist.npz") as found:
+                self.imgs, self.labels = found[f"{split}_images"], found[f"{split}_labels"]
+
+    about = {"python_class": "PneumoniaMNIST", "label": {"1": "pneumonia", "0": "normal"}}
+    package = SimpleNamespace(INFO={"pneumoniamnist": about}, PneumoniaMNIST=PneumoniaMNIST)
+    monkeypatch.setitem(sys.modules, "medmnist", package)
+    return root
+
+
+def test_medmnist_is_known_by_name_and_trains_at_28_px(medmnist, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SEARCH", [*SEARCH, "--data-root", str(medmnist)])
+    said, result = through_both("pneumoniamnist", tmp_path)
+    assert "pneumoniamnist: 24 training images of 2 classes, 28 px, mirrored at random" in said
+    assert {"val_accuracy", "test_accuracy"} <= result["last"].keys()
+    config = json.loads((tmp_path / "run-net" / "config.json").read_text())["input"]
+    assert (config["data"], config["image_size"]) == ("pneumoniamnist", None)
+    assert load_data(DataConfig(data="pneumoniamnist", data_root=medmnist)).class_names == ("normal", "pneumonia")
+
+
+def test_without_its_package_medmnist_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "medmnist", None)
+    with pytest.raises(ValueError, match="pip install medmnist"):
+        open_source("pathmnist_64", tmp_path, "train")
+    assert located("pathmnist_64") == "pathmnist_64" and splits_of("pathmnist") == ("train", "val", "test")
+
+
+def test_the_names_are_those_of_the_package():
+    package = pytest.importorskip("medmnist")
+    flat_sets = {
+        name for name, about in package.INFO.items() if "3d" not in name and "multi-label" not in about["task"]
+    }
+    assert set(MEDMNIST) == flat_sets
+
+
+# -- Hugging Face ------------------------------------------------------------------------------------------------------
+
+
+def encoded(pixels, suffix="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, suffix)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A set with train and validation splits, PNG and JPEG in turn, as save_to_disk leaves it."""
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "note": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["ant", "bee"]),
+        }
+    )
+
+    def table(count, seed):
+        images = [encoded(x, ("PNG", "JPEG")[i % 2]) for i, x in enumerate(draw_pixels(count, 16, 16, 3, seed=seed))]
+        files = pyarrow.array([{"bytes": file, "path": None} for file in images], type=features["image"].pa_type)
+        columns = {"image": files, "note": ["x"] * count, "label": [i % 2 for i in range(count)]}
+        made = pyarrow.table(columns).cast(features.arrow_schema)
+        return datasets.Dataset(datasets.table.InMemoryTable(made), fingerprint=f"{count}-{seed}")
+
+    datasets.DatasetDict({"train": table(20, 0), "validation": table(6, 1)}).save_to_disk(tmp_path / "both")
+    table(20, 0).save_to_disk(tmp_path / "one")
+    return tmp_path
+
+
+def test_a_hugging_face_set_goes_through_both_commands(saved, tmp_path):
+    said, result = through_both(f"hf:{saved / 'both'}", tmp_path)
+    assert "both: 20 training images of 2 classes" in said and "validation: 6 images of the split val" in said
+    assert "val_accuracy" in result["last"] and "test_accuracy" not in result["last"]
+    data = load_data(DataConfig(data=f"hf:{saved / 'both'}"))
+    assert data.class_names == ("ant", "bee") and data.labels.tolist() == [0, 1] * 10
+    expected = draw_pixels(20, 16, 16, 3, seed=0)
+    assert np.array_equal(data.images[::2].permute(0, 2, 3, 1), expected[::2]), "PNG keeps every pixel"
+    assert data.source.paths[:2] == ("train-000000.png", "train-000001.jpg")
+
+
+def test_a_hugging_face_set_without_splits_is_divided(saved):
+    one = f"hf:{saved / 'one'}"
+    assert splits_of(one) == ("train", "test")
+    parts = {split: open_source(one, saved, split) for split in ("train", "test")}
+    assert [len(part.labels) for part in parts.values()] == [16, 4] and "--split-seed 0" in parts["test"].note
+    whole = {encoded(x, ("PNG", "JPEG")[i % 2]) for i, x in enumerate(draw_pixels(20, 16, 16, 3, seed=0))}
+    assert set(parts["train"].encoded) | set(parts["test"].encoded) == whole
+
+
+def test_what_is_no_hugging_face_set_is_refused(saved, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="save_to_disk"):
+        splits_of(f"hf:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="has the splits train, val, not 'test'"):
+        open_source(f"hf:{saved / 'both'}", saved, "test")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        open_source(f"hf:{saved / 'both'}", saved, "train")
+
+
+def test_encoded_images_are_read_hashed_and_measured_like_files(tmp_path):
+    pixels = draw_pixels(3, 9, 7, 3)
+    images = [encoded(pixels[0]), encoded(pixels[1], "JPEG"), b"no image"]
+    names = ("0.png", "1.jpg", "2.png")
+    for name, content in zip(names, images, strict=True):
+        (tmp_path / name).write_bytes(content)
+    column = [{"image": {"bytes": file, "path": None}} for file in images]
+    options = {"folder": tmp_path, "paths": names}
+    on_disk = Source("set", "train", np.zeros(3, dtype=np.int64), ("a",), **options)
+    held = Source("set", "train", on_disk.labels, ("a",), **options, encoded=hugging_face.Encoded(column, np.arange(3)))
+    assert held.identity() == on_disk.identity() and held.native_sizes() == on_disk.native_sizes() == {(9, 7): 2}
+    for index in (0, 1):
+        assert held.content(index) == on_disk.content(index)
+        assert np.array_equal(held.read(index), on_disk.read(index))
+    with pytest.raises(Exception, match=r"2\.png"):
+        held.read(2)
+    assert np.array_equal(held.part(np.array([1])).read(0), on_disk.read(1))
+
+
+# -- mirroring and sizes -----------------------------------------------------------------------------------------------
+
+
+def test_digits_letters_and_svhn_are_not_mirrored():
+    kept = ("digits", "data/MNIST", "emnist-letters.npz", "hf:sets/svhn_cropped", "usps.npz", "./handwritten digits")
+    mirrored = ("cifar100", "pathmnist", "pneumoniamnist_64", "fashion-mnist.npz", "flowers", "/data/imagenet")
+    assert not any(map(survives_mirroring, kept)) and all(map(survives_mirroring, mirrored))
+
+
+@pytest.mark.parametrize("command", [search, train_eval])
+@pytest.mark.parametrize("preset", ["quick", "cpu"])
+def test_an_explicit_flag_wins(command, preset):
+    def flip(*argv):
+        return command.parse(["--preset", preset, *argv]).augmentation.flip
+
+    assert flip("--data", "images") and not flip("--data=mnist")
+    assert flip("--data", "mnist", "--flip") and not flip("--data", "images", "--no-flip")
+    assert flip() == (preset != "quick")
