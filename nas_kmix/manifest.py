@@ -21,6 +21,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.foreign import source_of
 from nas_kmix.engine.sources import LOSSY_SUFFIXES, BadImageError
+from nas_kmix.proxies import locate
 from nas_kmix.sampling import DROP_HARDEST
 
 FORMAT, VERSION = "nas_kmix/proxy", 1
@@ -106,8 +107,8 @@ class ProxyManifest:
 
     @classmethod
     def load(cls, path: Path | str) -> ProxyManifest:
-        """Read and check `proxy.json`. Raises ValueError naming the file and what is wrong with it."""
-        raw = files.read_json(Path(path))
+        """Read and check `proxy.json`, or the published proxy of that name. Raises ValueError naming what is wrong."""
+        raw = files.read_json(path := locate(path))
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ValueError(f"{path} is not a proxy manifest; make one with search.py --stop-after proxy.")
         if raw.get("version") != VERSION:

@@ -98,6 +98,14 @@ def real_cifar100(real_data, tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def whole_cifar100(real_data, tmp_path):
+    """All arrays of CIFAR-100, in the archive's order."""
+    _unpack(real_data, "cifar100", tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as arrays:
+        return dict(arrays)
+
+
 @pytest.fixture(scope="session")
 def real_imagenette(real_data, tmp_path_factory):
     """Imagenette as train|val/CLASS/*.JPEG, the shorter side 224, some greyscale."""

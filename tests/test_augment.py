@@ -206,24 +206,54 @@ def test_memory_format_is_kept(name):
 # -- colours and Cutout ------------------------------------------------------------------------------------------------
 
 
-def test_color_jitter_is_torchvisions_with_the_drawn_factors():
-    """Image by image with scalars, in the drawn order."""
-    images, strengths = torch.from_numpy(draw_pixels(6, 3, 12, 10)), (0.4, 0.3, 0.2, 0.1)
+CHANGES = (
+    transforms.adjust_brightness,
+    transforms.adjust_contrast,
+    transforms.adjust_saturation,
+    transforms.adjust_hue,
+)
+
+
+@pytest.mark.parametrize("strengths", [(0.4, 0.3, 0.2, 0.1), (0.9, 2.0, 3.0, 0.5), (0.0, 0.4, 0.0, 0.2)])
+def test_color_jitter_is_torchvisions_with_the_drawn_factors(strengths):
+    """Image by image with scalars, in the drawn order; grey and extreme pixels have no hue."""
+    images = torch.from_numpy(draw_pixels(8, 3, 12, 10))
+    images[0], images[1, :, :6], images[1, :, 6:] = images[0, :1], 0, 255
+    before = images.clone()
     found = augment.color_jitter(images, strengths, rng=rng(3))
-    draws, changes = rng(3), ("brightness", "contrast", "saturation", "hue")
-    for image, result in zip(images, found, strict=True):
-        factors = [draws.uniform(1 - s, 1 + s) for s in strengths[:3]] + [draws.uniform(-strengths[3], strengths[3])]
-        for i in draws.permutation(4):
-            image = getattr(transforms, f"adjust_{changes[i]}")(image, factors[i])
-        assert torch.equal(result, image)
-    assert found.dtype == torch.uint8 and not torch.equal(found, images)
+    assert found.dtype == torch.float32 and torch.equal(images, before)
+    draws, strengths = rng(3), np.array(strengths)
+    low, high = np.maximum(0, 1 - strengths), 1 + strengths
+    low[3], high[3] = -strengths[3], strengths[3]
+    factors = draws.uniform(low, high, size=(8, 4))
+    orders = draws.permuted(np.tile(range(4), (8, 1)), axis=1)
+    assert len({tuple(order) for order in orders}) > 4
+    for image, result, factor, order in zip(images, found, factors, orders, strict=True):
+        wanted = image / 255
+        for i in order:
+            if strengths[i]:
+                wanted = CHANGES[i](wanted, float(factor[i]))
+        torch.testing.assert_close(result / 255, wanted, atol=2e-4, rtol=0)
+    assert not torch.equal(found, images.float())
 
 
 def test_color_jitter_factors_fill_their_ranges():
     """The brightness can be read off a grey image."""
     images = torch.full((2000, 3, 2, 2), 100, dtype=torch.uint8)
     values = augment.color_jitter(images, (0.4, 0.0, 0.0, 0.0), rng=rng())[:, 0, 0, 0].double()
-    assert 59 <= values.min() <= 61 and 138 <= values.max() <= 140 and abs(values.mean() - 100) < 2
+    assert 59.9 <= values.min() <= 61 and 139 <= values.max() <= 140.1 and abs(values.mean() - 100) < 2
+
+
+def test_colours_of_crops_change_on_the_device_alone():
+    """What `photographs` has cropped is flipped, jittered, normalised, lit and cut out, in this order."""
+    images, shared = draw_images(9), rng(5)
+    config = Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.2), lighting=0.1, cutout=4)
+    wanted = augment.random_flip(images, rng=shared)
+    wanted = augment.color_jitter(wanted, config.color_jitter, rng=shared)
+    wanted = augment.lighting(augment.normalise(wanted, MEAN, STD), 0.1, STD, rng=shared)
+    wanted = augment.cutout(wanted, 4, rng=shared)
+    for size in (32, 65):
+        assert torch.equal(augment_batch(images, data_of(size), config, rng=rng(5), cropped=True), wanted)
 
 
 def test_cutout_is_a_clipped_square_around_a_uniform_pixel():

@@ -16,6 +16,7 @@ import train_eval
 from darts_space import GENOTYPES, read_genotype
 from nas_kmix.analysis import landscape
 from nas_kmix.backbones import build_backbone
+from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import load_data
@@ -241,6 +242,12 @@ def test_whole_photographs_are_other_images_than_their_centres(photographs):
     flags = ["--data", str(photographs), "--image-size", "96", "--backbone", "tiny", "-j", "0", "--val-share", "0"]
     config = train_eval.parse(flags)
     assert train_keys(changed(config, "input.max_resident_gb", 0.0)) != train_keys(config)
+
+
+def test_only_keys_with_jitter_say_how_it_is_drawn():
+    """Results of earlier versions without it stay valid."""
+    assert "jitter" not in identity(Augmentation(flip=False, lighting=0.1))
+    assert identity(Augmentation(color_jitter=(0.0, 0.0, 0.0, 0.1)))["jitter"] == "batched"
 
 
 def test_every_view_of_a_landscape_is_in_its_key():

@@ -19,12 +19,11 @@ import train_eval
 from darts_space import CifarNetwork, cost, load_network, read_genotype
 from nas_kmix.engine import data as data_module
 from nas_kmix.engine import files
-from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.log import Log
-from nas_kmix.engine.photographs import PhotoTransform
+from nas_kmix.engine.photographs import PhotoCrops, choose_crop
 from nas_kmix.engine.run import Run, StoppedError
 from nas_kmix.engine.sources import BadImageError, Source
 from nas_kmix.engine.training import learning_rate
@@ -382,16 +381,20 @@ def test_photographs_stream_the_same_with_any_number_of_workers(photographs, tmp
     assert weights(tmp_path / "0" / "last.pt") == weights(tmp_path / "2" / "last.pt")
 
 
-def test_crops_come_from_the_whole_photograph():
-    """torchvision's own transform with the same state."""
-    image = torch.from_numpy(draw_pixels(3, 150, 90))
-    transform = PhotoTransform(32, Augmentation(color_jitter=(0.4, 0.4, 0.4, 0.2)), seed=3)
-    crops = [transform(image, index, epoch) for index in range(2) for epoch in range(2)]
-    assert all(crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 for crop in crops)
-    assert len({crop.numpy().tobytes() for crop in crops}) == 4
-    assert torch.equal(transform(image, 0, 1), crops[1])
+def test_crops_come_from_the_whole_photograph(photographs):
+    """torchvision's own, of the file's pixels; another one in the next epoch."""
+    data = load_data(DataConfig(data=str(photographs), image_size=128, max_resident_gb=0))
+    crops, order = PhotoCrops(128, seed=3), np.array([7, 2, 9, 0])
     before = torch.random.get_rng_state()
-    transform(image, 5, 5)
+    batches = [next(data.batches([order], crops=crops, epoch=epoch)) for epoch in (0, 1, 0)]
+    assert torch.equal(batches[0].images, batches[2].images)
+    for i, index in enumerate(order):
+        image = TF.to_image(Image.open(photographs / data.source.paths[index]).convert("RGB"))
+        assert not torch.equal(batches[0].images[i], batches[1].images[i])
+        for epoch in (0, 1):
+            left, top, width, height = choose_crop(image.shape[2], image.shape[1], crops.draw(int(index), epoch))
+            wanted = TF.resized_crop(image, top, left, height, width, [128, 128], antialias=True)
+            assert torch.equal(batches[epoch].images[i], wanted)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -452,9 +455,9 @@ def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, mon
     with monkeypatch.context() as patch:
         met, read = [], Source.read
 
-        def noticing(source, index):
+        def noticing(source, index, cut=None):
             try:
-                return read(source, index)
+                return read(source, index, cut)
             except BadImageError:
                 met.append(index)
                 raise

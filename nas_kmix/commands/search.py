@@ -29,6 +29,7 @@ from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
 from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memory, without_effect
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config
 from nas_kmix.pipeline.stage import obtain
+from nas_kmix.proxies import locate
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
@@ -104,7 +105,8 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
     if given.proxy == ALL_IMAGES:
         halves = search.Halves.of_all_images(data, config.selection.arch_share, seed=config.seed)
     else:
-        chosen = obtain(proxy, config.selection, result.table, data, run=run, given=given.proxy)
+        file = None if given.proxy is None else locate(given.proxy)
+        chosen = obtain(proxy, config.selection, result.table, data, run=run, given=file)
         if config.export_list is not None and run.world.main:
             chosen.export_list(config.export_list)
         result = replace(result, proxy=chosen)

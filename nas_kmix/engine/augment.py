@@ -41,6 +41,11 @@ class Augmentation:
                 f"--color-jitter takes four numbers of at least 0, hue at most 0.5, not {self.color_jitter}."
             )
 
+    @property
+    def revision(self) -> dict[str, str]:
+        """For keys: jitter was once drawn and rounded image by image."""
+        return {"jitter": "batched"} if any(self.color_jitter) else {}
+
 
 class Prepared(Protocol):
     """What is known of the images' dataset: the stem of its networks, and its normalisation."""
@@ -50,24 +55,20 @@ class Prepared(Protocol):
     std: tuple[float, ...]
 
 
-def augment_batch(images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator) -> Tensor:
-    """The training transform for images of `data`.
+def augment_batch(
+    images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator, cropped: bool = False
+) -> Tensor:
+    """The training transform for images of `data`, which `photographs` may have `cropped`.
 
-    RandomResizedCrop acts on the centre square of a photograph, to which it was reduced, not on the whole.
+    Where it has not, RandomResizedCrop acts on the centre square of a photograph, not on the whole.
     """
-    if data.stem == "cifar":
-        images = random_crop(images, config.crop_padding, rng=rng)
-    else:
-        images = random_resized_crop(images, rng=rng)
+    if not cropped:
+        small = data.stem == "cifar"
+        images = random_crop(images, config.crop_padding, rng=rng) if small else random_resized_crop(images, rng=rng)
     if config.flip:
         images = random_flip(images, rng=rng)
     if any(config.color_jitter):
         images = color_jitter(images, config.color_jitter, rng=rng)
-    return augment_crops(images, data, config, rng=rng)
-
-
-def augment_crops(images: Tensor, data: Prepared, config: Augmentation, *, rng: np.random.Generator) -> Tensor:
-    """The rest of the transform once `photographs` has cropped, flipped and jittered: normalise, lighting, Cutout."""
     images = normalise(images, data.mean, data.std)
     if config.lighting:
         images = lighting(images, config.lighting, data.std, rng=rng)
@@ -75,7 +76,7 @@ def augment_crops(images: Tensor, data: Prepared, config: Augmentation, *, rng: 
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
-    """uint8 (N, 3, H, W) to float32 with `(x / 255 - mean) / std` per channel, written into `out` if given."""
+    """Pixels (N, 3, H, W) in [0, 255] to float32 with `(x / 255 - mean) / std`, written into `out` if given."""
     mean_, std_ = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in (mean, std))
     result = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
     return result.mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
@@ -159,24 +160,67 @@ def random_resized_crop(
 
 
 def color_jitter(images: Tensor, strengths: tuple[float, float, float, float], *, rng: np.random.Generator) -> Tensor:
-    """torchvision's ColorJitter, image by image: brightness, contrast, saturation and hue in random order.
+    """torchvision's ColorJitter: brightness, contrast, saturation and hue of each image, in an order of its own.
 
-    The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue moves by at most its strength
-    (in turns, up to 0.5). All factors are drawn, even if a strength of zero leaves them unused.
+    uint8 (N, 3, H, W) in, float32 in [0, 255] out, which is rounded nowhere. The first three factors are uniform in
+    [max(0, 1 - strength), 1 + strength], the hue moves by at most its strength (in turns, up to 0.5). All factors are
+    drawn, even if a strength of zero leaves them unused.
     """
-    from torchvision.transforms.v2 import functional as TF  # late, as in `decoding`
-
+    n = len(images)
     low, high = np.maximum(0.0, 1.0 - np.array(strengths)), 1.0 + np.array(strengths)
     low[3], high[3] = -strengths[3], strengths[3]
-    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    jittered = []
-    for image in images:
-        factors = rng.uniform(low, high)
-        for i in rng.permutation(4):
-            if strengths[i] > 0.0:
-                image = changes[i](image, float(factors[i]))
-        jittered.append(image)
-    return torch.stack(jittered)
+    factors = rng.uniform(low, high, size=(n, 4)).astype(np.float32)
+    turns = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1).T  # (4, N): which change is an image's first, second, …
+    rows = torch.as_tensor(turns.argsort(axis=1, kind="stable"), device=images.device)  # images of one change together
+    factors = torch.as_tensor(factors, device=images.device)
+    images = images.to(torch.float32, copy=True)
+    for turn, order in zip(turns, rows, strict=True):
+        parts = order.split(np.bincount(turn, minlength=4).tolist())
+        for i, (change, part) in enumerate(zip(COLOR_CHANGES, parts, strict=True)):
+            if strengths[i] > 0.0 and len(part):
+                images[part] = change(images[part], factors[part, i].view(-1, 1, 1, 1))
+    return images
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor).clamp_(0.0, 255.0)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_grey(images).mean(dim=(2, 3), keepdim=True), images, factor).clamp_(0.0, 255.0)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_grey(images), images, factor).clamp_(0.0, 255.0)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """(N, 1, H, W), with the weights of ITU-R BT.601 as torchvision rounds them."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def _hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of HSV's colour wheel.
+
+    A colour of value v and chroma c has the channels v - c * min(max(min(k, 4 - k), 0), 1), where k is its hue in
+    sixths of a turn plus 5, 3 and 1, modulo 6.
+    """
+    red, green, blue = images.split(1, dim=1)
+    value = images.amax(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    scale = chroma.clamp(min=1e-6).reciprocal_()  # without chroma any hue will do
+    hue = torch.where(
+        value == red,
+        (green - blue) * scale,
+        torch.where(value == green, (blue - red) * scale + 2.0, (red - green) * scale + 4.0),
+    )
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    k = (hue + 6.0 * turns + offsets).remainder_(6.0)
+    return value - chroma * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
+
+
+COLOR_CHANGES = (_brightness, _contrast, _saturation, _hue)
 
 
 # Directions in which the colours of ImageNet's pixels vary, in [0, 1], and how much (Krizhevsky et al., NeurIPS 2012).

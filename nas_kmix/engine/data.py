@@ -23,7 +23,7 @@ from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.datasets import open_source
 from nas_kmix.engine.decoding import Decoder, Plan, decode_all, open_loader
 from nas_kmix.engine.folders import say_left_out
-from nas_kmix.engine.photographs import PhotoTransform
+from nas_kmix.engine.photographs import PhotoCrops
 from nas_kmix.engine.sources import Source
 from nas_kmix.engine.workers import check_room, read
 
@@ -91,7 +91,7 @@ class ImageData:
     resize: int | None = None
     """Side in pixels to which the shorter side is resized before the centre is cropped; default: `image_size`."""
     bad: BadFiles = field(default_factory=BadFiles)
-    _loaders: dict[PhotoTransform | None, tuple[Plan, torch.utils.data.DataLoader]] = field(
+    _loaders: dict[PhotoCrops | None, tuple[Plan, torch.utils.data.DataLoader]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -140,14 +140,14 @@ class ImageData:
         self,
         index_batches: Iterable[np.ndarray],
         *,
-        transform: PhotoTransform | None = None,
+        crops: PhotoCrops | None = None,
         epoch: int = 0,
         persistent: bool = False,
     ) -> Iterator[Batch]:
         """Read batches of indices in order. Bad files are left out; an empty batch is not skipped.
 
-        With a `transform`, a streamed set gives crops of whole photographs instead of their centres. If `persistent`,
-        it keeps its worker processes for the next pass with the same transform; such passes must not overlap.
+        With `crops`, a streamed set gives crops of whole photographs instead of their centres. If `persistent`, it
+        keeps its worker processes for the next pass with the same crops; such passes must not overlap.
         """
         if self.images is not None:
             for indices in index_batches:
@@ -155,20 +155,20 @@ class ImageData:
                 at = torch.as_tensor(keep, device=self.device)
                 yield Batch(self.images.index_select(0, at), self._device_labels[at], keep)
             return
-        plan, loader = self._loaders.get(transform) or self._loader(transform, persistent)
+        plan, loader = self._loaders.get(crops) or self._loader(crops, persistent)
         plan.batches = [[(index, epoch) for index in indices.tolist()] for indices in index_batches]
         check_room(max(map(len, plan.batches), default=0), self.image_size, self.workers)
         for images, indices, failures in read(loader):
             self.bad.add(failures)
-            at = torch.as_tensor(indices, device=self.device)
-            yield Batch(images.to(self.device, non_blocking=True), self._device_labels[at], indices)
+            images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
+            yield Batch(images, self._device_labels[torch.as_tensor(indices, device=self.device)], indices)
 
-    def _loader(self, transform: PhotoTransform | None, persistent: bool) -> tuple[Plan, torch.utils.data.DataLoader]:
-        decoder = Decoder(self.source, self.image_size, self.resize, transform)
+    def _loader(self, crops: PhotoCrops | None, persistent: bool) -> tuple[Plan, torch.utils.data.DataLoader]:
+        decoder = Decoder(self.source, self.image_size, self.resize, crops)
         pin_memory = self.device.type == "cuda"
         found = open_loader(decoder, workers=self.workers, pin_memory=pin_memory, persistent=persistent)
         if persistent:
-            self._loaders[transform] = found
+            self._loaders[crops] = found
         return found
 
     def fetch(self, indices: np.ndarray) -> Batch:

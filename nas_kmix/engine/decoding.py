@@ -1,47 +1,73 @@
 """From image files to uint8 tensors: all at once for a set that stays in memory, batch by batch for one that streams.
 
-A `Source` in, squares (3, S, S) out. What cannot be decoded comes out as a sentence.
+A `Source` in, squares out. What cannot be decoded comes out as a sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nas_kmix.engine.bad_files import BadFiles
-from nas_kmix.engine.photographs import PhotoTransform
-from nas_kmix.engine.sources import BadImageError, Source
-from nas_kmix.engine.workers import LOOK_EVERY, PREFETCH, prepare_worker, stacked
+from nas_kmix.engine.photographs import PhotoCrops
+from nas_kmix.engine.sources import BadImageError, Cut, Source
+from nas_kmix.engine.workers import LOOK_EVERY, PREFETCH, empty_batch, prepare_worker
+
+TOGETHER = 8  # crops decoded before they are resized; in turn, either would find the caches full of the other's data
 
 
 class Decoder(torch.utils.data.Dataset):
-    """Reads single files; a failure reaches the main process as a sentence.
+    """Reads batches of files; a failure reaches the main process as a sentence.
 
-    The shorter side is resized to `resize` (default: `size`) and the centre cropped to `size`, unless `transform`
-    crops the image.
+    The shorter side is resized to `resize` (default: `size`) and the centre cropped to `size`, unless there are `crops`
+    to be cut.
     """
 
-    def __init__(self, source: Source, size: int, resize: int | None, transform: PhotoTransform | None = None):
-        self.source, self.size, self.resize, self.transform = source, size, resize, transform
+    def __init__(self, source: Source, size: int, resize: int | None, crops: PhotoCrops | None = None):
+        self.source, self.size, self.resize, self.crops = source, size, resize, crops
         _torchvision()  # before worker processes start, each of which would import it again
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Tensor | str]:
-        """`item` is (index, epoch)."""
-        index, epoch = item
-        try:
-            image = torch.from_numpy(np.ascontiguousarray(self.source.read(index))).permute(2, 0, 1)
-        except BadImageError as error:
-            return index, str(error)
-        if self.transform is not None:
-            return index, self.transform(image, index, epoch).contiguous()
-        return index, self._square(image).contiguous()
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> tuple[Tensor, np.ndarray, dict[int, str]] | str:
+        """Of (index, epoch): images (N, S, S, 3), indices (N,), and sentences of bad files by index.
 
-    def _square(self, image: Tensor) -> Tensor:
+        It is a sentence alone where a worker has no room for the batch.
+        """
+        images = empty_batch(len(items), self.size, self.size, 3)
+        if isinstance(images, str):
+            return images
+        good, failures, together = [], {}, 1 if self.crops is None else TOGETHER
+        for start in range(0, len(items), together):
+            for index, square in self.squares(items[start : start + together]):
+                if isinstance(square, str):
+                    failures[index] = square
+                else:
+                    images[len(good)] = square.permute(1, 2, 0)
+                    good.append(index)
+        return images[: len(good)], np.array(good, dtype=np.int64), failures
+
+    def squares(self, items: Sequence[tuple[int, int]]) -> list[tuple[int, Tensor | str]]:
+        """Of each (index, epoch), the index and uint8 (3, S, S) or a sentence. All are held at native size at once."""
+        cuts = [None if self.crops is None else partial(self.crops.cut, draws=self.crops.draw(*item)) for item in items]
+        pixels = [(index, self._read(index, cut)) for (index, _), cut in zip(items, cuts, strict=True)]
+        return [(index, part if isinstance(part, str) else self._square(part)) for index, part in pixels]
+
+    def _read(self, index: int, cut: Cut | None) -> np.ndarray | str:
+        try:
+            return self.source.read(index, cut)
+        except BadImageError as error:
+            return str(error)
+
+    def _square(self, pixels: np.ndarray) -> Tensor:
+        if self.crops is not None:
+            return self.crops.resize(pixels)
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
         if self.resize is not None or image.shape[1:] != (self.size, self.size):
             TF = _torchvision()
             image = TF.center_crop(TF.resize(image, self.resize or self.size, antialias=True), self.size)
@@ -60,9 +86,9 @@ def decode_all(source: Source, size: int, resize: int | None, *, threads: int, b
         return torch.from_numpy(source.arrays).permute(0, 3, 1, 2).contiguous()
     count = len(source.labels)
     images, failures = torch.zeros(count, 3, size, size, dtype=torch.uint8), {}
-    decode = Decoder(source, size, resize).__getitem__
+    decoder = Decoder(source, size, resize)
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:  # Pillow releases the GIL while it decodes
-        for index, image in pool.map(decode, ((index, 0) for index in range(count))):
+        for ((index, image),) in pool.map(decoder.squares, ([(index, 0)] for index in range(count))):
             if isinstance(image, str):
                 failures[index] = image
             else:
@@ -89,13 +115,13 @@ class Plan:
 def open_loader(
     decoder: Decoder, *, workers: int, pin_memory: bool, persistent: bool
 ) -> tuple[Plan, torch.utils.data.DataLoader]:
-    """A loader of (images (N, 3, S, S), indices (N,), sentences of bad files by index), and the plan that it reads."""
+    """A loader of (images (N, S, S, 3), indices (N,), sentences of bad files by index), and the plan that it reads."""
     plan = Plan()
     loader = torch.utils.data.DataLoader(
         decoder,
         batch_sampler=plan,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_as_is,
         worker_init_fn=prepare_worker,
         prefetch_factor=PREFETCH if workers > 0 else None,
         timeout=LOOK_EVERY if workers > 0 else 0,
@@ -106,11 +132,6 @@ def open_loader(
     return plan, loader
 
 
-def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[Tensor, np.ndarray, dict[int, str]] | str:
-    """A sentence where a worker has no room for the batch."""
-    good = [(index, image) for index, image in rows if not isinstance(image, str)]
-    failures = {index: message for index, message in rows if isinstance(message, str)}
-    images = stacked([image for _, image in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    if isinstance(images, str):
-        return images
-    return images, np.array([index for index, _ in good], dtype=np.int64), failures
+def _as_is(batch: Any) -> Any:
+    """The decoder makes whole batches."""
+    return batch

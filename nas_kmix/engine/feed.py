@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas_kmix.engine.augment import Augmentation, augment_batch, augment_crops
+from nas_kmix.engine.augment import Augmentation, augment_batch
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.learner import OptimConfig, Recipe
-from nas_kmix.engine.photographs import PhotoTransform
+from nas_kmix.engine.photographs import PhotoCrops
 
 # (images float (N, 3, S, S), labels int64 (N,), rng) to (images, soft labels float32 (N, classes))
 Mix = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
@@ -94,10 +94,8 @@ class Feed:
         """The shares from `first_step` on; None for a batch without a readable file."""
         plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.seed, ORDER, epoch))[first_step:]
         plan = Division(self.data, self.world).plan(plan)
-        transform = None
-        if self.photographs:
-            transform = PhotoTransform(self.data.image_size, self.augmentation, self.seed)
-        batches = self.data.batches(plan, transform=transform, epoch=epoch, persistent=self.photographs)
+        crops = PhotoCrops(self.data.image_size, self.seed) if self.photographs else None
+        batches = self.data.batches(plan, crops=crops, epoch=epoch, persistent=self.photographs)
         for step, batch in enumerate(batches, start=first_step):
             yield self._share(batch, epoch, step)
 
@@ -115,8 +113,7 @@ class Feed:
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.data.device)
             batch = Batch(blank, torch.zeros(1, dtype=torch.int64, device=self.data.device), batch.indices)
         rng = np.random.default_rng([self.seed, AUGMENT, *moment])
-        augment = augment_crops if self.photographs else augment_batch
-        images = augment(batch.images, self.data, self.augmentation, rng=rng)
+        images = augment_batch(batch.images, self.data, self.augmentation, rng=rng, cropped=self.photographs)
         images, soft_labels = self.mix(images, batch.labels, rng)
         mask = self._drop_path(len(images), epoch, moment)
         mask = mask if mask is None else mask[:, :, rows]

@@ -30,7 +30,10 @@ def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) 
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass and of the dataclasses in it, on one level, except those marked NOT_IN_KEY."""
+    """The fields of a dataclass and of the dataclasses in it, on one level, except those marked NOT_IN_KEY.
+
+    Where the same fields once had another effect, the dataclass has a property `revision` with further entries.
+    """
     found: dict[str, Any] = {}
     for field in fields(config):
         if field.metadata == NOT_IN_KEY:
@@ -39,7 +42,7 @@ def identity(config: Any) -> dict[str, Any]:
         part = identity(value) if is_dataclass(value) else {field.name: value}
         assert not found.keys() & part.keys(), f"two settings are called {', '.join(found.keys() & part.keys())}"
         found |= part
-    return found
+    return found | getattr(config, "revision", {})
 
 
 def check_key(path: Path, found: Any, wanted: Mapping[str, Any] | None) -> None:

@@ -1,40 +1,73 @@
-"""Training crops of whole photographs: torchvision's v2 transforms, run by the processes that decode the files.
+"""Training crops of whole photographs: cut from a file before it is decoded, then resized.
 
-Every image has its own seed in every epoch, so that crops depend neither on the number of workers nor on how a
+A crop at least 2, 4 or 8 times as large as needed is decoded at that fraction of the size, which the JPEG format
+allows at a fraction of the time. Its pixels then differ slightly from those of a whole decoding that is resized, as in
+`torchvision.transforms.RandomResizedCrop`; evaluation never does this. What happens to the colours is up to `augment`.
+
+Every image has its own draws in every epoch, so that crops depend neither on the number of workers nor on how a
 batch is divided among processes.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from nas_kmix.engine.augment import Augmentation
-
 CROPS = 4  # random stream, beside those of `feed`
+SCALE = (0.08, 1.0)  # share of the photograph's area
+RATIO = (3 / 4, 4 / 3)  # width over height
+REDUCTIONS = (8, 4, 2)  # what JPEG decoders divide sizes by
 
 
 @dataclass(frozen=True)
-class PhotoTransform:
-    """RandomResizedCrop of 8 to 100 % of the photograph, then flip and ColorJitter as the augmentation says."""
+class PhotoCrops:
+    """torchvision's RandomResizedCrop: 8 to 100 % of a photograph, as squares of `size` pixels a side."""
 
     size: int
-    augmentation: Augmentation
     seed: int
 
-    def __call__(self, image: Tensor, index: int, epoch: int) -> Tensor:
-        """uint8 (3, H, W) of any size to uint8 (3, size, size), a function of (seed, epoch, index)."""
-        from torchvision.transforms import v2  # late, as in `decoding`
+    def draw(self, index: int, epoch: int) -> list[list[float]]:
+        """Uniform draws for the area, ratio and place of ten crops, a function of (seed, epoch, index)."""
+        return np.random.default_rng([self.seed, CROPS, epoch, index]).random((10, 4)).tolist()
 
-        steps: list[torch.nn.Module] = [v2.RandomResizedCrop(self.size, antialias=True)]
-        if self.augmentation.flip:
-            steps.append(v2.RandomHorizontalFlip())
-        if any(self.augmentation.color_jitter):
-            steps.append(v2.ColorJitter(*self.augmentation.color_jitter))
-        seed = np.random.default_rng([self.seed, CROPS, epoch, index]).integers(2**63)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(int(seed))
-            return v2.Compose(steps)(image)
+    def cut(self, image: Image.Image, draws: list[list[float]]) -> Image.Image:
+        """Decode that crop of an opened file, never smaller than `size` unless the file is."""
+        left, top, width, height = choose_crop(*image.size, draws)
+        box = (left, top, left + width, top + height)
+        for by in REDUCTIONS:
+            if min(width, height) >= by * self.size and image.draft(None, (image.width // by, image.height // by)):
+                box = tuple(round(edge / by) for edge in box)
+                break
+        return image.crop(box)
+
+    def resize(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (H, W, 3) to uint8 (3, size, size), channels last in memory."""
+        from torchvision.transforms.v2 import functional as TF  # late, as in `decoding`
+
+        with warnings.catch_warnings():  # torch warns of arrays that are read-only, as Pillow's are
+            warnings.simplefilter("ignore")
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return TF.resize_image(image, [self.size, self.size], antialias=True)
+
+
+def choose_crop(width: int, height: int, draws: list[list[float]]) -> tuple[int, int, int, int]:
+    """Left, top, width and height in pixels of the first drawn crop that fits into a photograph of that size.
+
+    The area is uniform and the ratio log-uniform. Where none fits, it is the largest crop in the centre whose ratio is
+    allowed.
+    """
+    smallest, widest = (math.log(ratio) for ratio in RATIO)
+    for area, ratio, x, y in draws:
+        pixels = width * height * (SCALE[0] + area * (SCALE[1] - SCALE[0]))
+        root = math.exp((smallest + ratio * (widest - smallest)) / 2)
+        w, h = round(math.sqrt(pixels) * root), round(math.sqrt(pixels) / root)
+        if 0 < w <= width and 0 < h <= height:
+            return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h

@@ -16,9 +16,11 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
 
 
 def rgb_of(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3). Transparent pixels are laid on white, as browsers show them; Pillow alone would bare whatever
-    colour lies beneath, mostly black."""
+    """uint8 (H, W, 3), read-only. Transparent pixels are laid on white, as browsers show them.
+
+    Pillow alone would bare whatever colour lies beneath, mostly black.
+    """
     if image.mode in ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

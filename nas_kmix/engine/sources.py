@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Another library version may decode a lossy file to other pixels, so it is recognised by its bytes.
 LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
+Cut = Callable[[Image.Image], Image.Image]  # what to decode of a file that is only opened
 
 
 class BadImageError(Exception):
@@ -72,15 +73,18 @@ class Source:
     def describe(self, index: int) -> str:
         return self.place(index) if self.folder is None else str(self.folder / self.place(index))
 
-    def read(self, index: int) -> np.ndarray:
-        """Native RGB pixels (H, W, 3), transparent ones on white. Raises BadImageError."""
+    def read(self, index: int, cut: Cut | None = None) -> np.ndarray:
+        """Native RGB pixels (H, W, 3), read-only, transparent ones on white; of a file, those that `cut` takes of it.
+
+        Raises BadImageError.
+        """
         if self.arrays is not None:
             return self.arrays[index]
         try:
             with Image.open(self._file(index), formats=IMAGE_FORMATS) as image:
                 if image.mode == "F" or image.mode.startswith("I"):
                     raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-                return rgb_of(image)
+                return rgb_of(image if cut is None else cut(image))
         except MemoryError:  # no fault of the file
             raise
         except Exception as error:  # a damaged file may raise nearly anything

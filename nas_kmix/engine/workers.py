@@ -6,6 +6,7 @@ Whatever becomes of the command, they end with it. What cannot be sent from a wo
 from __future__ import annotations
 
 import errno
+import math
 import multiprocessing
 import os
 import shutil
@@ -213,16 +214,15 @@ def _end_instead_of_dropping(error: Exception, batch: object) -> None:
     os._exit(1)
 
 
-def stacked(images: list[Tensor]) -> Tensor | str:
-    """Images of one shape as one tensor, in a worker already in shared memory; a sentence where that is full."""
+def empty_batch(*shape: int) -> Tensor | str:
+    """uint8 without values, in a worker already in shared memory; a sentence where that is full."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.stack(images)
-    shape = (len(images), *images[0].shape)
+        return torch.empty(shape, dtype=torch.uint8)
     try:
-        shared = torch.empty(shape, dtype=images[0].dtype).share_memory_()
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # `share_memory_` would copy what has no values
     except (RuntimeError, OSError) as error:
         return (
-            f"The worker processes have no room in shared memory for a batch of {len(images)} images ({error}): use "
+            f"The worker processes have no room in shared memory for a batch of {shape[0]} images ({error}): use "
             f"--workers 0, or {MORE_ROOM}."
         )
-    return torch.stack(images, out=shared)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)

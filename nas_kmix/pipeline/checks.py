@@ -19,6 +19,7 @@ from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import scorer, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, Given
 from nas_kmix.pretrained import is_published
+from nas_kmix.proxies import published
 from nas_kmix.proxy import smallest_ratio
 from nas_kmix.scores import COLUMNS
 from nas_kmix.scoring import IMAGES_PER_SHARD
@@ -49,8 +50,10 @@ def check_flags(config: Config) -> None:
     for flag, path in paths.items():
         if is_published(path):
             continue
-        if path != ALL_IMAGES and not path.is_file():
-            raise ValueError(f"--{flag} {path}: there is no such file.")
+        names = ("none", *published()) if flag == "proxy" else ()
+        if not path.is_file() and str(path) not in names:
+            others = f"; published proxies are {', '.join(published())}" if names else ""
+            raise ValueError(f"--{flag} {path}: there is no such file{others}.")
         if config.fresh and path.parent.resolve() == config.out.resolve():
             raise ValueError(
                 f"--fresh would remove the file of --{flag}; leave one of them out, or choose another --out."

@@ -35,7 +35,8 @@ class Given:
     scores: Path | None = None
     """Use the scores.npz of another run on the same data."""
     proxy: Path | None = None
-    """Use this proxy.json, made on any copy of the data; `none` searches on all images."""
+    """Use this proxy.json, made on any copy of the data, or a published one: cifar100-interval-5, cifar100-interval-10,
+    cifar100-coverage-5, cifar100-coverage-10; `none` searches on all images."""
 
 
 @dataclass(frozen=True)

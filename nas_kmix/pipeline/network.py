@@ -138,7 +138,7 @@ def key(config: NetworkTraining, model: nn.Module, training: Part, evaluated: Ev
     """What the trained network depends on: settings that take effect, the network, and the images of every split."""
     settings = identity(_resolved(config)) | {"network": describe(model, config.network, training.data)}
     if _photographs(training):
-        settings["crops"] = "photographs"
+        settings["crops"] = "cut before decoding"
     fingerprints = {name: part.data.fingerprint for name, part in evaluated.items()}
     return stage_key(NAME, settings, {"data": training.data.fingerprint, **fingerprints})
 

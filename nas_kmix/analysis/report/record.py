@@ -26,6 +26,7 @@ from nas_kmix.engine.data import DataConfig, ImageData, open_data
 from nas_kmix.engine.ledger import StageCost
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.mixers import MixConfig
+from nas_kmix.proxies import locate, published
 from nas_kmix.scores import ScoreTable
 
 TABLES = {
@@ -263,11 +264,13 @@ class Record:
     @property
     def given_scorer(self) -> str | None:
         """What a search was given as --scorer."""
-        return self._flag("scorer")
+        return self.flag("scorer")
 
     def _given(self, name: str) -> Path | None:
         """The path, unless it lies in the run's own folder, under its name of then or now."""
         value = self.flag(name)
+        if value in published():
+            return locate(value)
         if value is None or Path(value).parent == Path(self.flag("out") or ""):
             return None
         return None if Path(value).resolve().parent == self.folder.resolve() else Path(value)
