@@ -44,7 +44,7 @@ class Config:
     """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
     preset: Literal["quick", "cpu", "gpu", "paper", "imagenet"] = "quick"
-    """quick: digits, a minute | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
+    """quick: digits, in a minute or two | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
     paper: the paper's settings | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
@@ -102,7 +102,7 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    # Shows that everything works, in a minute on two idle cores. The ranking is mostly noise.
+    # Shows that everything works, in a minute or two on two idle cores. The ranking is mostly noise.
     "quick": Config(
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
