@@ -243,7 +243,7 @@ def test_forgetting_counts_are_those_of_a_loop():
 
 def test_a_scorer_counts_what_it_forgets_over_a_stop(npz, tmp_path, monkeypatch):
     """The same counts, and weights, in one go and after a stop between two epochs; and weights as without counting."""
-    flags = ["--stop-after", "scorer", "--scorer.epochs", "4", "--scorer.dropout", "0.5"]
+    flags = ["--stop-after", "scorer", "--scorer.epochs", "4", "--scorer.dropout", "0.5", "--scorer.val-share", "0"]
     counting = [*flags, "--scorer.forgetting"]
     for name, chosen in (("plain", flags), ("whole", counting)):
         search.run(search.parse([*command(npz, tmp_path / name), *chosen]))

@@ -345,7 +345,8 @@ def test_a_crash_loses_what_came_after_the_last_save_and_no_more(trained, undist
 
 def test_other_settings_are_refused_and_fresh_starts_over(trained, undisturbed, tmp_path, capsys):
     argv = command(trained, tmp_path, "tiny")
-    (tmp_path / "tiny.npz").write_bytes((undisturbed / "tiny.npz").read_bytes())
+    for name in ("tiny.npz", "env.json", "cost.json"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
     assert landscape.main([*argv, "--seed", "1"]) == 2
     said = capsys.readouterr().err
     assert "seed was 0, now 1" in said and "--fresh" in said

@@ -10,11 +10,12 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -123,6 +124,9 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
                 name = member.removesuffix(".npy")
                 if name != member and (names is None or name in names):
                     with archive.open(member) as file:
+                        if _claimed_bytes(file) > archive.getinfo(member).file_size:
+                            raise ValueError(f"{member} holds less than its header says")
+                    with archive.open(member) as file:
                         arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
                         if file.read(1):  # reading to the end also compares the checksum
                             raise ValueError(f"{member} is longer than its header says")
@@ -136,6 +140,14 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
         if "Object arrays" in reason:
             reason = "it holds Python objects; save plain arrays with numpy.savez"
         raise ValueError(f"{path} is not a complete .npz file ({reason}); copy it again or make it again.") from error
+
+
+def _claimed_bytes(file: IO[bytes]) -> int:
+    """How many bytes of values an array has by its header, which is all that is read."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def npz_names(path: Path) -> tuple[str, ...]:
