@@ -185,6 +185,7 @@ def kill_and_rerun(server, npz, alone, folder, stages, jobs, seed):
     assert not (folder / "checkpoints").exists() and not list(folder.rglob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [2])
 def test_killed_in_the_finals(jobs, server, npz, alone, tmp_path):
     kill_and_rerun(server, npz, alone, tmp_path / "run", ["finals"], jobs, seed=1)

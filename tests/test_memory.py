@@ -85,6 +85,7 @@ def test_limits_of_containers_are_seen(line, files, tmp_path):
     assert list(memory._of_the_container(tmp_path / "cgroup", tmp_path)) == [500]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("main", "flags", "flag"),
     [
