@@ -38,7 +38,7 @@ class BadFiles(Mapping[int, str]):
         if len(self) > self.most * files:
             raise ValueError(
                 f"{len(self)} of {files} image files cannot be read, more than --max-bad-share {self.most:g} allows; "
-                f"repair or replace them. The first is {self.first()}"
+                f"repair or replace them. The first is {self.first()}."
             )
         if self.strict and self:
             raise ValueError(f"{self.first()}; repair the file, or leave it out with --skip-bad.")
