@@ -345,6 +345,8 @@ def test_a_damaged_or_foreign_checkpoint_is_named(name, npz, alone, tmp_path, ca
 
 def test_a_truncated_checkpoint_to_resume_from_is_named(npz, alone, tmp_path, capsys):
     content = (alone[0] / "last.pt").read_bytes()
+    for mark in ("env.json", "cost.json"):
+        (tmp_path / mark).write_bytes((alone[0] / mark).read_bytes())
     (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
     assert train_eval.main([*SMALL, "--data", str(npz), "--out", str(tmp_path), *SHORT]) == 2
     assert f"{tmp_path / 'last.pt'} is cut short" in capsys.readouterr().err

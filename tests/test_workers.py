@@ -141,9 +141,9 @@ def patched(patch: str) -> list[str]:
 
 ERRORS = {
     'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 3 has a total capacity of 8 GiB")': (
-        "error: Out of memory on cuda:3: lower the batch size"
+        "error: Out of memory on cuda:3: lower --batch-size."
     ),
-    "MemoryError()": "error: Out of memory: lower the batch size",
+    "MemoryError()": "error: Out of memory: lower --batch-size.",
     'OSError(5, "Input/output error")': "error: [Errno 5] Input/output error",
     'ValueError("this")': "error: this",
     'KeyError("a bug")': "KeyError: 'a bug'",
