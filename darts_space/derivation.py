@@ -20,9 +20,10 @@ from torch import Tensor
 from darts_space.cell import CONCAT, EDGES, NODES, PRIMITIVES, Edge, node_rows
 from darts_space.genotype import Genotype
 
-EdgesBy = Literal["alpha", "alpha-beta", "removal"]
-"""What chooses the edges of a node: their best operation's alpha; its product with beta (PC-DARTS section 3.3); or by
-how much the loss rises if the edge is removed (`removal`; Wang et al., ICLR 2021)."""
+EdgesBy = Literal["alpha", "alpha-beta", "removal", "inputs"]
+"""What chooses the edges of a node: their best operation's alpha; its product with beta (PC-DARTS section 3.3); by how
+much the loss rises if the edge is removed (`removal`; Wang et al., ICLR 2021); or nothing: they come from the two
+inputs of the cell (`inputs`), so that alpha chooses the operations alone."""
 
 Removal = tuple[Tensor, Tensor]
 """Rise of the loss in nats if an edge is removed: (14,) of the normal and of the reduction cell."""
@@ -37,7 +38,7 @@ class Diagnostics(NamedTuple):
     margin_normal: float
     """How far the closest decision is from flipping: the smallest difference between the weaker chosen edge of a
     node and its best rejected edge, or between a chosen operation and the second best. Scores are probabilities, 0..1;
-    edges that are chosen by their removal do not count."""
+    edges that are not chosen by a score do not count."""
     margin_reduce: float
     entropy_normal: float
     """Mean entropy of the rows of softmax(alpha) in nats: log(8) = 2.079 before the search, 0 when decided."""
@@ -88,7 +89,7 @@ def diagnose(
     reduce = _scores("reduce", alphas_reduce, betas_reduce, edges_by)
     strengths = _strengths((normal, reduce), edges_by, removal)
     genotype = _genotype((normal, reduce), strengths)
-    by_score = edges_by != "removal"
+    by_score = edges_by in ("alpha", "alpha-beta")
     return Diagnostics(
         _margin(normal, strengths[0], by_score),
         _margin(reduce, strengths[1], by_score),
@@ -118,8 +119,10 @@ def _scores(cell: str, alphas: Tensor, betas: Tensor, edges_by: EdgesBy) -> Scor
 
 def _strengths(scores: tuple[Scores, Scores], edges_by: EdgesBy, removal: Removal | None) -> list[list[float]]:
     """What ranks the edges of the normal and of the reduction cell."""
-    if edges_by != "removal":
+    if edges_by in ("alpha", "alpha-beta"):
         return [[max(row) for row in cell] for cell in scores]
+    if edges_by == "inputs":  # the states before a node, the cell's inputs first
+        return [[-float(state) for node in range(NODES) for state in range(len(node_rows(node)))]] * 2
     if removal is None:
         raise ValueError('edges_by "removal" needs `removal`, how much the loss rises without each edge.')
     for cell, rises in zip(("normal", "reduce"), removal, strict=True):

@@ -98,9 +98,9 @@ class Genotype:
         if missing := [field for field in FIELDS if field not in document]:
             raise ValueError(f"The genotype JSON lacks {', '.join(missing)}; write it with Genotype.save.")
         if unknown := sorted(set(document) - {"format", "version", "provenance", *FIELDS}):
-            raise ValueError(f"The genotype JSON has unknown keys {reprlib.repr(unknown)}; remove them.")
+            raise ValueError(f"The genotype JSON has unknown keys {reprlib.repr(unknown)}; leave them out.")
         if not isinstance(document.get("provenance", {}), dict):
-            raise ValueError('"provenance" in the genotype JSON must be an object; correct or remove it.')
+            raise ValueError('"provenance" in the genotype JSON must be an object; correct it, or leave it out.')
         return cls(*(document[field] for field in FIELDS))
 
     def to_text(self) -> str:
@@ -139,7 +139,7 @@ class Genotype:
                         raise
             os.replace(temporary, path)
         except OSError as error:
-            raise OSError(f"{path} could not be written: {error.strerror or error}. Free some space.") from error
+            raise OSError(f"{path} could not be written: {error.strerror or error}.") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -174,7 +174,8 @@ class Genotype:
         if len(content) > _MAX_FILE_BYTES:
             raise ValueError(f"The file {path} is larger than 1 MiB, so it is no genotype; check its path.")
         try:
-            return find_genotype(content.decode("utf-8-sig"))
+            marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes what is redirected to a file
+            return find_genotype(content.decode("utf-16" if marked else "utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"The file {path} is not UTF-8 text, so it is no genotype; check its path.") from error
         except ValueError as error:

@@ -137,7 +137,7 @@ class ProxyManifest:
         rows = defaultdict(list)
         for index in data.good()[::-1].tolist():  # reversed, so that pop() gives the first occurrence
             try:
-                rows[data.content(index), int(data.labels[index])].append(index)
+                rows[data.source.content(index), int(data.labels[index])].append(index)
             except BadImageError as error:
                 data.bad.add({index: str(error)})
         new = {}

@@ -89,7 +89,7 @@ def scorer_of_file(path: Path, state: Mapping[str, Any], backbone: str, data: Im
             f"choose one of {names}."
         ) from error
     if count == len(WNIDS) and (count != data.num_classes or all(map(_wnid, data.class_names))):
-        outputs = class_outputs(data.class_names, _imagenet_classes(), str(path))
+        outputs = class_outputs(data.class_names, imagenet_classes(), str(path))
     elif count == data.num_classes:
         outputs = list(range(count))
     else:
@@ -267,11 +267,11 @@ def _timm(name: str, network: str) -> Published:
                 f"a network, or give them as a file: --scorer FILE --scorer.backbone {name}."
             ) from error
 
-    return Published(name, preparation, _imagenet_classes(), build)
+    return Published(name, preparation, imagenet_classes(), build)
 
 
 @cache
-def _imagenet_classes() -> tuple[str, ...]:
+def imagenet_classes() -> tuple[str, ...]:
     """The names of ImageNet's 1,000 classes."""
     from torchvision.models import ResNet18_Weights  # here: seconds to import
 

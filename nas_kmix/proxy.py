@@ -96,7 +96,7 @@ def make_proxy(data: ImageData, table: ScoreTable | None, config: ProxyConfig) -
             try:
                 if table is None:
                     data.source.read(index)  # without scoring, no stage has opened this file yet
-                content.append(data.content(index))
+                content.append(data.source.content(index))
             except BadImageError as error:
                 data.bad.add({index: str(error)})
                 unreadable.append(index)

@@ -82,8 +82,8 @@ def score_dataset(
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
                 raise NonFiniteLossError(
-                    f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train it again with "
-                    f"--fresh and a lower --scorer.lr."
+                    f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train another one "
+                    f"with a lower --scorer.lr."
                 )
             bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
             own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad, columns)

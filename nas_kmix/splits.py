@@ -97,7 +97,9 @@ def where_validation_comes_from(data: str, evaluated: Evaluated, own: Evaluated,
         return f"validation: none, the last epoch counts{meant}"
     count = len(own["val"].indices)
     if "val" in evaluated:
-        return f"validation: {count} images of the split val"
+        part = own["val"]
+        lacking = part.data.num_classes - len(np.unique(part.data.labels[part.indices]))
+        return f"validation: {count} images of the split val{f', none of {lacking} classes' if lacking else ''}"
     return f"validation: {count} images held out of the training images (--val-share {val_share:g}){meant}"
 
 

@@ -53,4 +53,6 @@ def main(out: Path) -> None:
     with joined(CPU) as world:
         for case in CASES:
             with Recorded(out / case, stages=("search",), compute=compute, world=world) as run:
-                search_once("search", out / case / "genotype.json", config_of(case), halves, data, run=run, key={})
+                genotype = search_once("search", out / case, config_of(case), halves, data, run=run, key={})
+                if world.main:
+                    genotype.save(out / case / "genotype.json")

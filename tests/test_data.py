@@ -22,7 +22,8 @@ from nas_kmix.engine.feed import epoch_batches
 
 
 def load(path, *, split="train", workers=0, like=None, **options):
-    return load_data(DataConfig(data=str(path), **options), split=split, workers=workers, like=like)
+    config = DataConfig(data=str(path), **{"max_bad_share": 1.0, **options})
+    return load_data(config, split=split, workers=workers, like=like)
 
 
 def pillow(path, size=None):
@@ -310,8 +311,8 @@ def test_content_is_the_same_in_an_archive_and_in_png_files(npz_file, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0] if i == 5 else image).save(path)
     folder = load(tmp_path / "png", image_size=16)
-    contents = [archive.content(i) for i in range(12)]
-    assert contents == [folder.content(i) for i in range(12)] and len(set(contents)) == 12
+    contents = [archive.source.content(i) for i in range(12)]
+    assert contents == [folder.source.content(i) for i in range(12)] and len(set(contents)) == 12
     assert all(len(content) == 16 and int(content, 16) >= 0 for content in contents)
 
 
@@ -320,14 +321,17 @@ def test_content_sees_one_pixel_and_the_shape(npz_file):
     images[1, 3, 8, 2] = 1
     wide = load(npz_file(train_images=images), image_size=8)
     tall = load(npz_file(train_images=images.reshape(12, 9, 4, 3)), image_size=8)
-    assert wide.content(0) == wide.content(2) and len({wide.content(0), wide.content(1), tall.content(0)}) == 3
+    assert (
+        wide.source.content(0) == wide.source.content(2)
+        and len({wide.source.content(0), wide.source.content(1), tall.source.content(0)}) == 3
+    )
 
 
 def test_content_of_jpeg_is_that_of_the_file(image_folder):
     folder = image_folder(suffix=".JPEG")
     data = load(folder)
     for i, path in enumerate(data.source.paths):
-        assert data.content(i) == hashlib.blake2b((folder / path).read_bytes(), digest_size=8).hexdigest()
+        assert data.source.content(i) == hashlib.blake2b((folder / path).read_bytes(), digest_size=8).hexdigest()
 
 
 # -- only the split asked for ------------------------------------------------------------------------------------------
@@ -341,7 +345,7 @@ def test_no_other_split_of_a_folder_is_opened(image_folder, monkeypatch):
     for split in ("train", "val"):
         opened.clear()
         data = load(folder, split=split)
-        assert data.fingerprint and data.content(0)
+        assert data.fingerprint and data.source.content(0)
         assert data.source.split == split and {path.relative_to(folder).parts[0] for path in opened} == {split}
 
 
@@ -486,7 +490,7 @@ def test_classes_without_images(image_folder):
     shutil.rmtree(folder / "train" / "bee")
     (folder / "train" / "bee").mkdir()
     with pytest.raises(
-        ValueError, match="garden: class 'bee' has no readable train images; add some, or remove the class"
+        ValueError, match="garden: class 'bee' has no readable train images; add some, or leave the class out"
     ):
         load(folder)
     with pytest.raises(ValueError, match="lonely has the single class 'ant'; two or more are needed"):
@@ -641,8 +645,8 @@ def test_real_cifar100(real_cifar100, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data.source.arrays[i]).save(path)
     files = load(tmp_path / "png")
-    wanted = {(data.content(i), data.class_names[data.labels[i]]) for i in few}
-    assert {(files.content(i), files.class_names[files.labels[i]]) for i in range(len(files))} == wanted
+    wanted = {(data.source.content(i), data.class_names[data.labels[i]]) for i in few}
+    assert {(files.source.content(i), files.class_names[files.labels[i]]) for i in range(len(files))} == wanted
 
 
 def test_real_photographs(real_imagenette, tmp_path):

@@ -117,9 +117,9 @@ def test_evaluation_shows_every_image_once(tmp_path, monkeypatch):
 # -- search.py ---------------------------------------------------------------------------------------------------------
 
 SEARCH = shlex.split(
-    "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 16 --scoring.draws 3 --ratio .5 --channels 2 "
-    "--partial 2 --layers 3 --rest-steps 1 --arch-steps 1 --batch-size 16 --max-resident-gb 0 --scoring.pool-size 8 "
-    "--no-report --no-finals"
+    "--threads 1 --device cpu -j 0 --scorer.epochs 1 --scorer.batch-size 16 --scorer.val-share 0 --scoring.draws 3 "
+    "--ratio .5 --channels 2 --partial 2 --layers 3 --rest-steps 1 --arch-steps 1 --batch-size 16 --max-resident-gb 0 "
+    "--scoring.pool-size 8 --no-report --no-finals"
 )
 
 
@@ -129,7 +129,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_CHECKPOINTS", 60.0)
 
 
-def test_two_processes_score_as_one_and_the_first_goes_on_to_search(image_folder, tmp_path, small_shards, capsys):
+def test_two_processes_score_as_one_and_search_together(image_folder, tmp_path, small_shards, capsys):
     """A streamed set with an unreadable file: every image is scored once, with the same bytes at the end."""
     folder = image_folder(per_class=17, sizes=((16, 16),), truncated=("train/bee/3.png",))
     command = [*SEARCH, "--scoring.baselines", "--data", folder, "--out"]
@@ -138,12 +138,13 @@ def test_two_processes_score_as_one_and_the_first_goes_on_to_search(image_folder
     process = torchrun(tmp_path / "log", ROOT / "tests" / "two_scorers.py", *command, tmp_path / "two", *scorer)
     assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     one, two = tmp_path / "one", tmp_path / "two"
-    for name in ("scores.npz", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "bad_images.txt"):
+    for name in ("scores.npz", "proxy.json", "bad_images.txt"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     bills = [json.loads((run / "cost.json").read_text())["stages"] for run in (one, two)]
     assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * (3 + 1)
+    assert bills[0]["search"]["images_forward"] == bills[1]["search"]["images_forward"] > 0
     said = (tmp_path / "log").read_text()
-    assert said.count("selection: ") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said
+    assert said.count("selection: done") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said
     assert not (two / "checkpoints").exists()
 
 
@@ -163,7 +164,7 @@ def test_two_processes_train_the_scorer_and_agree_on_it(npz, tmp_path):
 def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_path):
     broken = ("train/ant/0.jpg", "train/bee/3.jpg", "val/ant/0.jpg", "val/bee/3.jpg")
     folder = image_folder(sizes=((140, 150),), suffix=".jpg", splits=("train", "val"), truncated=broken)
-    flags = shlex.split("--preset imagenet --image-size 128 --epochs 1 --skip-bad --warmup-epochs 0")
+    flags = shlex.split("--preset imagenet --image-size 128 --epochs 1 --skip-bad --max-bad-share .3 --warmup-epochs 0")
     command = [ROOT / "train_eval.py", *flags, *SMALL, "--data", folder, "--out", tmp_path / "run"]
     assert ended(torchrun(tmp_path / "log", *command), tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_images"] == 4
@@ -205,10 +206,10 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_every_restart_is_for_a_killed_process(victim, tmp_path):
     """As many restarts as kills are enough: none goes to processes that look for each other at old addresses."""
-    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=2, processes=3)
+    process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=1)
     assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 

@@ -101,3 +101,5 @@ def test_a_folder_in_the_place_of_a_last_file_is_refused_at_once(tmp_path):
         argv = ["--data", str(data), "--genotype", "PC_DARTS_cifar", "--out", str(tmp_path / "t")]
         assert train_eval.main([*argv, "--export", str(tmp_path)]) == 2
     assert f"--export {tmp_path} is a folder" in complained.getvalue() and not (tmp_path / "t").exists()
+    code, said = command(data, tmp_path / "run", "--export-list", str(data / "list.tsv"))
+    assert code == 2 and f"list.tsv cannot be written: {data} is no folder" in said and not (tmp_path / "run").exists()

@@ -66,9 +66,8 @@ def searched(npz, tmp_path_factory):
 @pytest.mark.parametrize("name", door.COMMANDS)
 def test_every_command_has_a_module_and_help(name, capsys):
     assert importlib.util.find_spec(door.COMMANDS[name][0]) is not None
-    with pytest.raises(SystemExit) as ended:
-        door.main([name, "--help"])
-    assert ended.value.code == 0 and "usage" in capsys.readouterr().out.lower()
+    assert door.main([name, "--help"]) == 0
+    assert "usage" in capsys.readouterr().out.lower()
 
 
 def test_help_lists_the_commands_and_a_typo_is_answered(capsys):
@@ -246,7 +245,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(npz, tmp_path, cap
     with_finals = [word for word in command(npz, tmp_path / "run") if word != "--no-finals"]
     assert search.main([*with_finals, "--dry-run"]) == 0
     last = capsys.readouterr().out.splitlines()[-2]
-    assert last.startswith("finals    at most 4 candidates and 6 random ones, for 2, 4, 8 epochs of 20 images: about ")
+    assert last.startswith("finals    at most 4 candidates and 2 random ones, for 2, 4 epochs of 20 images: about ")
     assert not (tmp_path / "run").exists()
 
 

@@ -377,3 +377,12 @@ def test_shared_edges_count_common_entries_whatever_their_order(one, other):
     assert one.shared_edges(other) == other.shared_edges(one) == expected
     swapped = [one.normal[position ^ 1] for position in range(8)]
     assert one.shared_edges(Genotype(swapped, range(2, 6), one.reduce, range(2, 6))) == 16
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_file_that_a_shell_wrote_is_read(encoding, tmp_path):
+    """PowerShell redirects in UTF-16, with a mark."""
+    genotype = GENOTYPES["DARTS_V1"]
+    text = genotype.to_text() if encoding != "utf-16-le" else "\ufeff" + genotype.to_text()
+    (tmp_path / "genotype.txt").write_bytes(text.encode(encoding))
+    assert Genotype.load(tmp_path / "genotype.txt") == genotype

@@ -30,12 +30,12 @@ from nas_kmix.splits import divide, other_splits
 # What changes no result: places, reporting, what is run at all, and sizes that bound memory alone.
 SEARCH = {
     *("preset", "out", "stop_after", "given.scorer", "given.scores", "given.proxy", "export_list", "fresh", "report"),
-    *("with_finals", "jobs", "quiet", "input.data_root", "scoring.batch_size", "search.cuda_graphs"),
-    *("invocation.config", "invocation.dry_run"),
+    *("with_finals", "jobs", "quiet", "input.data_root", "input.max_bad_share", "scoring.batch_size"),
+    *("search.cuda_graphs", "invocation.config", "invocation.dry_run"),
 }
 TRAIN = {
     *("preset", "out", "fresh", "quiet", "skip_bad", "report", "eval_only", "export", "export_raw", "input.data_root"),
-    *("invocation.config", "invocation.dry_run"),
+    *("input.max_bad_share", "invocation.config", "invocation.dry_run"),
 }
 DEVICE = {f"device.{field.name}" for field in fields(DeviceConfig)}  # a run may go on on another device
 # Filled in from the fields `augmentation` and `seed` of the whole.
@@ -198,7 +198,12 @@ def test_every_field_of_a_search_is_in_a_key_or_on_the_list(archives):
     ]
     flags = ["--batch-size", "4", "--epochs", "4", "--schedule", "cosine", *unset]
     config = search.parse(["--data", str(archives / "0.npz"), *flags])
-    elsewhere = {"input.data", "input.max_resident_gb", "scoring.pool_size"}  # here and in the next test
+    elsewhere = {
+        "input.data",
+        "input.split_seed",
+        "input.max_resident_gb",
+        "scoring.pool_size",
+    }  # here and in the next test
     assert misjudged(config, search_keys, SEARCH | DEVICE, elsewhere) == set()
     other = changed(config, "input.data", str(archives / "1.npz"))
     assert all(a != b for a, b in zip(search_keys(config), search_keys(other), strict=True))
@@ -228,7 +233,7 @@ def test_every_field_of_a_training_is_in_its_key_or_on_the_list(what, archives):
         "backbone": {f"network.{name}" for name in ("genotype", "channels", "layers", "auxiliary", "max_macs")}
         | {"network.macs_convention", "recipe.drop_path"},  # of a genotype's network
     }[what]
-    elsewhere = {"input.data", "input.max_resident_gb"}  # below, and in the next test
+    elsewhere = {"input.data", "input.split_seed", "input.max_resident_gb"}  # below, and in the next test
     assert misjudged(config, train_keys, TRAIN | DEVICE, elsewhere | without) == set()
     assert train_keys(changed(config, "input.data", str(archives / "1.npz"))) != train_keys(config)
 

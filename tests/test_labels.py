@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_pixels
+from PIL import Image
 
 from nas_kmix.engine.foreign import source_of
 from nas_kmix.engine.labels import class_indices
@@ -70,3 +71,25 @@ def test_items_that_are_no_images_and_several_labels_are_sentences():
         source_of([(draw_pixels(4, 8, 8), 0), (draw_pixels(4, 8, 8), 1)])
     with pytest.raises(ValueError, match=r"list: labels .* must be one-hot"):
         source_of([(draw_pixels(8, 8, 3), np.array([1, 1, 0]))] * 2)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (Image.new("RGB", (8, 8)), "not Image"),
+        ({"image": Image.new("RGB", (8, 8)), "label": 0}, "not dict of image, label"),
+        ((Image.new("RGB", (8, 8)), 0, "a.png"), "not tuple"),
+    ],
+)
+def test_items_that_are_no_pairs_are_told(item, said):
+    """Such as those of Hugging Face's datasets."""
+
+    class Dataset:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return item
+
+    with pytest.raises(ValueError, match=f"The items of Dataset must be pairs of an image and a label, {said}"):
+        source_of(Dataset())

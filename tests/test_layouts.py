@@ -21,8 +21,8 @@ from nas_kmix.engine.named_sets import MEDMNIST, survives_mirroring
 from nas_kmix.engine.sources import Source
 
 SEARCH = shlex.split(
-    "--no-report --threads 1 --device cpu -j 0 --scorer.epochs 1 --scoring.draws 4 --ratio .5 --channels 2 --partial 2 "
-    "--layers 3 --rest-steps 1 --arch-steps 1 --batch-size 8"
+    "--no-report --no-finals --threads 1 --device cpu -j 0 --scorer.epochs 1 --scoring.draws 4 --ratio .5 --channels 2 "
+    "--partial 2 --layers 3 --rest-steps 1 --arch-steps 1 --batch-size 8"
 )
 TRAIN = shlex.split("--no-report --threads 1 --device cpu -j 0 --channels 2 --layers 3 --epochs 1 --no-auxiliary")
 

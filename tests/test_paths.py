@@ -1,6 +1,7 @@
 """Paths as people type them, and where validation images come from."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -95,3 +96,34 @@ def test_a_flat_val_is_refused_for_what_it_is(image_folder, tmp_path, capsys):
     Image.fromarray(draw_pixels(32, 32, 3)).save(folder / "val/1.png")
     assert train_eval.main([*TRAIN, "--data", str(folder), "--out", str(tmp_path / "run")]) == 2
     assert f"{folder / 'val'} has images but not in class folders, e.g. 1.png" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_unicode_is_refused_before_anything_is_written(home, tmp_path, image_folder, capsys):
+    """Records and reports could not tell of it."""
+    folder = image_folder(per_class=6, sizes=((32, 32),))
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    for argv in (["--data", str(folder), "--out", odd], ["--data", odd, "--out", str(tmp_path / "run")]):
+        assert train_eval.main([*TRAIN, *argv]) == search.main(argv) == 2
+        assert capsys.readouterr().err.count("is not Unicode text; rename") == 2
+    assert not os.path.exists(odd) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("images/train/ant", "has no subfolder train"),
+        ("images/train/ant/0.png", "this is no folder"),
+        ("images.zip", "there is no such folder"),
+    ],
+)
+def test_what_is_near_the_data_folder_is_told_apart(place, said, image_folder, tmp_path, capsys):
+    image_folder(per_class=6, sizes=((32, 32),))
+    assert search.main(["--data", str(tmp_path / place), "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_val_split_that_lacks_classes_says_so(image_folder, tmp_path, capsys):
+    folder = image_folder(splits=("train", "val"), per_class=6, sizes=((32, 32),))
+    shutil.rmtree(folder / "val/ant")
+    assert train_eval.main([*TRAIN, "--data", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert "validation: 6 images of the split val, none of 1 classes" in capsys.readouterr().out

@@ -159,7 +159,7 @@ def test_applies_to_the_same_images_in_another_order(proxy, pixels, labels):
         old, new = getattr(proxy, half), getattr(applied, half)
         assert sorted(pixels_of(shuffled, new)) == sorted(pixels_of(data, old))
     np.testing.assert_array_equal(applied.labels, shuffled.labels[applied.indices])
-    assert applied.content == tuple(shuffled.content(i) for i in applied.indices)
+    assert applied.content == tuple(shuffled.source.content(i) for i in applied.indices)
     assert applied.apply(data).hash() == proxy.hash()
 
 

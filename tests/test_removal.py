@@ -101,6 +101,18 @@ def test_edges_follow_the_removal_and_operations_alpha():
     assert 0 < found.margin_normal < 1, "of the operations alone"
 
 
+def test_without_a_choice_of_edges_every_node_takes_the_inputs_of_the_cell():
+    tables = draw_tables(0)
+    genotype = derive(**tables, edges_by="inputs")
+    for name, edges in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+        best = tables[f"alphas_{name}"][:, 1:].argmax(1).tolist()
+        rows = [row for node in range(4) for row in node_rows(node)[:2]]
+        assert edges == tuple((PRIMITIVES[1 + best[row]], i % 2) for i, row in enumerate(rows))
+    other = {**tables, "betas_normal": tables["betas_normal"].flip(0) * 5}
+    assert derive(**other, edges_by="inputs") == genotype
+    assert 0 < diagnose(**tables, edges_by="inputs").margin_reduce < 1
+
+
 def test_what_cannot_be_is_refused():
     tables = draw_tables(0)
     with pytest.raises(ValueError, match="needs `removal`"):

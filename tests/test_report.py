@@ -643,15 +643,15 @@ def test_the_folder_of_an_analysis_is_shown_when_it_is_passed(searched, tmp_path
 
 
 def test_wordnet_ids_are_spelt_out_where_a_list_knows_them(tmp_path):
-    ids = ("n01443537", "n02123045", "n02124075", "other")
+    ids = ("n01443537", "n02123045", "n02124075", "n99999999", "other")
     for name in ids:
         (tmp_path / "set" / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "set" / "train" / name / "0.png")
     data = open_data(DataConfig(data=str(tmp_path / "set")))
-    assert spoken(data) == ids
+    assert spoken(data) == ("goldfish", "tabby", "Egyptian cat", "n99999999", "other"), "as in ImageNet"
     lines = ["n01443537\tgoldfish, Carassius auratus", "n02123045\tcat, tabby", "n02124075\tcat", "x"]
     (tmp_path / "set" / "words.txt").write_text("\n".join(lines))
-    assert spoken(data) == ("goldfish", "cat (n02123045)", "cat (n02124075)", "other")
+    assert spoken(data) == ("goldfish", "cat (n02123045)", "cat (n02124075)", *ids[3:])
     (tmp_path / "set" / "words.txt").unlink()
     (tmp_path / "LOC_synset_mapping.txt").write_text("n01443537 goldfish, Carassius auratus\n")
     assert spoken(data) == ("goldfish", *ids[1:])

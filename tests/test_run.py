@@ -248,6 +248,7 @@ def test_a_repeated_epoch_replaces_its_row_also_in_a_later_invocation(tmp_path):
     with open_run(tmp_path) as run:
         for epoch, loss in ((0, 3.0), (1, 2.0), (1, 1.5)):
             run.log.add("scorer", epoch, loss=loss)
+        run.ledger.write()
     with open_run(tmp_path) as run:
         run.log.add("scorer", 1, loss=1.25)
         run.log.add("search", 0, loss=4.0, entropy=1 / 3)
@@ -287,6 +288,7 @@ def test_a_quiet_run_says_its_warnings_alone(tmp_path, capsys):
 
 
 def test_damaged_rows_are_dropped(tmp_path):
+    (tmp_path / "cost.json").write_text("")
     (tmp_path / "metrics.csv").write_text("stage,epoch,loss\nscorer,0,3\nscorer,half\n")
     with open_run(tmp_path) as run:
         run.log.add("scorer", 1, loss=2.0)
@@ -363,8 +365,8 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
         (tmp_path / "seed-0").mkdir()
         for path in (tmp_path / "proxy.json", tmp_path / "seed-0" / "alphas.npz", *foreign):
             path.write_text("")
-    with open_run(tmp_path) as run:
-        run.clear(("proxy.json", "seed-*/alphas.npz", "genotype.json"))
+    with open_run(tmp_path, results=("proxy.json", "seed-*/alphas.npz", "genotype.json")) as run:
+        run.clear()
         left = {path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
         assert left == set(foreign)
         run.log.add("scorer", 1, loss=2.0)
@@ -483,6 +485,25 @@ def test_environment_is_json():
 def test_environment_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert compute_module.environment(torch.device("cpu"))["commit"] is None
+
+
+def test_a_folder_of_a_run_can_be_told_whenever_that_run_was_killed(tmp_path):
+    """Between any two writes of its start, and between any two removals of --fresh."""
+    names = {"stages": STAGES, "results": ("proxy.json",)}
+    with run_module.open_run(tmp_path, {}, DeviceConfig(device="cpu"), **names) as run:
+        with run.stage("scorer"):
+            run.save_checkpoint(CHECKPOINT, KEY, {})
+            (tmp_path / "proxy.json").write_text("")
+        writes = sorted(run._files(), key=lambda path: path.stat().st_mtime_ns)
+        removals = run._files()
+    assert writes[0].name == "env.json" and removals[-1].name in run_module.MARKS
+    for path in removals:
+        with open_run(tmp_path, results=("proxy.json",)):
+            path.unlink()
+    with open_run(tmp_path, results=("proxy.json",)):
+        (tmp_path / "proxy.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds proxy\.json, but it seems"), open_run(tmp_path, results=("*.json",)):
+        pass
 
 
 def test_the_bills_of_a_version_with_fewer_stages_are_kept(tmp_path):

@@ -424,6 +424,8 @@ def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs,
         "0",
         "--max-resident-gb",
         str(limit),
+        "--max-bad-share",
+        "0.2",
     ]
     assert train_eval.main(argv) == 2
     assert "train/ant/3.jpg" in (said := capsys.readouterr().err) and "--skip-bad" in said
@@ -448,7 +450,7 @@ def test_a_corrupt_file_ends_the_command_or_is_left_out_and_counted(photographs,
 def test_a_file_met_before_a_stop_is_counted_after_it(photographs, tmp_path, monkeypatch):
     """The rest of the last epoch does not read it again, and constants are measured on a part of a large set."""
     cut_in_half(photographs / "train/ant/3.jpg")
-    flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2]
+    flags = ["--epochs", 1, "-j", 0, "--max-resident-gb", 0, "--skip-bad", "--batch-size", 2, "--max-bad-share", 0.2]
     monkeypatch.setattr(data_module.augment, "measure_constants", lambda data: ((0.5,) * 3, (0.25,) * 3))
     with monkeypatch.context() as patch:
         met, read = [], Source.read

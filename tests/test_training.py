@@ -333,7 +333,8 @@ def test_bad_images_are_left_out(tmp_path, image_folder, monkeypatch, max_reside
     folder = image_folder(classes=tuple("abc"), truncated=("train/a/1.png", "train/c/3.png"))
     if not known:
         monkeypatch.setattr(data_module.augment, "measure_constants", lambda data: ((0.5,) * 3, (0.3,) * 3))
-    data, seen = load_data(DataConfig(data=str(folder), max_resident_gb=max_resident_gb)), []
+    config = DataConfig(data=str(folder), max_resident_gb=max_resident_gb, max_bad_share=0.2)
+    data, seen = load_data(config), []
 
     def counting(images, labels, rng):
         seen.extend(labels.tolist())

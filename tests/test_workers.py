@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, TINY, draw_images
+from processes import PATIENCE, ROOT, TINY, draw_images
 
 from nas_kmix.engine import workers
 
@@ -78,9 +78,9 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def all_gone(pids) -> bool:
-    """Whether they are gone within seconds."""
-    deadline = time.monotonic() + 6  # a worker looks every five seconds whether its parent lives
+def all_gone(pids, seconds: float = 6) -> bool:
+    """Whether they are gone in time; by default in that of a worker, which looks every five seconds for its parent."""
+    deadline = time.monotonic() + seconds
     while (alive := set(pids) & set(parents())) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not alive
@@ -182,16 +182,19 @@ def test_a_signal_ends_a_command_whose_workers_are_stuck(signum, images, tmp_pat
     assert said == f"stopped by {signum.name}; run the same command again to resume from the last checkpoint"
 
 
-def test_one_lost_worker_ends_a_job_of_two_processes(images, tmp_path):
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_one_lost_worker_ends_a_job_of_two_processes(name, images, tmp_path):
     """A rank that hung would keep torchrun from starting anew."""
     log = tmp_path / "log"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    with running([*torchrun, *script("train_eval", images, tmp_path / "run")], log) as process:
+    with running([*TORCHRUN, *script(name, images, tmp_path / "run")], log) as process:
         children = started_training(process, log, count=6)  # two ranks, two workers each
         of_a_rank = next(child for child in children if parents()[child] != process.pid)
         os.kill(of_a_rank, signal.SIGKILL)
-        assert process.wait(2 * SECONDS) == 1
-        assert all_gone(children)
+        assert all_gone(children, SECONDS)  # torchrun itself then needs a second of CPU time to end
+        assert process.wait(PATIENCE) == 1
     assert "was killed (out of memory?): use fewer --workers" in log.read_text()
 
 
@@ -213,6 +216,20 @@ def test_too_little_shared_memory_is_refused_at_once(name, images, tmp_path):
     assert process.returncode == 2 and "Traceback" not in said
     assert "of shared memory, but /dev/shm has 0 MB free. Use --workers 0, or give" in said and "--shm-size=" in said
     assert not (tmp_path / "run").exists()
+
+
+@namespaces
+def test_too_little_shared_memory_ends_a_job_of_two_processes(images, tmp_path):
+    log = tmp_path / "log"
+    argv = [*TORCHRUN, *script("search", images, tmp_path / "run")]
+    with running(with_shared_memory(16, argv), log) as process:
+        children, deadline = set(), time.monotonic() + 120  # for the imports
+        while "error: " not in log.read_text() and time.monotonic() < deadline:
+            children |= set(descendants(process.pid))
+            time.sleep(0.05)
+        assert children and all_gone(children, SECONDS)
+        assert process.wait(PATIENCE) == 1
+    assert "of shared memory, but /dev/shm has 0 MB free. Use --workers 0" in log.read_text()
 
 
 @namespaces

@@ -24,7 +24,7 @@ from darts_space import GENOTYPES, Genotype, read_genotype
 from nas_kmix.analysis.cell_picture import draw_cells
 from nas_kmix.analysis.description import describe
 from nas_kmix.analysis.figures import PICTURES, save_figure
-from nas_kmix.engine import files
+from nas_kmix.engine import cli, files
 from nas_kmix.engine.cli import parse_flags
 
 FORMS = {".json": "json", ".txt": "text"}
@@ -77,10 +77,9 @@ def run(config: Config) -> str:
 def _save_json(genotype: Genotype, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        genotype.save(path)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the permissions.") from error
+        raise OSError(f"{path} could not be written: {files.reason_of(error)}.") from error
+    genotype.save(path)
 
 
 def _title(source: str) -> str:
@@ -89,14 +88,13 @@ def _title(source: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, and 2 with a sentence where something cannot be read or written."""
-    try:
+    """Exit codes: those of `cli.exit_code`."""
+
+    def work() -> None:
         if text := run(parse_flags(Config, argv, __doc__)):
             print(text)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return cli.exit_code(work)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from darts_space import Genotype, Preparation, build_network, read_genotype
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.backbones import build_backbone
-from nas_kmix.engine import files
+from nas_kmix.engine import cli, files
 from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.pipeline.network import preparation_of
@@ -185,13 +185,8 @@ def _filled(model: nn.Module, state: State, meant: str) -> nn.Module:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, 1 (a full disk), and 2 with a sentence for bad usage."""
-    try:
-        print(run(parse_flags(Config, argv, __doc__)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    """Exit codes: those of `cli.exit_code`."""
+    return cli.exit_code(lambda: print(run(parse_flags(Config, argv, __doc__))))
 
 
 if __name__ == "__main__":

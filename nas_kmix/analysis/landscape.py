@@ -199,7 +199,7 @@ def read_landscape(path: Path) -> dict[str, Any]:
         if arrays["meta"]["format"] != FORMAT:
             raise KeyError("format")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a landscape of nas_kmix; remove it, or choose another --out.") from error
+        raise ValueError(f"{path} is not a landscape of nas_kmix; choose another --out, so that it is kept.") from error
     return arrays
 
 
@@ -214,12 +214,13 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         raise ValueError("Curvature needs the parameters' own precision; leave --amp out.")
     classifiers = open_runs(config.runs)
     found = {}
-    with open_run(config.out, asdict(config), config.device, stages=(STAGE,)) as run:
+    results = tuple(f"{name}.npz" for name in classifiers)
+    with open_run(config.out, asdict(config), config.device, stages=(STAGE,), results=results) as run:
         first, device = next(iter(classifiers.values())), run.compute.device
         data = load_images(config.input, first, device=device, workers=config.device.workers)
         indices = subset(data, config.input.images, seed=config.views.seed)
         if config.fresh:
-            run.clear(tuple(f"{name}.npz" for name in classifiers))
+            run.clear()
         run.say(f"{data.source.name}: {len(indices)} of {len(data)} {data.source.split} images on {device}")
         for name, classifier in classifiers.items():
             stage = _Landscape(name, config.batch_size)

@@ -22,7 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nas_kmix.engine import files
+from nas_kmix.engine import cli, files
 from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.mixing import DCutMix, DMixup, Mixer, SaliencyDCutMix
@@ -135,13 +135,8 @@ def run(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, and 2 with a sentence where something cannot be read or written."""
-    try:
-        run(parse_flags(Config, argv, __doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit codes: those of `cli.exit_code`."""
+    return cli.exit_code(lambda: run(parse_flags(Config, argv, __doc__)))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from nas_kmix.analysis.measures import (
     ood_aupr,
 )
 from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
-from nas_kmix.engine import files
+from nas_kmix.engine import cli, files
 from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.compute import DeviceConfig, pick_device
@@ -169,6 +169,7 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--substitute makes adversarial examples; choose how with --attack fgsm or --attack pgd.")
     if config.batch_size < 1 or config.seed < 0:
         raise ValueError("--batch-size must be at least 1 and --seed at least 0.")
+    files.check_place("--out", config.out)
     if config.device.amp != "off":
         raise ValueError("Attacks need the gradients' full precision; leave --amp out.")
 
@@ -228,7 +229,7 @@ def _pixel_classifier(classifier: Classifier, device: torch.device) -> PixelClas
 
 def _streamed(source: Source, like: ImageData) -> ImageData:
     """The images of `source`, read from their files and prepared like others."""
-    return replace(like, source=source, images=None, bad=BadFiles())
+    return replace(like, source=source, images=None, bad=BadFiles(len(source.labels), like.bad.most))
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -251,16 +252,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, 1 (a full disk), 2 (bad usage), 130 (Ctrl-C; nothing is written then)."""
-    try:
-        print(table(run(parse_flags(Config, argv, __doc__))))
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    """Exit codes: those of `cli.exit_code`; after Ctrl-C nothing is written."""
+    return cli.exit_code(lambda: print(table(run(parse_flags(Config, argv, __doc__)))))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class InputConfig:
     """Split to use; auto: test if there is one, else val."""
     images: int = 1000
     """Number of images, drawn by the seed; 0 takes all."""
+    max_bad_share: float = 0.1
+    """Largest share of the files that may be unreadable; with more, the command stops."""
 
     def __post_init__(self):
         if self.images < 0:
@@ -90,7 +92,8 @@ def load_images(config: InputConfig, like: Classifier, *, device: torch.device, 
         split = next((name for name in ("test", "val") if name in splits_of(data)), None)
         if split is None:
             raise ValueError(f"--data {data} has neither val nor test images; choose --split train to use those.")
-    chosen = DataConfig(data=data, data_root=config.data_root, split_seed=split_seed, image_size=like.image_size)
+    options = {"split_seed": split_seed, "image_size": like.image_size, "max_bad_share": config.max_bad_share}
+    chosen = DataConfig(data=data, data_root=config.data_root, **options)
     return like.prepare(load_data(chosen, split=split, device=device, workers=workers, like=like))
 
 

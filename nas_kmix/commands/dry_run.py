@@ -24,14 +24,16 @@ from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
 from nas_kmix.engine.datasets import located
-from nas_kmix.engine.forecast import Cost, at, free_memory, gigabytes, measured
+from nas_kmix.engine.forecast import Cost, at, gigabytes, measured
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
+from nas_kmix.engine.memory import free_bytes
 from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import finals, network, proxy, scorer, scores, search
 from nas_kmix.pipeline.candidates import CHECKPOINTS
-from nas_kmix.pipeline.config import ALL_IMAGES, Config, check_flags, check_later_stages
-from nas_kmix.pipeline.one_search import Halves
+from nas_kmix.pipeline.checks import check_flags, check_later_stages
+from nas_kmix.pipeline.config import ALL_IMAGES, Config
+from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
@@ -50,13 +52,17 @@ class Chain:
 
     def find(self, stage: Stage[Any], config: Any, *inputs: Any, given: Path | None = None) -> Any:
         """The result of a stage if it is given, or there. Raises StageMismatchError where the command would."""
-        run = Run(self.folder, stages=(), compute=self.compute)  # to read what is there; it is not opened
         if given is not None:
-            return stage.load(given, config, *inputs, run=run, key=None)
-        path = run.path(stage.FILE)
+            return stage.load(given, config, *inputs, run=self.run, key=None)
+        path = self.run.path(stage.FILE)
         if self.fresh or not path.exists():
             return None
-        return stage.load(path, config, *inputs, run=run, key=stage.key(config, *inputs))
+        return stage.load(path, config, *inputs, run=self.run, key=stage.key(config, *inputs))
+
+    @property
+    def run(self) -> Run:
+        """To read what is there; it is not opened."""
+        return Run(self.folder, stages=(), compute=self.compute)
 
     def line(self, name: str, what: str, cost: Cost | None = None) -> str:
         """One stage, which frees its memory before the next."""
@@ -67,9 +73,9 @@ class Chain:
 
     def end(self) -> Iterator[str]:
         resident = 0 if self.data.images is None else self.data.images.numel()
-        needed, free = resident + self.bytes, free_memory(self.data.device)
+        needed, free = resident + self.bytes, free_bytes(self.data.device)
         yield f"{'total':9} about {duration(self.seconds)} and {gigabytes(needed)}, besides PyTorch and the reading"
-        if free is not None and needed > free:
+        if needed > free:
             yield f"warning: only {gigabytes(free)} are free; lower the batch size of the largest stage"
 
 
@@ -89,7 +95,8 @@ def of_search(config: Config) -> Iterator[str]:
     if config.uses_scores:
         trained = None
         if given.scores is None:
-            trained = chain.find(scorer, config.scorer, data, given=given.scorer)
+            trained = scorer.from_elsewhere(given.scorer, config.scorer, data, run=chain.run)
+            trained = trained or chain.find(scorer, config.scorer, data, given=given.scorer)
             yield _scorer(config, chain, trained)
         if until != "scorer":
             if trained is not None or given.scores is not None:

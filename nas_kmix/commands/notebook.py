@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from darts_space import Genotype, Network, load_network
 from nas_kmix.commands import search as search_command
 from nas_kmix.commands import train as train_command
-from nas_kmix.engine.cli import with_home
+from nas_kmix.engine.cli import suited, with_home
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.settings import configured
 from nas_kmix.engine.training import BEST
@@ -80,8 +80,8 @@ def _run(
 ) -> Result:
     if preset not in presets:
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(presets)}.")
-    default = presets[preset]
-    default = replace(default, device=default.device.suited_to(settings.get("device", default.device.device)))
+    data = settings.get("data")
+    default = suited(presets[preset], None if data is None else str(data), settings.get("device"))
     config = with_home(configured(default, {**settings, "preset": preset}))
     try:
         with _without_main():
@@ -94,14 +94,12 @@ def _run(
 def _without_main() -> Iterator[None]:
     """Hide the caller's script from child processes, each of which would run it from its beginning."""
     main = sys.modules["__main__"]
-    known = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    for name in known:
-        setattr(main, name, None)
+    known = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None  # as in a notebook, which has no file either
     try:
         yield
     finally:
-        for name, value in known.items():
-            setattr(main, name, value)
+        vars(main).update(known)
 
 
 def _own_folder(name: str, config: Any) -> Path:

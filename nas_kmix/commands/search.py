@@ -26,7 +26,8 @@ from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
-from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, check_flags, check_later_stages, without_effect
+from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memory, without_effect
+from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxies import locate
 from nas_kmix.proxy import ProxyManifest
@@ -34,7 +35,9 @@ from nas_kmix.scores import ScoreTable
 
 STAGES = (scorer.NAME, scores.NAME, proxy.NAME, search.NAME, finals.NAME)
 RESULTS = (scorer.FILE, scores.FILE, proxy.FILE, *history.FILES, *finals.FILES, finals.FILE, bad_files.FILE)
+FILES = (*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS))
 COMPARED_BY = ("search/val_loss", "search/entropy_normal", "search/pools_normal")  # of runs, by TensorBoard
+OPENED = {"stages": STAGES, "results": FILES, "compared_by": COMPARED_BY}
 PICTURES = 5  # of the architecture, shown by TensorBoard during a search
 
 
@@ -59,13 +62,14 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
     """
     check_flags(config)
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
-    watched = {"compared_by": COMPARED_BY, "on_log": on_log, "quiet": config.quiet}
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, **watched) as run:
+    watched = {"on_log": on_log, "quiet": config.quiet}
+    with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
         data = load_data(config.input, device=run.compute.device, workers=config.device.workers)
         check_later_stages(config, data)
         config.scorer.mix.check_processes(run.world.size)
+        check_memory(config, data, run)
         if config.fresh:
-            run.clear((*RESULTS, "report.html", *(f"seed-*/{name}" for name in RESULTS)))
+            run.clear()
         run.say(of_images(data, len(data), config.augmentation))
         if config.report:
             _show_architectures(run)
@@ -188,4 +192,5 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         if is_main():
             print(of_search(config, result, argv))
 
-    return cli.exit_code(work, lambda error: _remedy(config, error))
+    batch_sizes = "the batch size of the stage (--batch-size, --scorer.batch-size, --scoring.batch-size)"
+    return cli.exit_code(work, lambda error: _remedy(config, error), batch_sizes=batch_sizes)

@@ -51,6 +51,7 @@ SMALLEST = {
     kind.kind: kind.smallest_with_head for kind in (CifarNetwork, ImageNetNetwork)
 }  # side in pixels, with an auxiliary head
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # of runs, by TensorBoard
+OPENED = {"stages": STAGES, "results": RESULTS, "compared_by": COMPARED_BY}
 
 Flat = tyro.conf.arg(name="")
 
@@ -147,8 +148,8 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
         return evaluate_checkpoint(config, own_size=config.input.image_size != PRESETS[config.preset].input.image_size)
-    watched = {"compared_by": COMPARED_BY, "on_log": on_log, "quiet": config.quiet}
-    with open_run(config.out, asdict(config), config.device, stages=STAGES, **watched) as run:
+    watched = {"on_log": on_log, "quiet": config.quiet}
+    with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
         config.mix.check_processes(run.world.size)
         data, splits, training, evaluated = _load_images(config, run.compute)
         model = network.build(config.network, data, seed=config.seed)
@@ -157,8 +158,10 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         if not data.resident:
             largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
             check_room(largest, data.image_size, data.workers)
+        if config.fresh or not run.path(network.FILE).exists():
+            network.check_memory(config, model, training, run)
         if config.fresh:
-            run.clear(RESULTS)
+            run.clear()
         if config.preset in PAPER:
             run.say(f"the paper's {PAPER[config.preset].doc}")
         run.say(of_images(data, len(training.indices), config.augmentation))

@@ -7,6 +7,7 @@ the caller seeds with (seed, epoch, step), so a resumed run sees exactly the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,21 +82,33 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], o
     return result.mul_(1.0 / (255.0 * std_)).sub_(mean_ / std_)
 
 
+def sampled(data: Any, sample: int) -> Iterator[Any]:
+    """Batches of at most `sample` evenly spaced images of `data`, an `ImageData`.
+
+    Raises ValueError, after them, if too many of them cannot be read, or all.
+    """
+    indices, count = data.good(), 0
+    indices = indices[:: math.ceil(len(indices) / sample)]
+    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
+        count += len(batch.indices)
+        yield batch
+    if not data.resident:
+        data.bad.check(len(indices))
+    if count == 0:
+        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
+
+
 def measure_constants(data: Any, sample: int = 20_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel in [0, 1] over the images of `data`, at most `sample` evenly spaced ones.
 
-    `data` is an `ImageData`. Raises ValueError if no image can be read.
+    `data` is an `ImageData`. Raises ValueError as `sampled` does.
     """
-    indices = data.good()
-    indices = indices[:: math.ceil(len(indices) / sample)]
     total, squares, count = np.zeros(3), np.zeros(3), 0
-    for batch in data.batches(np.array_split(indices, math.ceil(len(indices) / 256))):
+    for batch in sampled(data, sample):
         pixels = batch.images.cpu().to(torch.float64) / 255.0
         total += pixels.sum(dim=(0, 2, 3)).numpy()
         squares += pixels.square().sum(dim=(0, 2, 3)).numpy()
         count += pixels.numel() // 3
-    if count == 0:
-        raise ValueError(f"{data.source.name}: no image can be read; repair the files. The first is {data.bad.first()}")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
     # A constant channel carries no information; dividing by its zero deviation would fill it with NaN.

@@ -22,17 +22,26 @@ FILE = "bad_images.txt"
 class BadFiles(Mapping[int, str]):
     """The unreadable files of one dataset, index to sentence; it grows while a streamed set is read."""
 
-    def __init__(self, *, strict: bool = False):
-        """`strict` raises ValueError for the first file that is added."""
-        self.strict = strict
+    def __init__(self, files: int | None = None, most: float = 1.0, *, strict: bool = False):
+        """At most the share `most` of all `files` (None: no limit) may be unreadable; if `strict`, not even one."""
+        self.files, self.most, self.strict = files, most, strict
         self._sentences: dict[int, str] = {}
 
     def add(self, found: Mapping[int, str]) -> None:
-        """Note further unreadable files."""
-        if self.strict and found:
-            sentence = found[min(found)]
-            raise ValueError(f"{sentence}; repair or remove the file, or leave it out with --skip-bad.")
+        """Note further unreadable files. Raises ValueError where they are too many."""
         self._sentences.update(found)
+        if self.files is not None and found:
+            self.check(self.files)
+
+    def check(self, files: int) -> None:
+        """Raise ValueError if too many of these `files`, of which all others can be read, are unreadable."""
+        if len(self) > self.most * files:
+            raise ValueError(
+                f"{len(self)} of {files} image files cannot be read, more than --max-bad-share {self.most:g} allows; "
+                f"repair or replace them. The first is {self.first()}"
+            )
+        if self.strict and self:
+            raise ValueError(f"{self.first()}; repair the file, or leave it out with --skip-bad.")
 
     def first(self) -> str:
         """The sentence of the lowest index, or an empty one."""

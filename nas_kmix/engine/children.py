@@ -22,7 +22,6 @@ from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LOOKS = 0.2  # for a request to stop
@@ -104,11 +103,13 @@ class Children(Generic[Name, Task, Outcome]):
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
         with _signals_for_this_process_alone(), _without_main_module():
             process.start()
         theirs.close()  # so that its end is the end of the pipe
         self._processes.append(process)
+        with suppress(ConnectionError):  # it has ended, as `next` will say
+            ours.send(self._function)
         return ours
 
 
@@ -163,20 +164,25 @@ def _without_main_module() -> Iterator[None]:
 # -- in a child --------------------------------------------------------------------------------------------------------
 
 
-def _serve(theirs: Connection, function: Callable[[Any], Any]) -> None:
-    """Take tasks and send results until the parent process ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+def _serve(theirs: Connection) -> None:
+    """Take a function, then its tasks, and send results until the parent process ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # before seconds of imports
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave in the system
-    while True:
-        try:
-            task = theirs.recv()
-        except EOFError:
-            return
-        try:
-            theirs.send((function(task), None))
-        except Exception as error:
-            theirs.send((None, error))
+    with suppress(EOFError):  # the parent has ended
+        function = theirs.recv()
+        import torch
+
+        torch.set_num_threads(1)
+        while True:
+            _answer(theirs, function, theirs.recv())
+
+
+def _answer(theirs: Connection, function: Callable[[Any], Any], task: Any) -> None:
+    try:
+        result = (function(task), None)
+    except Exception as error:
+        result = (None, error)
+    theirs.send(result)
 
 
 def _end_with_parent() -> None:

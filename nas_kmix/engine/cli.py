@@ -5,11 +5,14 @@ The defaults are a preset's, or those of an earlier run's config.json.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,7 @@ from nas_kmix.engine.signals import StoppedError
 from nas_kmix.engine.workers import end_workers, explain
 
 Config = TypeVar("Config")
+SIGPIPE = 13  # Windows lacks signal.SIGPIPE
 
 # What people type who come from other projects, and what does it here.
 FOREIGN = {
@@ -70,14 +74,23 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
     preset, file = _value_of("--preset", argv), _value_of("--config", argv)
     # An unknown preset is refused later, with its name.
     default = presets.get(preset or "quick", presets["quick"])
-    default = replace(default, device=default.device.suited_to(_value_of("--device", argv) or default.device.device))
-    if file is not None:
-        default = _of_file(_expanded(Path(file)), presets, preset)
     data = _value_of("--data", argv)
-    if file is None or data is not None:
-        flip = survives_mirroring(data or default.input.data)
-        default = replace(default, augmentation=replace(default.augmentation, flip=flip))
+    if file is None:
+        default = suited(default, data, _value_of("--device", argv))
+    else:
+        default = _of_file(_expanded(Path(file)), presets, preset)
+        default = default if data is None else _mirrored_as(default, data)
     return parse_flags(type(default), argv, description, default=default)
+
+
+def suited(default: Config, data: str | None, device: str | None) -> Config:
+    """A preset for these images and this device, by default its own: flips and channels_last depend on them."""
+    default = replace(default, device=default.device.suited_to(device or default.device.device))
+    return _mirrored_as(default, data or default.input.data)
+
+
+def _mirrored_as(default: Config, data: str) -> Config:
+    return replace(default, augmentation=replace(default.augmentation, flip=survives_mirroring(data)))
 
 
 def parse_flags(kind: type[Config], argv: Sequence[str] | None, description: str | None, **default: Any) -> Config:
@@ -125,61 +138,105 @@ def program(script: str, name: str) -> list[str]:
 
 
 def with_home(config: Config) -> Config:
-    """The same, with ~ in its paths expanded, which shells leave as it is in --out=~/run; also in parts of it."""
+    """The same, with ~ in its paths expanded, which shells leave as it is in --out=~/run; also in parts of it.
+
+    Raises ValueError for a name that no file of ours could tell of.
+    """
     changed = {}
     for item in fields(config):
         value = getattr(config, item.name)
-        if isinstance(value, Path):
-            changed[item.name] = _expanded(value)
-        elif isinstance(value, tuple) and any(isinstance(part, Path) for part in value):
-            changed[item.name] = tuple(_expanded(part) if isinstance(part, Path) else part for part in value)
-        elif is_dataclass(value):
-            changed[item.name] = with_home(value)
+        if isinstance(value, tuple):
+            changed[item.name] = tuple(_expanded(part) for part in value)
+        else:
+            changed[item.name] = with_home(value) if is_dataclass(value) else _expanded(value)
     return replace(config, **changed)
 
 
-def _expanded(path: Path) -> Path:
+def _expanded(value: Any) -> Any:
+    if isinstance(value, Path | str) and not str(value).isascii():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # how Python shows bytes that are no UTF-8
+            raise ValueError(f"{str(value)!a} is not Unicode text; rename that file or folder.") from None
     try:
-        return path.expanduser()
+        return value.expanduser() if isinstance(value, Path) else value
     except RuntimeError as error:  # ~somebody
-        raise ValueError(f"{path}: there is no such user's home; write the path out, or ./{path}.") from error
+        raise ValueError(f"{value}: there is no such user's home; write the path out, or ./{value}.") from error
 
 
-def exit_code(work: Callable[[], None], remedy: Callable[[StageMismatchError], str]) -> int:
+def exit_code(
+    work: Callable[[], None],
+    remedy: Callable[[StageMismatchError], str] | None = None,
+    *,
+    batch_sizes: str = "--batch-size",
+) -> int:
     """Do the work; an expected failure becomes one sentence on stderr. No worker process outlives it.
 
-    Returns 0, 1 (a full disk, no memory, a lost worker, a loss that is not finite), 2 (bad usage), 130 or 143
-    (signals). `remedy` says what to do about a file made with other settings.
+    Returns 0, 1 (a full disk, no memory, a lost worker, a loss that is not finite), 2 (bad usage), 130 and 143
+    (signals), or 141 where what read the output has ended, as in `| head`. `remedy` says what to do about a file made
+    with other settings; a program without one resumes nothing. `batch_sizes` says which flags save memory.
     """
     _prepare_streams()
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)  # spares the end of the process a second of looking through all modules for garbage
+    code, error = 0, None
     try:
-        try:
-            work()
-        finally:
-            end_workers()
-    except StoppedError as stopped:
-        place = "" if stopped.saved else " from the last checkpoint"
-        print(f"stopped by {stopped}; run the same command again to resume{place}", file=sys.stderr)
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        print("stopped at once; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 130
-    except StageMismatchError as error:
-        print(f"error: {error} {remedy(error)}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteLossError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        sentence = explain(error) or _out_of_memory(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
-    return 0
+        work()
+    except SystemExit as ended:  # of the parser, after its help or its complaint
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except (Exception, KeyboardInterrupt) as caught:
+        error = caught
+    finally:
+        end_workers()
+    lost = _lost_output() or (error if isinstance(error, BrokenPipeError) else None)
+    if lost is not None and (error is None or isinstance(error, OSError)):
+        if not isinstance(lost, BrokenPipeError):
+            code, sentence = 1, f"error: the output cannot be written: {lost.strerror or lost}."
+        else:
+            stopped = _resume("stopped, since nobody reads the output any more") if error and remedy else ""
+            code, sentence = 128 + SIGPIPE, stopped
+    elif error is not None:
+        code, sentence = _told(error, remedy, batch_sizes)
+    else:
+        return code
+    if sentence:
+        with suppress(OSError):
+            print(sentence, file=sys.stderr)
+    return code
+
+
+def _told(
+    error: BaseException, remedy: Callable[[StageMismatchError], str] | None, batch_sizes: str
+) -> tuple[int, str]:
+    """The exit code of an expected failure, and its sentence; any other is raised again."""
+    if isinstance(error, StoppedError):
+        return 128 + error.signum, _resume(f"stopped by {error}", saved=error.saved)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped; nothing was written" if remedy is None else _resume("stopped at once")
+    if isinstance(error, StageMismatchError):
+        return 2, f"error: {error} {remedy(error)}"
+    if isinstance(error, NonFiniteLossError | OSError | UnicodeEncodeError):  # the last is a ValueError, but not usage
+        return 1, f"error: {error}"
+    if isinstance(error, ValueError):
+        return 2, f"error: {error}"
+    if sentence := explain(error) or _out_of_memory(error, batch_sizes):
+        return 1, f"error: {sentence}"
+    raise error
+
+
+def _resume(end: str, *, saved: bool = False) -> str:
+    return f"{end}; run the same command again to resume{'' if saved else ' from the last checkpoint'}"
+
+
+def _lost_output() -> OSError | None:
+    """The error that keeps standard output from taking what was printed; the rest of it is then dropped in silence."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # otherwise Python would complain once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 def _prepare_streams() -> None:
@@ -192,12 +249,13 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _out_of_memory(error: RuntimeError | MemoryError) -> str | None:
+def _out_of_memory(error: BaseException, batch_sizes: str) -> str | None:
     """A sentence where the error says that there is no memory left, on a GPU or in the machine."""
-    remedy = "lower the batch size of the stage (--batch-size, --scorer.batch-size, --scoring.batch-size)"
+    remedy = f"lower {batch_sizes}"
     if isinstance(error, torch.OutOfMemoryError):
         gpu = re.search(r"GPU (\d+)", str(error))
         return f"Out of memory on {f'cuda:{gpu[1]}' if gpu else 'the GPU'}: {remedy}."
-    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
+    no_room = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", str(error))
+    if isinstance(error, MemoryError) or no_room:
         return f"Out of memory: {remedy}."
     return None

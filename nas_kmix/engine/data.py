@@ -46,8 +46,12 @@ class DataConfig:
     """Side in pixels: resize the shorter side, crop the centre. Default: native up to 64 px; required above."""
     max_resident_gb: float = 4.0
     """A folder that decodes to more than this is streamed; scoring then draws partners from a pool."""
+    max_bad_share: float = 0.1
+    """Largest share of a split's files that may be unreadable; with more, the command stops."""
 
     def __post_init__(self):
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ValueError(f"--max-bad-share must lie in [0, 1], not {self.max_bad_share}.")
         if self.image_size is not None and self.image_size < 4:
             raise ValueError(f"--image-size {self.image_size} is too small; use 32 or more.")
 
@@ -175,10 +179,6 @@ class ImageData:
         """uint8 to float32 with this set's published or measured constants; into `out` if given."""
         return augment.normalise(images, self.mean, self.std, out)
 
-    def content(self, index: int) -> str:
-        """A short hash that recognises this image in another copy of the set (see `Source.content`)."""
-        return self.source.content(index)
-
 
 def load_data(
     config: DataConfig,
@@ -195,8 +195,8 @@ def load_data(
     For another split than train, `like` is the training split or a trained classifier: the split takes its size and
     normalisation, may lack images of a class, and above 64 px takes the centres of larger images, 224 of 256 px. The
     classes must be the same unless `same_classes` is False. A `strict` set raises ValueError for an unreadable file,
-    now or when it is reached. Raises ValueError (with the path and the remedy) for missing or malformed data, an empty
-    class, a single class, or sizes that need `--image-size`.
+    now or when it is reached. Raises ValueError for missing or malformed data, an empty or single class, too many
+    unreadable files, and sizes that need `--image-size`.
     """
     options = {"own_classes": not same_classes, "split_seed": config.split_seed}
     source = open_source(config.data, config.data_root, split, **options)
@@ -206,7 +206,7 @@ def load_data(
             f"--data {config.data} has the single class {source.class_names[0]!r}; two or more are needed."
         )
     if like is None:
-        _refuse_empty_class(source, source.labels, config, "add some, or remove the class")
+        _refuse_empty_class(source, source.labels, config, "add some, or leave the class out")
     elif same_classes and source.class_names != like.class_names:
         counts = source.num_classes, len(like.class_names)
         unnamed = source.name.endswith(".npz") and counts[0] != counts[1]
@@ -217,15 +217,16 @@ def load_data(
         )
     size = _image_size(source, config) if like is None else like.image_size
     resize = wider(size) if like is not None else None
-    bad, images = BadFiles(strict=strict), None
+    bad, images = BadFiles(len(source.labels), config.max_bad_share, strict=strict), None
     if source.arrays is not None or len(source.labels) * 3 * size * size <= config.max_resident_gb * 1e9:
         images = decode_all(source, size, resize, threads=workers, bad=bad).to(device)
     data = ImageData(source, size, (), (), torch.device(device), images, workers, resize, bad)
     if like is not None:
+        for _ in () if data.resident else augment.sampled(data, 1_000):
+            pass  # those that cannot be read are found now, and not after an epoch of training
         return replace(data, mean=like.mean, std=like.std)
     if data.resident:
-        remedy = f"repair the files; the first is {bad.first()}"
-        _refuse_empty_class(source, source.labels[data.good()], config, remedy)
+        _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {bad.first()}")
     mean, std = source.constants or augment.measure_constants(data)
     return replace(data, mean=mean, std=std)
 
@@ -238,7 +239,8 @@ def prepared_for_evaluation(data: ImageData, indices: np.ndarray) -> ImageData:
     if data.stem == "cifar":
         return data
     source = replace(data.source.part(indices), split="val")
-    bad, images, resize = BadFiles(strict=data.bad.strict), None, wider(data.image_size)
+    bad, images = BadFiles(len(indices), data.bad.most, strict=data.bad.strict), None
+    resize = wider(data.image_size)
     if data.resident:
         images = decode_all(source, data.image_size, resize, threads=data.workers, bad=bad).to(data.device)
     return replace(data, source=source, images=images, resize=resize, bad=bad)

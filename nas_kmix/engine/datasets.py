@@ -22,7 +22,8 @@ from nas_kmix.engine.folders import (
     unusable,
 )
 from nas_kmix.engine.named_sets import is_named, open_named, splits_of_named
-from nas_kmix.engine.sources import Source, to_rgb
+from nas_kmix.engine.pixels import to_rgb
+from nas_kmix.engine.sources import Source
 
 HUGGING_FACE = "hf:"
 
@@ -48,8 +49,9 @@ def open_source(
 
 
 def _missing(data: str) -> ValueError:
+    what = "this is no folder" if os.path.exists(data) else "there is no such folder"
     return ValueError(
-        f"--data {data}: there is no such folder. Give digits, cifar10, cifar100, a name of MedMNIST, a folder with "
+        f"--data {data}: {what}. Give digits, cifar10, cifar100, a name of MedMNIST, a folder with "
         f"train/CLASS/* or CLASS/*, a .npz file, or hf:FOLDER."
     )
 
@@ -162,7 +164,7 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
     unknown = sorted({*subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
     if strays := list_images(folder, [f"{split}/{name}" for name in unknown]).paths:
         raise SplitFolderError(
-            f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or remove it."
+            f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or keep it elsewhere."
         )
     found = list_images(folder, [f"{split}/{name}" for name in names if (folder / split / name).is_dir()])
     if not found.paths:
@@ -186,7 +188,7 @@ def _annotated(folder: Path, split: str, names: tuple[str, ...], listed: dict[st
 def open_class_folders(folder: Path) -> Source:
     """`folder/CLASS/*` without splits, as ImageNet-A and ImageNet-O are laid out. Raises ValueError naming the path."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder.")
+        raise ValueError(f"{folder}: {'this is no folder' if folder.exists() else 'there is no such folder'}.")
     names = subfolders(folder)
     if "train" in names:
         raise ValueError(f"{folder} holds splits, not classes; name one of them, e.g. {folder / 'train'}.")

@@ -95,8 +95,8 @@ class World:
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, even before a world exists and after it has ended."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is rank 0 or alone, even before a world exists and after it has ended."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -157,16 +157,26 @@ def unused_part(store: distributed.Store, rank: int, size: int) -> distributed.S
 
 
 def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"The environment has WORLD_SIZE={text}, which is no number of processes; unset it.")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if int(text) > 1 and missing:
+    """How many processes the environment says there are. Raises ValueError where it contradicts itself."""
+    found = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    size = found["WORLD_SIZE"] or "1"
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"The environment has WORLD_SIZE={size}, which is no number of processes; unset it.")
+    if int(size) == 1:
+        return 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
         raise ValueError(
-            f"The environment has WORLD_SIZE={text} but no {', '.join(missing)}; start the processes with torchrun, or "
+            f"The environment has WORLD_SIZE={size} but no {', '.join(missing)}; start the processes with torchrun, or "
             f"unset WORLD_SIZE for a single one."
         )
-    return int(text)
+    for name, limit in (("RANK", int(size)), ("MASTER_PORT", 1 << 16)):
+        if not found[name].isdecimal() or int(found[name]) >= limit:
+            raise ValueError(
+                f"The environment has {name}={found[name]} and WORLD_SIZE={size}; {name} must be a number below "
+                f"{limit}. Start the processes with torchrun, or unset WORLD_SIZE for a single one."
+            )
+    return int(size)
 
 
 def _first_line(error: Exception) -> str:

@@ -40,8 +40,29 @@ def write_bytes(path: Path, payload: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(f"{path} could not be written: {reason}. Free some space or fix the permissions.") from error
+        raise OSError(f"{path} could not be written: {reason_of(error)}.") from error
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says, and what helps where that is known."""
+    remedies = {
+        (errno.ENOSPC, errno.EDQUOT): "; free some space",
+        (errno.EACCES, errno.EPERM, errno.EROFS): "; choose a place where you may write",
+    }
+    known = (remedy for numbers, remedy in remedies.items() if error.errno in numbers)
+    return f"{error.strerror or error}{next(known, '')}"
+
+
+def check_place(flag: str, path: Path | None) -> None:
+    """Raise ValueError unless a file can be written to the path of a flag, so far as folders tell."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file.")
+    nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise ValueError(f"{flag} {path} cannot be written: {nearest} {what}.")
 
 
 def _to_disk(descriptor: int) -> None:
@@ -108,6 +129,8 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
             return arrays
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
+    except MemoryError as error:
+        raise OSError(f"{path} does not fit into memory ({error}).") from error
     except Exception as error:  # a damaged archive may raise nearly anything
         reason = str(error) or type(error).__name__
         if "Object arrays" in reason:
@@ -137,6 +160,8 @@ def load_tensors(path: Path, device: torch.device | str = "cpu", *, remedy: str 
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
+    except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
+        raise
     except Exception as error:  # a damaged pickle may raise nearly anything
         raise ValueError(
             f"{path} is cut short or not a checkpoint of ours ({type(error).__name__}); {remedy}."
@@ -151,6 +176,8 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
     """Turn errors of the block, which uses the content of `path`, into a ValueError that names the file."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the file
+        raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}); {remedy}.") from error

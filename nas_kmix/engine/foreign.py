@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from nas_kmix.engine.labels import class_indices
-from nas_kmix.engine.sources import Source, to_rgb
+from nas_kmix.engine.pixels import rgb_of, to_rgb
+from nas_kmix.engine.sources import Source
 
 
 def source_of(dataset: Any) -> Source:
@@ -29,7 +30,7 @@ def source_of(dataset: Any) -> Source:
         if hasattr(dataset, "data") and hasattr(dataset, "targets"):
             images, labels = dataset.data, dataset.targets
         else:
-            images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+            images, labels = zip(*(_pair(dataset, i) for i in range(len(dataset))), strict=True)
         pixels = {"arrays": _stacked(images, type(dataset).__name__)}
     try:
         labels = class_indices(labels).cpu().numpy()
@@ -37,6 +38,17 @@ def source_of(dataset: Any) -> Source:
         raise ValueError(f"{type(dataset).__name__}: {error}") from error
     names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
     return Source(type(dataset).__name__, "train", labels, tuple(map(str, names)), **pixels)
+
+
+def _pair(dataset: Any, index: int) -> tuple[Any, Any]:
+    item = dataset[index]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        name, keys = type(dataset).__name__, f" of {', '.join(map(str, item))}" if isinstance(item, dict) else ""
+        raise ValueError(
+            f"The items of {name} must be pairs of an image and a label, not {type(item).__name__}{keys}; wrap it in a "
+            "data set that gives such pairs."
+        )
+    return item[0], item[1]
 
 
 def _is_known(dataset: Any) -> bool:
@@ -50,7 +62,7 @@ def _stacked(images: Iterable[Any], name: str) -> np.ndarray:
     """PIL images or uint8 arrays as RGB (N, H, W, 3); of several sizes, (N,) objects (H, W, 3)."""
     rgb = []
     for image in images:
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        pixels = rgb_of(image) if isinstance(image, Image.Image) else np.asarray(image)
         channels_first = pixels.ndim == 3 and pixels.shape[0] in (1, 3)
         if channels_first and (isinstance(image, torch.Tensor) or pixels.shape[2] not in (1, 3)):
             pixels = pixels.transpose(1, 2, 0)  # (C, H, W), as tensors are

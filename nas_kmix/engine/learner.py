@@ -10,6 +10,7 @@ generator=)`, whose result it takes as a second argument; nothing else is requir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -41,10 +42,15 @@ class OptimConfig:
     weight_decay: float = 4e-5
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0.0:
+        if self.epochs < 1 or self.batch_size < 1 or not 0.0 < self.lr < math.inf:
             raise ValueError(
                 f"Training needs at least one epoch, a batch size of at least 1 and a positive learning rate, not "
                 f"{self.epochs}, {self.batch_size} and {self.lr}."
+            )
+        if not (0.0 <= self.momentum < 1.0 and 0.0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                f"--momentum must lie in [0, 1) and --weight-decay be 0 or more, not {self.momentum} and "
+                f"{self.weight_decay}."
             )
 
 

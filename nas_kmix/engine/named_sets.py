@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nas_kmix.engine.sources import Source, to_rgb
+from nas_kmix.engine.pixels import to_rgb
+from nas_kmix.engine.sources import Source
 
 # The constants that the published training scripts use.
 CIFAR_CONSTANTS = {

@@ -29,6 +29,8 @@ except ImportError:  # Windows: a second run in one folder is not refused there
     fcntl = None
 
 LOCK = ".lock"
+MARKS = ("env.json", "cost.json")  # by which a folder of ours is told: the first files written, the last removed
+RECORDS = ("config.json", "metrics.csv", "events.out.tfevents.*", "checkpoints/*.pt", *MARKS)
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 _locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
@@ -66,14 +68,16 @@ class Run:
         stages: tuple[str, ...],
         compute: Compute | None = None,
         world: World | None = None,
+        results: tuple[str, ...] = (),
         compared_by: tuple[str, ...] = (),
         records: Mapping[str, Any] | None = None,
         on_log: OnLog | None = None,
         quiet: bool = False,
     ):
-        """`records` are the JSON files that describe the run, by name; a `quiet` run says only its warnings.
+        """`results` are the names, or patterns, of the files that the stages write besides their checkpoints.
 
-        They are written when the first stage starts, so that a refused command keeps those of existing results.
+        `records` are the JSON files that describe the run, by name. They are written when the first stage starts, so
+        that a refused command keeps those of existing results. A `quiet` run says only its warnings.
         """
         self.folder = Path(folder)
         self.world = world or World()
@@ -81,7 +85,7 @@ class Run:
         self.ledger = Ledger(self.path("cost.json"), stages, writes=self.world.main)
         self.log = Log(self.folder, compared_by=compared_by, on_log=on_log, writes=self.world.main)
         self.on_record = lambda *_, **__: None
-        self._records, self.quiet = dict(records or {}), quiet
+        self._results, self._records, self.quiet = results, dict(records or {}), quiet
         self._stop = StopSignals(speaks=self.world.main)
         self._lock: IO[str] | None = None
         self._new = False
@@ -94,6 +98,11 @@ class Run:
             raise ValueError(
                 f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)} in "
                 f"{self.path('cost.json')}); choose another folder."
+            )
+        if not any(self.path(name).exists() for name in MARKS) and (theirs := self._files()):
+            raise ValueError(
+                f"--out {self.folder} holds {theirs[0].relative_to(self.folder)}, but it seems that no run has written "
+                f"it: there is neither {' nor '.join(MARKS)}. Choose another folder, so that it is kept."
             )
         if self.world.main:
             self._take_folder()
@@ -147,15 +156,18 @@ class Run:
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def clear(self, names: tuple[str, ...]) -> None:
+    def clear(self) -> None:
         """Remove the results, checkpoints and records of an earlier run (`--fresh`); nothing else in the folder."""
-        own = ("checkpoints/*.pt", "config.json", "env.json", "metrics.csv", "cost.json", "events.out.tfevents.*")
-        for pattern in (*names, *own, *(f"seed-*/{name}" for name in own)):
-            for path in self.folder.glob(pattern) if self.world.main else ():
-                path.unlink()
+        for path in self._files() if self.world.main else ():
+            path.unlink()
         self.world.barrier()
         self.ledger.clear()
         self.log.clear()
+
+    def _files(self) -> list[Path]:
+        """The files in the folder that have the name of one that a run writes."""
+        patterns = (*self._results, *(f"seed-*/{name}" for name in RECORDS), *RECORDS)
+        return [path for pattern in patterns for path in self.folder.glob(pattern)]
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -260,7 +272,7 @@ def open_run(
     that is not available; OSError for a folder that cannot be written to.
     """
     compute = pick_compute(device)
-    records = {"config.json": config, "env.json": environment(compute.device)}
+    records = {"env.json": environment(compute.device), "config.json": config}
     options |= {"stages": stages, "records": records}
     with joined(compute.device) as world, Run(folder, compute=compute, world=world, **options) as run:
         yield run

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nas_kmix.engine.pixels import rgb_of
+
 # Whatever a file is called, only these are decoded: Pillow hands PostScript, for one, to a program of its own.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Another library version may decode a lossy file to other pixels, so it is recognised by its bytes.
@@ -72,15 +74,19 @@ class Source:
         return self.place(index) if self.folder is None else str(self.folder / self.place(index))
 
     def read(self, index: int, cut: Cut | None = None) -> np.ndarray:
-        """Native RGB pixels (H, W, 3), read-only; of a file, those of what `cut` takes of it. Raises BadImageError."""
+        """Native RGB pixels (H, W, 3), read-only, transparent ones on white; of a file, those that `cut` takes of it.
+
+        Raises BadImageError.
+        """
         if self.arrays is not None:
             return self.arrays[index]
         try:
             with Image.open(self._file(index), formats=IMAGE_FORMATS) as image:
                 if image.mode == "F" or image.mode.startswith("I"):
                     raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-                part = image if cut is None else cut(image)
-                return np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
+                return rgb_of(image if cut is None else cut(image))
+        except MemoryError:  # no fault of the file
+            raise
         except Exception as error:  # a damaged file may raise nearly anything
             raise BadImageError(f"{self.describe(index)}: {error or type(error).__name__}") from error
 
@@ -133,9 +139,3 @@ class Source:
                 size = len(self.encoded[index])
             digest.update(f"{path} {size}\n".encode())
         return digest.digest()
-
-
-def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Greyscale (N, H, W) or (N, H, W, 1) is repeated to three channels."""
-    images = images[..., None] if images.ndim == 3 else images
-    return np.ascontiguousarray(images if images.shape[3] == 3 else images.repeat(3, axis=3))

@@ -1,33 +1,25 @@
-"""The settings of a search: its flags, their presets, and the checks for flags that contradict each other."""
+"""The settings of a search: its flags and their presets."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
-from darts_space import read_genotype
-from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.cli import Invocation
 from nas_kmix.engine.compute import DeviceConfig
-from nas_kmix.engine.data import DataConfig, ImageData
-from nas_kmix.engine.evaluation import EVALUATION_BATCH
+from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.learner import OptimConfig
-from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.scorer import ScorerConfig
 from nas_kmix.pipeline.trial import FinalsConfig
-from nas_kmix.pretrained import is_published
-from nas_kmix.proxies import published
-from nas_kmix.proxy import ProxyConfig, smallest_ratio
-from nas_kmix.scores import COLUMNS
-from nas_kmix.scoring import IMAGES_PER_SHARD, ScoringConfig
+from nas_kmix.proxy import ProxyConfig
+from nas_kmix.scoring import ScoringConfig
 
 ALL_IMAGES = Path("none")  # `--proxy none`: no proxy, search on all images
 Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
@@ -121,7 +113,7 @@ PRESETS: dict[str, Config] = {
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
             rest_steps=600, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
-            layers=3, edges_by="removal", arch_lr=6e-3, record_every=5,
+            layers=3, edges_by="inputs", arch_lr=6e-3, record_every=5,
         ),
         finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),
         device=DeviceConfig(channels_last=True),
@@ -137,7 +129,7 @@ PRESETS: dict[str, Config] = {
         ),
         search=SearchConfig(
             rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
-            edges_by="removal", arch_lr=6e-3, record_every=25,
+            edges_by="inputs", arch_lr=6e-3, record_every=25,
         ),
         finals=FinalsConfig(epochs=3, rungs=2, batch_size=32),
         device=DeviceConfig(channels_last=True),
@@ -152,7 +144,7 @@ PRESETS: dict[str, Config] = {
         ),
         search=SearchConfig(
             rest_steps=2000, arch_steps=100, batch_size=64, search_size=16, lr=0.025, schedule="constant",
-            edges_by="removal", arch_lr=6e-3, record_every=25, cuda_graphs=True,
+            edges_by="inputs", arch_lr=6e-3, record_every=25, cuda_graphs=True,
         ),
         with_finals=False,
         device=DeviceConfig(channels_last=True),
@@ -177,124 +169,3 @@ PRESETS: dict[str, Config] = {
         with_finals=False,
     ),
 }  # fmt: skip
-
-
-def check_flags(config: Config) -> None:
-    """Refuse flags that contradict each other."""
-    paths = {flag: path for flag, path in vars(config.given).items() if path is not None}
-    order, given = ("scorer", "scores", "proxy"), list(paths)
-    if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} both start the chain; give only the later one.")
-    if config.given.proxy == ALL_IMAGES and (config.stop_after is not None or config.export_list is not None):
-        flag = "--stop-after" if config.stop_after is not None else "--export-list"
-        raise ValueError(f"--proxy none makes no proxy, so {flag} has no effect; leave one of them out.")
-    if given and config.stop_after is not None and order.index(config.stop_after) < order.index(given[0]):
-        raise ValueError(f"--{given[0]} starts after --stop-after {config.stop_after}; leave one of them out.")
-    if config.selection.method == "random" and given in (["scorer"], ["scores"]):
-        raise ValueError(f"--method random uses no scores, so --{given[0]} has no effect; leave one of them out.")
-    if config.export_list is not None and config.stop_after in ("scorer", "scores"):
-        raise ValueError(f"--export-list needs a proxy, but --stop-after {config.stop_after} ends before there is one.")
-    if config.export_list is not None and config.export_list.is_dir():
-        raise ValueError(f"--export-list {config.export_list} is a folder; name a file.")
-    selection, stops = config.selection, config.stop_after in ("scorer", "scores")
-    selects = selection.method != "random" and not stops and not set(given) & {"scores", "proxy"}
-    asked = {"--scoring.baselines": config.scoring.baselines, "--scorer.forgetting": config.scorer.forgetting}
-    needed = COLUMNS.get(selection.measure)
-    if selects and needed is not None and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
-        raise ValueError(f"--measure {selection.measure} needs {needed}, which measures it.")
-    for flag, path in paths.items():
-        if is_published(path):
-            continue
-        names = ("none", *published()) if flag == "proxy" else ()
-        if not path.is_file() and str(path) not in names:
-            others = f"; published proxies are {', '.join(published())}" if names else ""
-            raise ValueError(f"--{flag} {path}: there is no such file{others}.")
-        if config.fresh and path.parent.resolve() == config.out.resolve():
-            raise ValueError(
-                f"--fresh would remove the file of --{flag}; leave one of them out, or choose another --out."
-            )
-    preset = PRESETS[config.preset].search
-    for name, steps in (("epochs", ("rest_steps", "arch_steps")), ("frozen_epochs", ("rest_steps",))):
-        measured = all(getattr(config.search, step) is not None for step in steps)
-        if measured and getattr(config.search, name) != getattr(preset, name):
-            flags = " and ".join(f"--{step.replace('_', '-')}" for step in steps)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flags}; change those, or leave it out.")
-    if config.candidates and not config.with_finals:
-        raise ValueError("--candidates compete in the finals, so they have no effect with --no-finals; leave one out.")
-    for text in config.candidates:
-        read_genotype(text)
-    if config.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, not {config.jobs}.")
-    if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
-
-
-def without_effect(config: Config) -> list[str]:
-    """The selection flags that were changed but have no effect on a given proxy; `none` still uses --arch-share."""
-    preset = PRESETS[config.preset].selection
-    used = {"seed", "arch_share"} if config.given.proxy == ALL_IMAGES else {"seed"}
-    names = [f.name for f in fields(preset) if f.name not in used]
-    changed = [name for name in names if getattr(config.selection, name) != getattr(preset, name)]
-    return [f"--{name.replace('_', '-')}" for name in changed]
-
-
-def check_later_stages(config: Config, data: ImageData) -> None:
-    """Refuse now what a later stage would refuse after the first one has spent hours."""
-    scores_anew = config.uses_scores and config.given.scores is None and config.stop_after != "scorer"
-    if scores_anew and config.scoring.k > len(data):
-        raise ValueError(f"--scoring.k {config.scoring.k} is more than the {len(data)} images of --data.")
-    if not data.resident:
-        batches = [config.scorer.optim.batch_size, EVALUATION_BATCH, IMAGES_PER_SHARD] if config.uses_scores else []
-        batches += [2 * config.search.batch_size] if config.stop_after is None else []  # of each half
-        check_room(min(max(batches, default=0), len(data)), data.image_size, data.workers, processes=1)
-    if config.stop_after is not None:
-        return
-    _check_halves(config, data)
-    search = config.search
-    check_shape(search.channels, search.layers, search.partial, data.stem)
-    multiple = INPUT_MULTIPLES[data.stem]
-    flag, size = (
-        ("--image-size", data.image_size) if search.search_size is None else ("--search-size", search.search_size)
-    )
-    if size % multiple or size < multiple:
-        nearest = max(multiple, round(size / multiple) * multiple)
-        raise ValueError(
-            f"The supernet halves its images several times: the side must be a multiple of {multiple} px, not {size}; "
-            f"use {flag} {nearest}."
-        )
-    if size > data.image_size:
-        raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
-    search.bilevel(config.device.amp, epoch_steps=1)  # checks its values
-    if search.edges_by == "removal" and not search.edge_normalisation:
-        raise ValueError("--edges-by removal needs beta to remove an edge; add --edge-normalisation or use alpha.")
-    if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
-        flag = "--unrolled" if search.unrolled else "--amp fp16"
-        raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")
-
-
-def _check_halves(config: Config, data: ImageData) -> None:
-    """Refuse where no image would be left to train the architecture: classes and ratio tell that without any score."""
-    if config.given.proxy not in (None, ALL_IMAGES):
-        return
-    selection = config.selection
-    counts = np.bincount(data.labels[data.good()])
-    least = smallest_ratio(counts, balanced=selection.balanced)
-    if least is None:
-        raise ValueError(
-            f"--data {config.input.data}: no class has two images, so none is left to train the architecture; add some."
-        )
-    if config.given.proxy is None and selection.ratio < least:
-        reuse = ""
-        if (config.out / "proxy.json").exists() and not config.fresh:  # it would not fit the other ratio
-            scores = config.out / "scores.npz"
-            given = f" --scores {scores}" if scores.exists() and config.given == Given() and config.uses_scores else ""
-            reuse = f" with --out {config.out}-2{given}"
-        raise ValueError(
-            f"--ratio {selection.ratio:g} leaves no image to train the architecture, since it takes a single one of a "
-            f"class{'' if selection.balanced else ', or may do so'}; use --ratio {least:g} or more{reuse}."
-        )
-    if config.with_finals and config.given.proxy is None and (np.floor(selection.ratio * counts + 0.5) >= counts).all():
-        raise ValueError(
-            f"--ratio {selection.ratio:g} takes every image, so none is left for the verdict of the finals; lower it, "
-            "or use --no-finals."
-        )

@@ -30,8 +30,7 @@ ABOUT = "about.json"
 
 def check_export(path: Path) -> None:
     """Refuse now what `export_network` would refuse after the training."""
-    if path.is_dir():
-        raise ValueError(f"--export {path} is a folder; name a file.")
+    files.check_place("--export", path)
     if path.suffix not in WRITERS:
         raise ValueError(f"--export {path}: name a file that ends in .pt2 (torch.export) or .onnx.")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]

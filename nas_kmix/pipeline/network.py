@@ -6,6 +6,7 @@ holds the epoch with the highest val accuracy.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ from nas_kmix.engine.data import ImageData, wider
 from nas_kmix.engine.data import Preparation as Prepared
 from nas_kmix.engine.keys import NOT_IN_KEY, check_key, identity, stage_key
 from nas_kmix.engine.learner import OptimConfig, Recipe
+from nas_kmix.engine.memory import check_fits
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import BEST, Trained, Validation, train
 from nas_kmix.mixers import MixConfig, make_mix
@@ -113,6 +115,14 @@ def describe(model: nn.Module, config: NetworkConfig, data: ImageData) -> dict[s
     if config.genotype is not None:
         return model.description()
     return {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem}
+
+
+def check_memory(config: NetworkTraining, model: nn.Module, training: Part, run: Run) -> None:
+    """Refuse a batch that cannot fit into memory."""
+    model = run.compute.layout(copy.deepcopy(model).to(run.compute.device))
+    options = {"flag": "--batch-size", "world": run.world, "parts": config.recipe.accumulate}
+    size, side = config.optim.batch_size, training.data.image_size
+    check_fits(model, size, side, run.compute, images=len(training.indices), **options)
 
 
 def preparation_of(like: Prepared) -> Preparation:

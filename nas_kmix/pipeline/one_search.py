@@ -87,8 +87,8 @@ class SearchConfig:
     edge_normalisation: bool = True
     """Weight a node's edges by the softmax of beta."""
     edges_by: EdgesBy = "alpha-beta"
-    """What chooses the two inputs of a node: alpha alone; its product with beta, as in PC-DARTS; or by how much the
-    validation loss rises if an input is removed (studies/search_quality)."""
+    """What chooses the two inputs of a node: alpha; its product with beta, as in PC-DARTS; by how much the validation
+    loss rises if an input is removed; or inputs: always those of the cell (studies/search_quality)."""
     arch_lr: float = 6e-4
     """Adam's learning rate for alpha and beta."""
     arch_weight_decay: float = 1e-3

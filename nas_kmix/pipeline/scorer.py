@@ -88,11 +88,15 @@ def load(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
     return load_scorer(path, data, compute=run.compute, key=key)
 
 
+def build(config: ScorerConfig, data: ImageData, compute: Compute) -> nn.Module:
+    """The network, with initial weights from the seed."""
+    shape = {"num_classes": data.num_classes, "stem": data.stem}
+    return compute.layout(build_backbone(config.backbone, **shape, seed=config.seed).to(compute.device))
+
+
 def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Key) -> Scorer:
     """Train on `data`, but for what is held out of it to test the network on, and write `path`."""
-    shape = {"num_classes": data.num_classes, "stem": data.stem}
-    model = build_backbone(config.backbone, **shape, seed=config.seed).to(run.compute.device)
-    model = run.compute.layout(model)
+    model = build(config, data, run.compute)
     if config.dropout:
         drop_before(last_linear(model), config.dropout)
     mix = make_mix(config.mix, data.num_classes, model)
@@ -121,7 +125,7 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
         )
     state = {
         "format": FORMAT,
-        "network": {"backbone": config.backbone, **shape},
+        "network": {"backbone": config.backbone, "num_classes": data.num_classes, "stem": data.stem},
         "class_names": list(data.class_names),
         "mean": list(data.mean),
         "std": list(data.std),

@@ -44,7 +44,7 @@ def load(
             raise ValueError(
                 f"--scores {path} was made from other data than --data; leave it out to score these images."
             )
-        raise ValueError(f"{path} is damaged: it has other images than --data; remove it.")
+        raise ValueError(f"{path} is damaged: it has other images than --data; {files.REMOVE_OURS}.")
     data.bad.add(table.bad)
     return table
 

@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from nas_kmix.analysis.report import write_report
+from nas_kmix.engine import cli
 from nas_kmix.engine.cli import parse_flags
 
 
@@ -32,18 +33,17 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, 1 (a full disk), and 2 with a sentence for bad usage."""
-    try:
+    """Exit codes: those of `cli.exit_code`."""
+
+    def work() -> None:
         config = parse_flags(Config, argv, __doc__)
         if not config.runs:
             raise ValueError("Give at least one run folder: python -m nas_kmix.analysis.report RUN")
         out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
         write_report(config.runs, out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    print(out)
-    return 0
+        print(out)
+
+    return cli.exit_code(work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Class names that people understand: the words for WordNet ids, where a list lies beside the images."""
+"""Class names that people understand: the words for WordNet ids, from a list beside the images or ImageNet's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from nas_kmix.engine.data import ImageData
+from nas_kmix.pretrained import WNIDS, imagenet_classes
 
 LISTS = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt")  # of Tiny-ImageNet, of ImageNet on Kaggle, of Caffe
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -31,4 +32,4 @@ def _words(folder: Path) -> dict[str, str]:
         if path.is_file():
             matches = map(LINE.match, path.read_text(encoding="utf-8", errors="replace").splitlines())
             return {match[1]: match[2].strip() for match in matches if match}
-    return {}
+    return dict(zip(WNIDS, imagenet_classes(), strict=True))
