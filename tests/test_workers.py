@@ -234,15 +234,7 @@ def test_too_little_shared_memory_ends_a_job_of_two_processes(images, tmp_path):
 
 @namespaces
 @pytest.mark.parametrize(
-    ("name", "strategy"),
-    [
-        ("search", "file_descriptor"),
-        ("train_eval", "file_descriptor"),
-        pytest.param(
-            *("search", "file_system"),
-            marks=pytest.mark.xfail(strict=False, reason="a feeder thread may add its traceback to the sentence"),
-        ),
-    ],
+    ("name", "strategy"), [("search", "file_descriptor"), ("train_eval", "file_descriptor"), ("search", "file_system")]
 )
 def test_shared_memory_that_fills_up_ends_the_command(name, strategy, images, tmp_path):
     """As if others had taken it after the start."""

@@ -41,6 +41,8 @@ DEAD = "DataLoader worker (pid"  # how torch begins to say that a worker was los
 
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 """Those that this process has started."""
+_passes: weakref.WeakSet[Any] = weakref.WeakSet()
+"""torch's iterators over the data, which know their workers."""
 _at_exit: list[util.Finalize] = []
 
 
@@ -118,7 +120,9 @@ _hunger = Hunger()
 def _begin(loader: DataLoader) -> Iterator[Any]:
     before = set(multiprocessing.active_children())
     try:
-        return iter(loader)
+        iterator = iter(loader)
+        _passes.add(iterator)
+        return iterator
     except OSError as error:
         room = "no room in shared memory" if error.errno == errno.ENOSPC else str(error.strerror or error)
         raise WorkerError(
@@ -141,6 +145,13 @@ def end_workers() -> None:
             worker.kill()
         for worker in workers:
             worker.join(5)
+    for iterator in list(_passes):
+        if workers and not getattr(iterator, "_shutdown", True):  # torch would write to workers that are gone
+            iterator._shutdown = True
+            for queue in iterator._index_queues:
+                queue.cancel_join_thread()
+                queue.close()
+    _passes.clear()
 
 
 @contextmanager
