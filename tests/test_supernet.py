@@ -106,6 +106,7 @@ def test_state_dicts_convert_both_ways():
     assert all(torch.equal(value, back[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_twenty_steps_stay_with_the_plain_search(unrolled):
     """Alpha, beta, weights, statistics and the final genotype."""
@@ -121,6 +122,7 @@ def test_twenty_steps_stay_with_the_plain_search(unrolled):
     assert fast.genotype() == plain.genotype()
 
 
+@pytest.mark.slow
 def test_float32_is_as_accurate_as_the_plain_network():
     """The error against float64 of logits, weights' and architecture's gradients: its ratio in the median batch."""
     ratios = []

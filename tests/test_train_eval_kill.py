@@ -26,7 +26,8 @@ def outcome(folder):
     return hashes, (folder / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_five_times_it_ends_the_same(server, tmp_path, seed):
     np.savez(tmp_path / "x.npz", train_images=draw_pixels(60, 32, 32, 3), train_labels=np.arange(60) % 3)
     argv = [*FLAGS, "--data", str(tmp_path / "x.npz"), "--out"]
