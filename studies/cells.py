@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM, raise_signal
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 
+from nas_kmix.commands import search
 from nas_kmix.engine import files
 from nas_kmix.engine.compute import environment
 from nas_kmix.engine.run import StoppedError
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """Which cells of a study to run."""
+
+    only: str = ""
+    """The cells whose names begin so."""
+    minutes: float = 28.0
+    """Time for a cell, after which it saves its state and the program ends."""
+
+
+def search_once(flags: str, folder: Path, data: str | None = None) -> search.Result:
+    """Run search.py on one thread of the CPU, in `folder`. Raises StoppedError where its time is over."""
+    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
+    given = [] if data is None else ["--data", data]
+    return search.run(search.parse([*flags.split(), *given, *place]))
+
+
+def mean_and_error(values: Sequence[float], digits: int) -> dict[str, Any]:
+    """mean, se (standard error; 0 for a single value) and n."""
+    error = float(stats.sem(values)) if len(values) > 1 else 0.0
+    return {"mean": round(float(np.mean(values)), digits), "se": round(error, digits), "n": len(values)}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

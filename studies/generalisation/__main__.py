@@ -29,7 +29,7 @@ import tyro
 
 import train_eval
 from nas_kmix.analysis import landscape, robustness
-from studies.cells import read_results, run_cells
+from studies.cells import CellConfig, read_results, run_cells
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
@@ -47,17 +47,13 @@ ATTACKS = {"white": "fgsm", "grey": "pgd", "black": "pgd"}  # as in the paper's 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CellConfig):
     """Which cells, on which copy of the data."""
 
     cifar100: str = "cifar100"
     """CIFAR-100 as --data of train_eval.py takes it."""
     out: Path = Path("runs/generalisation")
     """Folder with the run folders."""
-    only: str = ""
-    """The cells whose names begin so."""
-    minutes: float = 28.0
-    """Time for a cell, after which it saves its state and the program ends."""
     train_flags: str = ""
     """Further flags of all trainings."""
     analysis_flags: str = ""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from darts_space import Genotype
 from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
-from studies.cells import read_results
+from studies.cells import mean_and_error, read_results
 from studies.search_quality.judged import genotypes, verdict
 
 FOLDER = Path(__file__).parent
@@ -111,14 +111,10 @@ def _seed(line: Line) -> int:
 
 def _mean(values: list[float], name: str) -> dict[str, Any]:
     """Mean and standard error of a column."""
-    column = np.array(values, dtype=float)[:, None]
-    if not len(column):
+    if not values:
         return {"n": 0}
-    return {
-        f"{name}_mean": round(float(column.mean()), 3),
-        f"{name}_se": round(float(_errors(column)[0]), 3),
-        "n": len(column),
-    }
+    found = mean_and_error(values, 3)
+    return {f"{name}_mean": found["mean"], f"{name}_se": found["se"], "n": found["n"]}
 
 
 def _cost(runs: list[Line]) -> dict[str, Any]:
@@ -147,12 +143,8 @@ def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
         random = z.get(f"random-{arm.rsplit('-', 1)[-1]}", {})
         both = sorted(by_seed.keys() & random.keys())
         if both and not arm.startswith("random"):
-            found = _mean([by_seed[seed] - random[seed] for seed in both], "difference")
-            table[arm]["minus_random"] = {
-                "mean": found["difference_mean"],
-                "se": found["difference_se"],
-                "n": found["n"],
-            }
+            differences = [by_seed[seed] - random[seed] for seed in both]
+            table[arm]["minus_random"] = mean_and_error(differences, 3)
     return table
 
 

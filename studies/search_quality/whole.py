@@ -21,10 +21,9 @@ import torch
 import tyro
 
 from darts_space import ARCHITECTURE_NAMES
-from nas_kmix.commands import search
 from nas_kmix.engine import files
 from nas_kmix.pipeline.history import REMOVAL_NAMES
-from studies.cells import run_cells
+from studies.cells import CellConfig, run_cells, search_once
 from studies.search_quality.training import packed
 
 FOLDER = Path(__file__).parent
@@ -48,43 +47,46 @@ RATES = "--preset cpu --no-finals --scorer.epochs 1 --rest-steps 320 --arch-step
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CellConfig):
     """Which cells, on which copy of the data."""
 
     cifar100: str = "data/cifar100.npz"
     """CIFAR-100 as --data of search.py takes it."""
     out: Path = Path("runs/search_quality")
     """Folder with the run folders."""
-    only: str = ""
-    """The cells whose names begin so."""
-    minutes: float = 28.0
-    """Time for a cell, after which it saves its state and the program ends."""
     results: Path = RESULTS
 
 
 def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     """The work of each cell, by its name."""
-    commands = {"rates": RATES}
+    work = {"rates": partial(run, "rates", RATES, config)}
     for name, (seeds, flags) in PRESETS.items():
         for seed in seeds:
             given = f" --proxy {config.out}/preset-cpu-{seed}/proxy.json" if name == "gpu" else ""
-            commands[f"preset/{name}/{seed}"] = f"{flags} --seed {seed}{given}"
+            cell = f"preset/{name}/{seed}"
+            work[cell] = partial(run, cell, f"{flags} --seed {seed}{given}", config)
     for arm, flags in PROXIES.items():
         for seed in PROXY_SEEDS:
-            needs_scores = "random" not in flags and "none" not in flags
-            given = f" --scores {config.out}/scorer-{seed}/scores.npz" if needs_scores else ""
-            commands[f"proxies/{arm}/{seed}"] = f"--preset cpu --no-finals {flags} --seed {seed}{given}"
-    return {name: partial(run, name, flags, config) for name, flags in commands.items()}
+            scorer = None if "random" in flags or "none" in flags else seed
+            command = f"--preset cpu --no-finals {flags} --seed {seed}"
+            cell = f"proxies/{arm}/{seed}"
+            work[cell] = partial(run, cell, command, config, scorer_seed=scorer)
+    return work
 
 
-def run(name: str, flags: str, config: Config) -> dict[str, Any]:
-    """Search, and return what the line holds. Raises StoppedError at its time."""
+def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None) -> dict[str, Any]:
+    """Search, with the scores of the scorer of a seed if one is given, and return what the line holds.
+
+    Raises StoppedError at its time.
+    """
     folder = config.out / name.replace("/", "-")
-    seed = flags.split("--seed ")[1].split()[0]
-    scorer = config.out / f"scorer-{seed}"
-    if str(scorer) in flags and not (scorer / "scores.npz").exists():  # one scorer a seed serves all proxies
-        _search(f"--preset cpu --seed {seed} --stop-after scores", scorer, config)
-    result = _search(flags, folder, config)
+    data = None if "quick" in flags else config.cifar100
+    if scorer_seed is not None:  # one scorer a seed serves all proxies
+        scorer = config.out / f"scorer-{scorer_seed}"
+        if not (scorer / "scores.npz").exists():
+            search_once(f"--preset cpu --seed {scorer_seed} --stop-after scores", scorer, data)
+        flags += f" --scores {scorer}/scores.npz"
+    result = search_once(flags, folder, data)
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
     return {
@@ -93,12 +95,6 @@ def run(name: str, flags: str, config: Config) -> dict[str, Any]:
         "records": _records(folder, history),
         "cost": _passes(files.read_json(folder / "cost.json")["stages"]),
     }
-
-
-def _search(flags: str, folder: Path, config: Config) -> search.Result:
-    data = [] if "quick" in flags else ["--data", config.cifar100]
-    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
-    return search.run(search.parse([*flags.split(), *data, *place]))
 
 
 def _records(folder: Path, history: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,10 +21,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from scipy import stats
 
 from nas_kmix.backbones import build_backbone
-from nas_kmix.commands import search
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
@@ -36,7 +34,7 @@ from nas_kmix.engine.training import train
 from nas_kmix.mixers import MixConfig, make_mix
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scores import ScoreTable
-from studies.cells import read_results, run_cells
+from studies.cells import CellConfig, mean_and_error, read_results, run_cells, search_once
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
@@ -86,17 +84,13 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CellConfig):
     """Which cells, on which copy of the data."""
 
     cifar100: str = "data/cifar100.npz"
     """CIFAR-100 as --data of search.py takes it."""
     out: Path = Path("runs/selection")
     """Folder with the scorers and scores."""
-    only: str = ""
-    """The cells whose names begin so."""
-    minutes: float = 28.0
-    """Time for a cell, after which it saves its state and the program ends."""
     results: Path = RESULTS
     summary: bool = False
     """Summarise the existing results, and train nothing."""
@@ -116,14 +110,12 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def scores_of(seed: int, scoring: str, config: Config) -> ScoreTable:
     """The scores of one scoring by the scorer of `seed`; both are made if they are missing."""
-    common = ["--data", config.cifar100, "--seed", str(seed), "--threads", "1", "--device", "cpu", "--no-report"]
-    first = config.out / f"{seed}-paper"
-    for name, given in (("paper", []), (scoring, ["--scorer", str(first / "scorer.pt")])):
+    for name in dict.fromkeys(("paper", scoring)):
         folder = config.out / f"{seed}-{name}"
         if not (folder / "scores.npz").exists():
-            flags = [*SCORINGS[name].split(), *(given if name != "paper" else [])]
-            command = ["--preset", "cpu", *common, *flags, "--stop-after", "scores", "--out", str(folder)]
-            search.run(search.parse(command))
+            given = "" if name == "paper" else f"--scorer {config.out}/{seed}-paper/scorer.pt"
+            flags = f"--preset cpu --seed {seed} --stop-after scores {SCORINGS[name]} {given}"
+            search_once(flags, folder, config.cifar100)
     return ScoreTable.load(config.out / f"{seed}-{scoring}" / "scores.npz")
 
 
@@ -167,18 +159,13 @@ def summary(results: list[Mapping[str, Any]]) -> dict[str, Any]:
         table.setdefault(arm, {})[int(seed)] = line["accuracy"]
     whole = {}
     for place, arms in found.items():
-        whole[place] = {arm: _mean(list(by_seed.values())) for arm, by_seed in arms.items()}
+        whole[place] = {arm: mean_and_error(list(by_seed.values()), 4) for arm, by_seed in arms.items()}
         for arm, by_seed in arms.items():
             both = sorted(by_seed.keys() & arms.get("random", {}).keys())
             if arm != "random" and both:
                 differences = [by_seed[seed] - arms["random"][seed] for seed in both]
-                whole[place][f"{arm}_minus_random"] = _mean(differences)
+                whole[place][f"{arm}_minus_random"] = mean_and_error(differences, 4)
     return whole
-
-
-def _mean(values: list[float]) -> dict[str, Any]:
-    error = float(stats.sem(values)) if len(values) > 1 else 0.0
-    return {"mean": round(float(np.mean(values)), 4), "se": round(error, 4), "n": len(values)}
 
 
 def main() -> int:
