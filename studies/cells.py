@@ -15,7 +15,6 @@ import torch
 from scipy import stats
 
 from nas_kmix.commands import search
-from nas_kmix.engine import files
 from nas_kmix.engine.compute import environment
 from nas_kmix.engine.run import StoppedError
 
@@ -30,13 +29,20 @@ class CellConfig:
     """The cells whose names begin so."""
     minutes: float = 28.0
     """Time for a cell, after which it saves its state and the program ends."""
+    device: str = "cpu"
+    """cpu, on one thread, or cuda."""
+
+    @property
+    def place(self) -> str:
+        """The flags of both commands that say where to compute."""
+        return f"--threads 1 --device {self.device} --no-report"
 
 
-def search_once(flags: str, folder: Path, data: str | None = None) -> search.Result:
-    """Run search.py on one thread of the CPU, in `folder`. Raises StoppedError where its time is over."""
-    place = ["--out", str(folder), "--threads", "1", "--device", "cpu", "--no-report"]
+def search_once(flags: str, folder: Path, config: CellConfig, data: str | None = None) -> search.Result:
+    """Run search.py in `folder`. Raises StoppedError where its time is over."""
+    where = f"{config.place} --jobs 2 --cuda-graphs" if config.device == "cuda" else config.place
     given = [] if data is None else ["--data", data]
-    return search.run(search.parse([*flags.split(), *given, *place]))
+    return search.run(search.parse([*flags.split(), *given, *where.split(), "--out", str(folder)]))
 
 
 def mean_and_error(values: Sequence[float], digits: int) -> dict[str, Any]:
@@ -50,17 +56,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, *, only: str, minutes: float) -> int:
+def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, config: CellConfig) -> int:
     """Run the cells that `results` lacks and whose names begin with `only`, in order; returns an exit code.
 
     A line is the cell's name, what it returned and where it was made. After `minutes` a cell gets SIGTERM, upon which
     it must save its state and raise StoppedError: the code is then TRY_AGAIN, and the same command goes on.
     """
     for name, work in cells.items():
-        if not name.startswith(only) or name in {line["cell"] for line in read_results(results)}:
+        if not name.startswith(config.only) or name in {line["cell"] for line in read_results(results)}:
             continue
         print(f"=== {name}", flush=True)
-        timer = threading.Timer(60.0 * minutes, raise_signal, [SIGTERM])
+        timer = threading.Timer(60.0 * config.minutes, raise_signal, [SIGTERM])
         timer.daemon = True
         timer.start()
         try:
@@ -70,9 +76,10 @@ def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, 
             return TRY_AGAIN
         finally:
             timer.cancel()
-        where = environment(torch.device("cpu"))
-        made = {field: where[field] for field in ("packages", "processor", "threads", "commit")}
-        # Read again: another process may have appended since.
-        lines = [*read_results(results), {"cell": name, **found, "made": made}]
-        files.write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
+        where = environment(torch.device(config.device))
+        made = {
+            field: where[field] for field in ("packages", "processor", "gpu", "threads", "commit") if field in where
+        }
+        with open(results, "a", encoding="utf-8") as file:  # several processes may append
+            file.write(json.dumps({"cell": name, **found, "made": made}) + "\n")
     return 0

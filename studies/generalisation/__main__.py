@@ -117,7 +117,7 @@ def attack(threat: str, config: Config) -> dict[str, Any]:
 
 
 def _analysis_flags(config: Config) -> list[str]:
-    return ["--data", config.cifar100, "--threads", "1", "--device", "cpu", *shlex.split(config.analysis_flags)]
+    return ["--data", config.cifar100, "--threads", "1", "--device", config.device, *shlex.split(config.analysis_flags)]
 
 
 def summary(results: list[dict[str, Any]]) -> str:
@@ -152,7 +152,7 @@ def main() -> int:
     if config.summary:
         print(summary(read_results(config.results)))
         return 0
-    return run_cells(cells(config), config.results, only=config.only, minutes=config.minutes)
+    return run_cells(cells(config), config.results, config)
 
 
 if __name__ == "__main__":

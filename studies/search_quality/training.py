@@ -119,20 +119,15 @@ class Training:
         return {"loss": round(float(losses), 4), "accuracy": round(float(correct) / self.setting.batch, 4)}
 
     def read_gradient(self, step: int) -> Generator[None, None, None]:
-        """The mean gradient over sixteen batches and its t statistic, negated: where alpha and beta would go.
-
-        And by how much the loss rises if an edge is removed, over the first four of the batches.
-        """
+        """The mean gradient over sixteen batches and its t statistic, negated: where alpha and beta would go."""
         losses, grads = [], []
-        batches = [next(self.probe) for _ in range(READING_BATCHES)]
-        for batch in batches:
-            loss, grad = self.search.arch_gradient(batch)
+        for _ in range(READING_BATCHES):
+            loss, grad = self.search.arch_gradient(next(self.probe))
             losses.append(loss)
             grads.append(grad)
             yield
         reading = {"step": step, **self.progress(), "val_loss": round(float(torch.stack(losses).mean()), 4)}
-        removal = packed(list(self.search.removal_losses(batches[:REMOVAL_BATCHES])))
-        self.readings.append({**reading, **gradient_reading(grads), "removal": removal})
+        self.readings.append({**reading, **gradient_reading(grads)})
 
     def fork(self, step: int, arch_lr: float) -> Generator[None, None, None]:
         """A bilevel search from here; afterwards everything is as it was."""

@@ -1,10 +1,12 @@
-"""Whole runs of search.py as cells: the presets as they ship (part 4), and proxies of several kinds (part 3).
+"""Whole runs of search.py as cells: presets as they ship, finals included, proxies of several kinds, and retraining.
 
     python -m studies.search_quality.whole --only preset/cpu/101     # one of them; without --only, all that are missing
     python -m studies.search_quality.whole --only rates              # alone on the machine: image passes per second
 
-A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record and
-the cost. After --minutes a cell saves its state and the program ends with code 75; the same command goes on from there.
+A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record, what
+the finals said and the cost. After --minutes a cell saves its state and the program ends with code 75; the same command
+goes on from there. Once the five runs of `cpu` are there, their winners and sixteen random genotypes of equal cost are
+retrained: C=8, 8 layers, all training images, 15 epochs.
 """
 
 from __future__ import annotations
@@ -17,21 +19,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
-from darts_space import ARCHITECTURE_NAMES
+from darts_space import ARCHITECTURE_NAMES, Genotype
 from nas_kmix.engine import files
 from nas_kmix.pipeline.history import REMOVAL_NAMES
-from studies.cells import CellConfig, run_cells, search_once
+from studies.cells import CellConfig, read_results, run_cells, search_once
 from studies.search_quality.training import packed
+from studies.transfer import __main__ as transfer
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "runs.jsonl"
 
+CPU_SEEDS = range(101, 106)
 PRESETS = {
-    "cpu": (range(101, 106), "--preset cpu --no-finals"),
-    "quick": (range(5), "--preset quick --no-finals"),
+    "cpu": (CPU_SEEDS, "--preset cpu"),
+    "quick": (range(5), "--preset quick"),
     "gpu": (range(101, 103), "--preset gpu"),  # on the proxies of cpu's first two seeds
 }
 PROXIES = {
@@ -43,7 +48,13 @@ PROXIES = {
     "all": "--proxy none",
 }
 PROXY_SEEDS = range(1, 7)
-RATES = "--preset cpu --no-finals --scorer.epochs 1 --rest-steps 320 --arch-steps 10 --seed 0"  # 32 to 1, as the preset
+# As many resting steps for one of the architecture as the preset has, and little of everything.
+RATES = (
+    "--preset cpu --scorer.epochs 1 --rest-steps 320 --arch-steps 10 --finals.epochs 1 --finals.rungs 1 "
+    "--finals.controls 2 --seed 0"
+)
+RETRAINING = "--preset cpu --batch-size 128 --val-share 0 --eval-every 5"
+RANDOM_GENOTYPES = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,25 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
             command = f"--preset cpu --no-finals {flags} --seed {seed}"
             cell = f"proxies/{arm}/{seed}"
             work[cell] = partial(run, cell, command, config, scorer_seed=scorer)
+    for name, genotype in _retrained(config).items():
+        trained = transfer.Cell(f"retrain/{name}", genotype, RETRAINING, config.cifar100)
+        work[trained.name] = partial(transfer.run_cell, trained, config)
     return work
+
+
+def _retrained(config: Config) -> dict[str, Genotype]:
+    """The winners of `cpu` and random genotypes of about their mean cost, by the names of their cells.
+
+    None before all five runs are there.
+    """
+    lines = {line["cell"]: line for line in read_results(config.results)}
+    cells = {seed: f"preset/cpu/{seed}" for seed in CPU_SEEDS}
+    if not lines.keys() >= set(cells.values()):
+        return {}
+    winners = {f"winner/{seed}": Genotype.from_json(lines[cell]["genotype"]) for seed, cell in cells.items()}
+    target = float(np.mean([transfer.macs(genotype) for genotype in winners.values()]))
+    random = transfer.random_genotypes(RANDOM_GENOTYPES, target)
+    return winners | {f"random/{number}": genotype for number, genotype in enumerate(random)}
 
 
 def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None) -> dict[str, Any]:
@@ -81,20 +110,26 @@ def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None
     """
     folder = config.out / name.replace("/", "-")
     data = None if "quick" in flags else config.cifar100
-    if scorer_seed is not None:  # one scorer a seed serves all proxies
-        scorer = config.out / f"scorer-{scorer_seed}"
-        if not (scorer / "scores.npz").exists():
-            search_once(f"--preset cpu --seed {scorer_seed} --stop-after scores", scorer, data)
-        flags += f" --scores {scorer}/scores.npz"
-    result = search_once(flags, folder, data)
+    if scorer_seed is not None:
+        flags += f" --scores {scores_of(scorer_seed, config)}"
+    result = search_once(flags, folder, config, data)
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
     return {
         "flags": flags,
         "genotype": result.genotype.to_json(),
+        "finals": result.finals,
         "records": _records(folder, history),
         "cost": _passes(files.read_json(folder / "cost.json")["stages"]),
     }
+
+
+def scores_of(seed: int, config: Config) -> Path:
+    """The paper's scores by the scorer of a seed, which serves all its proxies; made if they are missing."""
+    folder = config.out / f"scorer-{seed}"
+    if not (folder / "scores.npz").exists():
+        search_once(f"--preset cpu --seed {seed} --stop-after scores", folder, config, config.cifar100)
+    return folder / "scores.npz"
 
 
 def _records(folder: Path, history: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -116,7 +151,7 @@ def _passes(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 def main() -> int:
     config = tyro.cli(Config, description=__doc__)
-    return run_cells(cells(config), config.results, only=config.only, minutes=config.minutes)
+    return run_cells(cells(config), config.results, config)
 
 
 if __name__ == "__main__":

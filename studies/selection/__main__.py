@@ -115,13 +115,13 @@ def scores_of(seed: int, scoring: str, config: Config) -> ScoreTable:
         if not (folder / "scores.npz").exists():
             given = "" if name == "paper" else f"--scorer {config.out}/{seed}-paper/scorer.pt"
             flags = f"--preset cpu --seed {seed} --stop-after scores {SCORINGS[name]} {given}"
-            search_once(flags, folder, config.cifar100)
+            search_once(flags, folder, config, config.cifar100)
     return ScoreTable.load(config.out / f"{seed}-{scoring}" / "scores.npz")
 
 
 def train_on_subset(ratio: float, arm: str, seed: int, mix: str, config: Config) -> dict[str, Any]:
     """Select, train, and evaluate on the images that were set aside."""
-    compute = pick_compute(DeviceConfig(device="cpu", threads=1, channels_last=True))
+    compute = pick_compute(DeviceConfig(config.device, threads=1, channels_last=True))
     data = load_data(DataConfig(data=config.cifar100), device=compute.device)
     pool, validation = split_by_class(np.arange(len(data)), data.labels, VALIDATION, seed=0)
     chosen = pool[_selected(ARMS[arm], pool, data, ratio, seed, config)]
@@ -177,7 +177,7 @@ def main() -> int:
             for arm, found in arms.items():
                 print(f"{place:<24} {arm:<28} {found['mean']:+.4f} ± {found['se']:.4f}  n={found['n']}")
         return 0
-    return run_cells(cells(config), config.results, only=config.only, minutes=config.minutes)
+    return run_cells(cells(config), config.results, config)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ import tyro
 
 import train_eval
 from darts_space import CifarNetwork, Genotype, cost, random_genotype, read_genotype
-from studies.cells import read_results, run_cells
+from studies.cells import CellConfig, read_results, run_cells
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 SEEDS = range(3)
 RANDOM_GENOTYPES = 3
-COST_TOLERANCE = 0.1  # how far a random genotype's multiply-adds may be from those of PC_DARTS_cifar
+COST_TOLERANCE = 0.1  # how far a random genotype's multiply-adds may be from the wanted ones
 
 SMALL = "--preset cpu --train-images 10000 --val-share 0.02 --eval-every 5"
 FULL = "--preset cpu --channels 16 --epochs 10 --val-share 0"
@@ -44,7 +44,7 @@ IMAGENETTE = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CellConfig):
     """Which cells, on which copies of the data."""
 
     cifar100: str = "cifar100"
@@ -53,10 +53,6 @@ class Config:
     """Imagenette as train|val/CLASS/*."""
     out: Path = Path("runs/transfer")
     """Folder with the run folders."""
-    only: str | None = None
-    """The cells whose names begin so."""
-    minutes: float = 28.0
-    """Time for a cell, after which it saves its state and the program ends."""
     summary: bool = False
     """Print the existing results, and train nothing."""
 
@@ -70,22 +66,17 @@ class Cell:
     flags: str
     data: str
 
-    def command(self, out: Path) -> list[str]:
+    def command(self, config: Config) -> list[str]:
         seed = self.name.rsplit("/", 1)[1]
-        place = ["--data", self.data, "--out", str(out / self.name.replace("/", "-")), "--seed", seed]
-        return [*self.flags.split(), "--genotype", self.genotype.to_text(), *place, "--threads", "1", "--device", "cpu"]
+        place = ["--data", self.data, "--out", str(config.out / self.name.replace("/", "-")), "--seed", seed]
+        return [*self.flags.split(), "--genotype", self.genotype.to_text(), *place, *config.place.split()]
 
 
 def genotypes() -> dict[str, Genotype]:
     """The six that are compared on CIFAR-100."""
     published = read_genotype("PC_DARTS_cifar")
     searched = FOLDER.parent / "first_run"
-    random: list[Genotype] = []
-    target, rng = _macs(published), np.random.default_rng(0)
-    while len(random) < RANDOM_GENOTYPES:
-        genotype = random_genotype(rng)
-        if abs(_macs(genotype) / target - 1.0) <= COST_TOLERANCE:
-            random.append(genotype)
+    random = random_genotypes(RANDOM_GENOTYPES, macs(published))
     return {
         "PC_DARTS_cifar": published,
         "first_run": Genotype.load(searched / "genotype.json"),
@@ -94,7 +85,19 @@ def genotypes() -> dict[str, Genotype]:
     }
 
 
-def _macs(genotype: Genotype) -> int:
+def random_genotypes(count: int, target: float) -> list[Genotype]:
+    """Random genotypes of about `target` multiply-adds."""
+    found: list[Genotype] = []
+    rng = np.random.default_rng(0)
+    while len(found) < count:
+        genotype = random_genotype(rng)
+        if abs(macs(genotype) / target - 1.0) <= COST_TOLERANCE:
+            found.append(genotype)
+    return found
+
+
+def macs(genotype: Genotype) -> int:
+    """Multiply-adds of its network on CIFAR-100, with C=8 and 8 layers."""
     return cost(CifarNetwork(genotype, 8, 8, 100, generator=torch.Generator()), 32)["macs"]
 
 
@@ -112,9 +115,9 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, config: Config) -> dict[str, Any]:
     """Train, and return the command, the result and the curve. Raises StoppedError at its time."""
-    argv = cell.command(out)
+    argv = cell.command(config)
     result = train_eval.run(train_eval.parse(argv))
     folder = Path(result.pop("folder"))
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
@@ -151,8 +154,8 @@ def main() -> int:
     if config.summary:
         print(summary(read_results(RESULTS)))
         return 0
-    work = {cell.name: partial(run_cell, cell, config.out) for cell in cells(config)}
-    return run_cells(work, RESULTS, only=config.only or "", minutes=config.minutes)
+    work = {cell.name: partial(run_cell, cell, config) for cell in cells(config)}
+    return run_cells(work, RESULTS, config)
 
 
 if __name__ == "__main__":
