@@ -87,7 +87,7 @@ def load_network(path: str | os.PathLike[str]) -> Network:
             f"({type(error).__name__}); copy or write it again."
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of the format {FORMAT!r}; train_eval.py writes such files.")
+        raise ValueError(f"{path} is not a checkpoint of the format {FORMAT!r}, such as network_checkpoint makes.")
     try:
         with torch.device("meta"):  # without memory: the checkpoint's tensors become the weights
             model = build_network(checkpoint.get("network"), generator=torch.Generator("cpu"))

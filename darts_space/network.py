@@ -214,7 +214,7 @@ class Network(nn.Module):
         if self.preparation is None:
             raise ValueError(
                 "This network does not know how its images were prepared: set its `preparation`, or load a checkpoint "
-                "of train_eval.py."
+                "that holds it."
             )
         return self.preparation
 

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from nas_kmix.engine.program import command
 from nas_kmix.version import __version__
 
 COMMANDS = {
@@ -28,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
         if argv is None:
-            sys.argv = [f"nas-kmix {name}", *rest]  # what its help and the record of the run call it
+            sys.argv = [command(name), *rest]  # what its help and the record of the run call it
         return importlib.import_module(COMMANDS[name][0]).main(rest)
     if name in ("--version", "-V"):
         print(f"nas-kmix {__version__}")
         return 0
-    lines = [f"  nas-kmix {command:12}{what}" for command, (_, what) in COMMANDS.items()]
+    typed = {command(each): what for each, (_, what) in COMMANDS.items()}
+    lines = [f"  {line:{max(map(len, typed))}}  {what}" for line, what in typed.items()]
     usage = "\n".join(["Commands, each with --help:", "", *lines])
     if name in ("--help", "-h", "help"):
         print(usage)

@@ -20,6 +20,7 @@ import torch
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.foreign import source_of
+from nas_kmix.engine.program import command
 from nas_kmix.engine.sources import LOSSY_SUFFIXES, BadImageError
 from nas_kmix.proxies import locate
 from nas_kmix.sampling import DROP_HARDEST
@@ -110,7 +111,8 @@ class ProxyManifest:
         """Read and check `proxy.json`, or the published proxy of that name. Raises ValueError naming what is wrong."""
         raw = files.read_json(path := locate(path))
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a proxy manifest; make one with search.py --stop-after proxy.")
+            made_by = command("search", "--stop-after", "proxy")
+            raise ValueError(f"{path} is not a proxy manifest; make one with {made_by}.")
         if raw.get("version") != VERSION:
             raise ValueError(f"{path} has version {raw.get('version')}; this program reads version {VERSION}.")
         try:

@@ -193,7 +193,7 @@ def _weights_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in weights.values())
         or not next(reversed(weights.values())).dim()
     ):
-        raise ValueError(f"--scorer {path} is neither a scorer.pt of search.py nor a state dict, names and tensors.")
+        raise ValueError(f"--scorer {path} is neither the scorer.pt of a search nor a state dict, names and tensors.")
     return weights
 
 

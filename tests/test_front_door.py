@@ -24,7 +24,7 @@ import train_eval
 from darts_space import BilevelConfig, Genotype
 from nas_kmix import __main__ as door
 from nas_kmix.commands import notebook
-from nas_kmix.engine import cli, compute, workers
+from nas_kmix.engine import cli, compute, program, workers
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.settings import _names, configured
 
@@ -74,7 +74,7 @@ def test_help_lists_the_commands_and_a_typo_is_answered(capsys):
     for argv in ([], ["--help"]):
         assert door.main(argv) == 0
         said = capsys.readouterr().out
-        assert all(f"nas-kmix {name}" in said for name in door.COMMANDS)
+        assert all(f"nas_kmix {name}  " in said for name in door.COMMANDS)
     assert door.main(["serch"]) == 2
     assert "no command serch; did you mean search?" in capsys.readouterr().err
     assert door.main(["--version"]) == 0 and nas_kmix.__version__ in capsys.readouterr().out
@@ -98,6 +98,35 @@ def test_it_is_a_module_too_and_says_its_name(tmp_path):
     ended = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert ended.returncode == 2 and "--proxy none makes no proxy" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("started", "trains", "reports"),
+    [
+        (["python3", "search.py"], "python3 train_eval.py", "python3 -m nas_kmix report"),
+        ([".venv/bin/python", "-u", "a b/train_eval.py"], "'a b/train_eval.py'", ".venv/bin/python -m nas_kmix report"),
+        (["/venv/bin/python", "/venv/bin/nas-kmix", "search"], "nas-kmix train", "nas-kmix report"),
+        (["/venv/bin/python", "there/nas-kmix", "search"], "there/nas-kmix train", "there/nas-kmix report"),
+        (["python", "-m", "nas_kmix", "search"], "python -m nas_kmix train", "python -m nas_kmix report"),
+        (["python", "-m", "ipykernel_launcher"], "python -m nas_kmix train", "python -m nas_kmix report"),
+    ],
+)
+def test_messages_name_commands_as_the_user_types_them(started, trains, reports, monkeypatch, tmp_path, capsys):
+    """Also once the door has opened, which changes argv[0] to what a help says."""
+    script = next(word for word in started[1:] if word[0] != "-")
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", ["/src/nas_kmix/__main__.py" if "nas_kmix" in started else script, "search"])
+    monkeypatch.setattr(program.shutil, "which", lambda _: "/venv/bin/nas-kmix")
+    for _ in range(2):
+        assert program.command("train").endswith(trains) and program.command("report") == reports
+        assert program.command("train", "--out", "a b").endswith(f"{trains} --out 'a b'")
+        assert search.main(["--test-only", "x"]) == 2
+        assert f"use {program.command('train')} --eval-only FILE." in capsys.readouterr().err
+        (tmp_path / "none.json").write_text("{}")
+        assert search.main(["--proxy", str(tmp_path / "none.json"), "--out", str(tmp_path / "run")]) == 2
+        assert f"make one with {program.command('search')} --stop-after proxy." in capsys.readouterr().err
+        if not script.endswith(".py"):
+            sys.argv[0] = program.command("search")
 
 
 @pytest.mark.parametrize("main", [search.main, train_eval.main], ids=["search", "train"])

@@ -61,8 +61,8 @@ def through_both(data, tmp_path):
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert search.main([*SEARCH, "--data", data, "--out", str(tmp_path / "run")]) == 0
-    program, *argv = shlex.split(said.getvalue().splitlines()[-1].removeprefix("next"))[1:]
-    assert program == "train_eval.py"
+    argv = shlex.split(said.getvalue().splitlines()[-1].partition("-m nas_kmix train ")[2])
+    assert argv
     with contextlib.redirect_stdout(said):
         assert train_eval.main([*argv, *TRAIN]) == 0
     return said.getvalue(), json.loads(said.getvalue().splitlines()[-1])

@@ -194,8 +194,8 @@ def test_a_library_that_is_not_installed(photographs, tmp_path, capsys, monkeypa
     [
         (lambda: draw_weights(num_classes=5), "tells 5 classes apart, but --data has 2"),
         (lambda: draw_weights() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, "another network than --scorer.backbone"),
-        (lambda: {"epoch": 3}, "neither a scorer.pt of search.py nor a state dict"),
-        (dict, "neither a scorer.pt of search.py nor a state dict"),
+        (lambda: {"epoch": 3}, "neither the scorer.pt of a search nor a state dict"),
+        (dict, "neither the scorer.pt of a search nor a state dict"),
     ],
 )
 def test_weights_that_do_not_fit(state, sentence, photographs, tmp_path, capsys):

@@ -51,7 +51,7 @@ def load_classifier(path: Path) -> Classifier:
     state = files.load_tensors(path)
     kind = state.get("format")
     if kind not in (NETWORK_FORMAT, BACKBONE_FORMAT):
-        raise ValueError(f"{path} is not a checkpoint of train_eval.py or a scorer of search.py.")
+        raise ValueError(f"{path} is neither the checkpoint of a training nor the scorer.pt of a search.")
     with files.damage_named(path, "train it again"):
         network, names, size = dict(state["network"]), tuple(map(str, state["class_names"])), int(state["image_size"])
         constants = constants_of(state)

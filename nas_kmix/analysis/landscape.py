@@ -3,7 +3,7 @@
     python -m nas_kmix.analysis.landscape runs/plain runs/dcutmix --out runs/landscape
     python -m nas_kmix.analysis.landscape runs/net/best.pt --data cifar100 --images 2000 --points 41
 
-A RUN is a folder of train_eval.py (its last.pt) or a checkpoint, also a scorer.pt of search.py. The loss is the mean
+A RUN is the folder of a training (its last.pt) or a checkpoint, also the scorer.pt of a search. The loss is the mean
 cross-entropy, in evaluation mode, on a seeded part of the test images. The first and the last of the three views are
 those of the paper's Figure 3 and of Figure 1 in its supplement:
 

@@ -4,7 +4,7 @@
     python -m nas_kmix.analysis.robustness runs/plain runs/dcutmix --attack pgd --substitute runs/other-seed  # grey-box
     python -m nas_kmix.analysis.robustness runs/net --natural imagenet-a --ood imagenet-o --ood-folders mistaken
 
-A RUN is a folder of train_eval.py (its last.pt) or a checkpoint, also a scorer.pt of search.py. Attacks move pixels in
+A RUN is the folder of a training (its last.pt) or a checkpoint, also the scorer.pt of a search. Attacks move pixels in
 [0, 1] within L-infinity balls. Without --substitute each network is attacked through its own gradients (white-box).
 With it the examples are made on the substitute and shown to all networks: grey-box if the architectures are the same,
 black-box if they differ (the paper's Table 4). --natural takes CLASS/* folders of the network's own classes, matched by

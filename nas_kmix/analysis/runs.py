@@ -23,7 +23,7 @@ class InputConfig:
     """Images to analyse the networks on."""
 
     data: str | None = None
-    """Data set, as in train_eval.py. Default: the one in the config.json beside the first RUN's checkpoint."""
+    """Data set, as in a training. Default: the one in the config.json beside the first RUN's checkpoint."""
     data_root: Path = Path("data")
     """Folder in which CIFAR is looked for, and into which it is downloaded."""
     split: Literal["auto", "train", "val", "test"] = "auto"
@@ -60,7 +60,7 @@ def open_runs(runs: Sequence[Path]) -> dict[str, Classifier]:
     Raises ValueError for no run, for two of one name, and for networks that take other classes or sizes.
     """
     if not runs:
-        raise ValueError("Name at least one RUN: a run folder of train_eval.py or a checkpoint.")
+        raise ValueError("Name at least one RUN: the folder of a training, or a checkpoint.")
     found: dict[str, Classifier] = {}
     for i, run in enumerate(runs):
         path = run.resolve()

@@ -1,6 +1,9 @@
-"""Search for an architecture on a proxy dataset, as search.py does: images in, `genotype.json` out.
+"""Search for an architecture on a proxy dataset: images in, `genotype.json` and `result.json` out.
 
-The stages run in order, and what goes with them is printed and written. The same command again resumes.
+    nas-kmix search --out runs/digits                                # handwritten digits, a minute on two cores
+    nas-kmix search --preset cpu --data cifar100 --out runs/c100     # a small scorer and supernet
+
+search.py is the same command. Its stages run in order; run the same command again to resume.
 """
 
 from __future__ import annotations

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
-from nas_kmix.engine.cli import program
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.named_sets import survives_mirroring
+from nas_kmix.engine.program import command
 from nas_kmix.engine.progress import duration
 from nas_kmix.pipeline import finals, proxy
 from nas_kmix.pipeline.config import Config
@@ -59,12 +58,10 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     rows["cost"] = f"{duration(costs['total']['wall_s'])} ({', '.join(parts)})"
     if result.genotype is not None:
-        _, *flags = _training_command(config, folder)
-        rows["next"] = shlex.join([*program("train_eval.py", "train"), *flags])
+        rows["next"] = command("train", *_training_flags(config, folder))
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        again = [*rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search"]
-        rows["next"] = shlex.join([*program("search.py", "search"), *again])
+        rows["next"] = command("search", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search")
     lines = [] if result.genotype is None else [result.genotype.to_text()]
     return "\n".join([*lines, *(f"{name:{MARGIN}}{text}" for name, text in rows.items())])
 
@@ -84,8 +81,8 @@ def reliability(table: ScoreTable, measure: str) -> str:
     )
 
 
-def _training_command(config: Config, folder: Path) -> list[str]:
-    """The command that trains the network of the genotype on the images that were searched on."""
+def _training_flags(config: Config, folder: Path) -> list[str]:
+    """The flags of the command that trains the network of the genotype on the images that were searched on."""
     from nas_kmix.commands.train import PRESETS
 
     preset = RETRAINED_WITH[config.preset]
@@ -94,10 +91,10 @@ def _training_command(config: Config, folder: Path) -> list[str]:
         value = getattr(config.input, name)
         if value != getattr(PRESETS[preset].input, name):
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    if config.augmentation.flip != survives_mirroring(config.input.data):  # else train_eval.py does the same
+    if config.augmentation.flip != survives_mirroring(config.input.data):  # else a training does the same
         flags.append("--flip" if config.augmentation.flip else "--no-flip")
     chosen = ["--preset", preset] if preset != "quick" else []
-    return ["train_eval.py", *chosen, *flags, "--out", f"{folder}-net"]
+    return [*chosen, *flags, "--out", f"{folder}-net"]
 
 
 def rest_of(argv: Sequence[str]) -> list[str]:

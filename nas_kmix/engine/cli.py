@@ -24,6 +24,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.named_sets import survives_mirroring
+from nas_kmix.engine.program import command
 from nas_kmix.engine.settings import configured
 from nas_kmix.engine.signals import StoppedError
 from nas_kmix.engine.workers import end_workers, explain
@@ -46,8 +47,8 @@ FOREIGN = {
     "--dataset": "use --data NAME",
     "--num-workers": "use --workers",
     "--gpu": "use --device cuda:N",
-    "--test-only": "use train_eval.py --eval-only FILE",
-    "--evaluate": "use train_eval.py --eval-only FILE",
+    "--test-only": "use {train} --eval-only FILE",
+    "--evaluate": "use {train} --eval-only FILE",
     "--resume": "leave it out, since the same command resumes",
 }
 
@@ -99,7 +100,8 @@ def parse_flags(kind: type[Config], argv: Sequence[str] | None, description: str
     for argument in argv:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag in FOREIGN:
-            raise ValueError(f"There is no flag {flag}: {FOREIGN[flag]}.")
+            hint = FOREIGN[flag].format(train=command("train"))
+            raise ValueError(f"There is no flag {flag}: {hint}.")
     return with_home(tyro.cli(kind, args=argv, description=description, **default))
 
 
@@ -130,11 +132,6 @@ def _of_file(path: Path, presets: Mapping[str, Config], preset: str | None) -> C
         raise ValueError(
             f"--config {path} does not fit this command ({error}); it takes the config.json of one of its own runs."
         ) from error
-
-
-def program(script: str, name: str) -> list[str]:
-    """How to start a command as this process was started: `python search.py`, or `nas-kmix search`."""
-    return ["nas-kmix", name] if Path(sys.argv[0]).name.startswith("nas-kmix") else ["python", script]
 
 
 def with_home(config: Config) -> Config:

@@ -22,7 +22,7 @@ import torch
 
 TEMPORARY_SUFFIX = ".nas_kmix.part"
 REMOVE_OURS = "remove it, or use --fresh"
-GIVE_ANOTHER = "give a file that search.py or train_eval.py has written"  # a user's own file is not ours to remove
+GIVE_ANOTHER = "give a file that a search or a training has written"  # a user's own file is not ours to remove
 # An archive may unpack to this many bytes in any case, and to this multiple of its own size: deflate reaches 1,000 on
 # zeros, but never 100 on photographs and scores.
 SURELY_FITS, MOST_EXPANSION = 1 << 28, 100

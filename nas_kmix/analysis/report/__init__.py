@@ -20,7 +20,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     """Write the page of these run folders, at least one. Raises ValueError if one is not a run folder, and OSError."""
     for run in runs:
         if not run.is_dir():
-            raise ValueError(f"{run} is not a run folder; give folders that search.py or train_eval.py wrote.")
+            raise ValueError(f"{run} is not a run folder; give folders of searches and trainings.")
     from nas_kmix.analysis.report.page import document  # late, since matplotlib takes a while to import
     from nas_kmix.analysis.report.record import Record
 

@@ -1,4 +1,4 @@
-"""Show finished runs of search.py and train_eval.py as one self-contained HTML page.
+"""Show finished searches and trainings as one self-contained HTML page.
 
     python -m nas_kmix.analysis.report runs/c100                                    # writes runs/c100/report.html
     python -m nas_kmix.analysis.report runs/cv runs/random runs/cv-net -o report.html  # side by side
@@ -20,6 +20,7 @@ import tyro
 from nas_kmix.analysis.report import write_report
 from nas_kmix.engine import cli
 from nas_kmix.engine.cli import parse_flags
+from nas_kmix.engine.program import command
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         config = parse_flags(Config, argv, __doc__)
         if not config.runs:
-            raise ValueError("Give at least one run folder: python -m nas_kmix.analysis.report RUN")
+            raise ValueError(f"Give at least one run folder: {command('report', 'RUN')}")
         out = config.out or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
         write_report(config.runs, out)
         print(out)

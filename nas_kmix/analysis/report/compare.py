@@ -211,7 +211,7 @@ def _search_table(searched: Sequence[Searched], short: dict[Path, str]) -> Marku
 
 def _network_table(trained: Sequence[TrainedNetwork], short: dict[Path, str]) -> Markup:
     if not trained:
-        return missing("No accuracy is compared: none of these runs is of train_eval.py.")
+        return missing("No accuracy is compared: none of these runs is a training.")
     rows = []
     for (images, origin), members in _groups(trained, lambda run: (run.images, run.origin)):
         for run in members:

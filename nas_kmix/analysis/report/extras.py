@@ -14,6 +14,7 @@ from nas_kmix.analysis.report.markup import Markup, figure, gallery, join, numbe
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.engine import files
+from nas_kmix.engine.program import command
 
 OF_RUNS = (
     "scorer.pt", "scores.npz", "proxy.json", "genotype.json", "alphas.npz", "metrics.csv", "last.pt", "result.json",
@@ -51,8 +52,8 @@ def _landscapes(record: Record) -> Markup:
     paths = landscapes(record)
     if not paths:
         raise ValueError(
-            f"There is no landscape in {record.name}; python -m nas_kmix.analysis.landscape {_network(record)} "
-            f"--out {record.path('landscape')} computes it."
+            f"There is no landscape in {record.name}; "
+            f"{command('landscape', _network(record), '--out', str(record.path('landscape')))} computes it."
         )
     return join(_landscape(record, path, files.read_npz(path)) for path in paths)
 
@@ -83,10 +84,8 @@ def _landscape(record: Record, path: Path, arrays: dict[str, np.ndarray]) -> Mar
 def _robustness(record: Record) -> Markup:
     paths = tables(record)
     if not paths:
-        raise ValueError(
-            f"There is no robustness.csv in {record.name}; python -m nas_kmix.analysis.robustness {_network(record)} "
-            f"--attack fgsm pgd --out {record.path('robustness.csv')} measures it."
-        )
+        flags = (_network(record), "--attack", "fgsm", "pgd", "--out", str(record.path("robustness.csv")))
+        raise ValueError(f"There is no robustness.csv in {record.name}; {command('robustness', *flags)} measures it.")
     return join(_attacks(record, path) for path in paths)
 
 

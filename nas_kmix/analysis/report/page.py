@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import NamedTuple
@@ -111,7 +112,8 @@ def _origin(record: Record) -> Markup:
         environment = record.environment
         with record.reading("env.json"):
             packages = environment["packages"]
-            command = tag("pre", "python " + " ".join(map(str, environment["command"])))
+            start, *flags = map(str, environment["command"])
+            command = tag("pre", f"{'python ' if start.endswith('.py') else ''}{start} {shlex.join(flags)}")
             place = environment["gpu"] or f"{environment['processor']} CPU, {plural(environment['threads'], 'thread')}"
             commit = environment["commit"]
             versions = f"torch {packages['torch']}, Python {environment['python']}"

@@ -16,7 +16,7 @@ def reason(record: Record, error: Exception) -> str:
     """Why something cannot be shown, as a sentence."""
     if isinstance(error, ValueError):
         return str(error)
-    return f"The files of {record.name} do not hold what search.py and train_eval.py write ({error!r})."
+    return f"The files of {record.name} do not hold what a search or a training writes ({error!r})."
 
 
 def show(record: Record, **parts: Part) -> Markup:
