@@ -208,6 +208,31 @@ def test_flags_override_a_config(searched, tmp_path):
     assert found.out == search.PRESETS["quick"].out, "the folder is not a setting"
 
 
+@pytest.mark.parametrize("main", [search, train_eval], ids=["search", "train"])
+def test_the_flips_of_a_config_hold_for_the_data_of_its_run(main, tmp_path, monkeypatch):
+    """Other data have their own default, however they are named; an explicit flag wins."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "config.json"
+
+    def flips(recorded, *argv):
+        values = {"augmentation": {"flip": recorded}, "input": {"data": recorded_data}}
+        file.write_text(json.dumps(values))
+        return main.parse(["--config", str(file), *argv]).augmentation.flip
+
+    recorded_data = str(tmp_path / "insects.npz")
+    for recorded in (True, False):
+        assert flips(recorded) is recorded
+        for same in ("insects.npz", f"{tmp_path}/../{tmp_path.name}/insects.npz"):
+            assert flips(recorded, "--data", same) is recorded
+        assert flips(recorded, "--data=svhn.npz") is flips(recorded, "--data", "digits") is False
+        assert flips(recorded, "--data", "birds.npz") is True
+        assert flips(recorded, "--data", "birds.npz", "--no-flip") is False
+        assert flips(recorded, "--data", "svhn.npz", "--flip") is True
+        assert flips(recorded, "--no-flip") is False
+    recorded_data = "digits"
+    assert flips(True) is flips(True, "--data", "digits") is True
+
+
 def test_a_config_of_another_kind_is_refused(searched, tmp_path, capsys):
     file = str(searched / "config.json")
     assert train_eval.main(["--config", file]) == 2
@@ -263,7 +288,7 @@ def test_what_a_notebook_says_wrongly_is_a_value_error(npz, tmp_path):
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(npz, tmp_path, capsys):
     assert search.main([*command(npz, tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("tiny.npz: 96 training images of 3 classes, 16 px, resident")
+    assert lines[0] == "tiny.npz: 96 training images of 3 classes, 16 px, mirrored at random, resident on cpu"
     assert re.match(r"scorer    train tiny for 2 epochs of 12 steps with 8 images: about \d+ s, \d", lines[1])
     assert re.match(r"scoring   4 losses of each of 96 images: about \d+ s", lines[2])
     assert lines[3] == (

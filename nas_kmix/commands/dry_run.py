@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from darts_space import GENOTYPES, Search, build_network, read_genotype
 from nas_kmix.backbones import build_backbone
+from nas_kmix.commands.summary import of_images
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
 from nas_kmix.engine.datasets import located
@@ -34,6 +35,7 @@ from nas_kmix.pipeline.candidates import CHECKPOINTS
 from nas_kmix.pipeline.checks import check_flags, check_later_stages
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
+from nas_kmix.pipeline.network import NetworkTraining
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
@@ -90,7 +92,7 @@ def of_search(config: Config) -> Iterator[str]:
     data = load_data(config.input, device=compute.device, workers=config.device.workers)
     check_later_stages(config, data)
     chain = Chain(data, compute, config.out, config.fresh)
-    yield _images(data, len(data))
+    yield of_images(data, len(data), config.augmentation)
     table = None
     if config.uses_scores:
         trained = None
@@ -212,11 +214,10 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
 # -- train_eval.py -----------------------------------------------------------------------------------------------------
 
 
-def of_training(
-    name: str, model: nn.Module, optim: OptimConfig, recipe: Recipe, images: int, chain: Chain
-) -> Iterator[str]:
+def of_training(name: str, model: nn.Module, settings: NetworkTraining, images: int, chain: Chain) -> Iterator[str]:
     """What train_eval.py would do with this network, on so many images."""
-    yield _images(chain.data, images)
+    optim, recipe = settings.optim, settings.recipe
+    yield of_images(chain.data, images, settings.augmentation)
     if not chain.fresh and (chain.folder / network.FILE).exists():
         yield f"{chain.folder / network.FILE} is there: training goes on after its last epoch"
     step = _training_step(model.to(chain.compute.device), optim, recipe, chain)
@@ -250,13 +251,6 @@ def _random_images(n: int, size: int, data: ImageData) -> tuple[Tensor, Tensor]:
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
-
-
-def _images(data: ImageData, count: int) -> str:
-    return (
-        f"{data.source.name}: {count:,} training images of {data.num_classes} classes, {data.image_size} px, "
-        f"{'resident' if data.resident else 'streamed'} on {data.device}"
-    )
 
 
 def _shares(halves: Halves) -> str:

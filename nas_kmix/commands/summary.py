@@ -34,8 +34,8 @@ def of_images(data: ImageData, count: int, augmentation: Augmentation) -> str:
     """The first line of a run: what it trains on, and how; below it, how a set without splits was divided."""
     mirrored = "mirrored at random" if augmentation.flip else "not mirrored (--flip)"
     line = (
-        f"{data.source.name}: {count} training images of {data.num_classes} classes, {data.image_size} px, {mirrored}, "
-        f"{'resident' if data.resident else 'streamed'} on {data.device}"
+        f"{data.source.name}: {count:,} training images of {data.num_classes} classes, {data.image_size} px, "
+        f"{mirrored}, {'resident' if data.resident else 'streamed'} on {data.device}"
     )
     return f"{line}\n{data.source.note}" if data.source.note else line
 

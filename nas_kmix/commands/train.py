@@ -201,7 +201,7 @@ def dry_run(config: Config) -> Iterator[str]:
     model = network.build(config.network, data, seed=config.seed)
     name = config.network.backbone or f"{config.network.layers} cells of {model.channels} channels"
     chain = forecast.Chain(data, compute, config.out, config.fresh)
-    yield from forecast.of_training(name, model, config.optim, config.recipe, len(training.indices), chain)
+    yield from forecast.of_training(name, model, config, len(training.indices), chain)
     yield where_validation_comes_from(config.input.data, splits, evaluated, config.val_share)
 
 

@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from nas_kmix.engine import files
+from nas_kmix.engine.datasets import located
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.engine.named_sets import survives_mirroring
@@ -70,7 +71,7 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
     """Parse flags into a config.
 
     `--preset` (default: `quick`) and `--config` are read first and set the defaults, and `--data` that of `--flip`,
-    which is off for digits, letters and SVHN.
+    which is off for digits, letters and SVHN; the flips of a `--config` hold for the data of its run alone.
     """
     preset, file = _value_of("--preset", argv), _value_of("--config", argv)
     # An unknown preset is refused later, with its name.
@@ -80,7 +81,8 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
         default = suited(default, data, _value_of("--device", argv))
     else:
         default = _of_file(_expanded(Path(file)), presets, preset)
-        default = default if data is None else _mirrored_as(default, data)
+        if data is not None and located(data) != located(default.input.data):
+            default = _mirrored_as(default, data)
     return parse_flags(type(default), argv, description, default=default)
 
 
