@@ -85,8 +85,16 @@ def test_limits_of_containers_are_seen(line, files, tmp_path):
     assert list(memory._of_the_container(tmp_path / "cgroup", tmp_path)) == [500]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@pytest.fixture
+def little_memory(tmp_path, monkeypatch):
+    """The flags of 96 images and a folder, on a machine where 10 images fit."""
+    np.savez(tmp_path / "set.npz", train_images=draw_pixels(96, 16, 16, 3), train_labels=np.arange(96) % 3)
+    monkeypatch.setattr(memory, "kept_bytes", lambda _, n, *__: 1e6 * n)
+    monkeypatch.setattr(memory, "free_bytes", lambda *_, **__: 15e6)
+    return ["--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "run")]
+
+
+with_each_batch = pytest.mark.parametrize(
     ("main", "flags", "flag"),
     [
         (search.main, [*SEARCH, "--batch-size", "4"], "--scorer.batch-size"),
@@ -94,12 +102,22 @@ def test_limits_of_containers_are_seen(line, files, tmp_path):
         (train_eval.main, TRAIN, "--batch-size"),
     ],
 )
-def test_a_command_refuses_such_a_batch_and_takes_the_one_that_it_names(main, flags, flag, tmp_path, monkeypatch):
-    np.savez(tmp_path / "set.npz", train_images=draw_pixels(96, 16, 16, 3), train_labels=np.arange(96) % 3)
-    monkeypatch.setattr(memory, "kept_bytes", lambda _, n, *__: 1e6 * n)
-    monkeypatch.setattr(memory, "free_bytes", lambda *_, **__: 15e6)
-    argv = [*flags, "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "run")]
-    complained = io.StringIO()
+
+
+@with_each_batch
+def test_a_dry_run_refuses_such_a_batch_in_the_same_words(main, flags, flag, tmp_path, little_memory, capsys):
+    said = []
+    for more in ((), ("--dry-run",)):
+        assert main([*flags, *little_memory, flag, "10000", *more]) == 2
+        said.append(capsys.readouterr())
+    assert said[0] == said[1] and f"error: {flag} 10000 needs more than" in said[0].err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@with_each_batch
+def test_a_command_refuses_such_a_batch_and_takes_the_one_that_it_names(main, flags, flag, tmp_path, little_memory):
+    argv, complained = [*flags, *little_memory], io.StringIO()
     with contextlib.redirect_stderr(complained), contextlib.redirect_stdout(io.StringIO()):
         assert main([*argv, flag, "10000"]) == 2
         assert not (tmp_path / "run").exists()

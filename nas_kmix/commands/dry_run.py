@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nas_kmix.commands.summary import of_images
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
 from nas_kmix.engine.datasets import located
+from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.forecast import Cost, at, gigabytes, measured
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
 from nas_kmix.engine.memory import free_bytes
@@ -32,7 +33,7 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import finals, network, proxy, scorer, scores, search
 from nas_kmix.pipeline.candidates import CHECKPOINTS
-from nas_kmix.pipeline.checks import check_flags, check_later_stages
+from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memory
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.network import NetworkTraining
@@ -49,6 +50,7 @@ class Chain:
     compute: Compute
     folder: Path
     fresh: bool = False
+    world: World = field(default_factory=World)
     seconds: float = 0.0
     bytes: float = 0.0
 
@@ -64,7 +66,7 @@ class Chain:
     @property
     def run(self) -> Run:
         """To read what is there; it is not opened."""
-        return Run(self.folder, stages=(), compute=self.compute)
+        return Run(self.folder, stages=(), compute=self.compute, world=self.world)
 
     def line(self, name: str, what: str, cost: Cost | None = None) -> str:
         """One stage, which frees its memory before the next."""
@@ -91,7 +93,10 @@ def of_search(config: Config) -> Iterator[str]:
     compute, given, until = pick_compute(config.device), config.given, config.stop_after
     data = load_data(config.input, device=compute.device, workers=config.device.workers)
     check_later_stages(config, data)
-    chain = Chain(data, compute, config.out, config.fresh)
+    with joined(compute.device) as world:
+        config.scorer.mix.check_processes(world.size)
+        chain = Chain(data, compute, config.out, config.fresh, world)
+        check_memory(config, data, chain.run)
     yield of_images(data, len(data), config.augmentation)
     table = None
     if config.uses_scores:

@@ -190,7 +190,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         nonlocal config
         config = parse(argv, description)
         if config.invocation.dry_run:
-            return print("\n".join(dry_run.of_search(config)))
+            said = "\n".join(dry_run.of_search(config))
+            if is_main():
+                print(said)
+            return
         result = run(config)
         if is_main():
             print(of_search(config, result, argv))

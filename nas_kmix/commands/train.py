@@ -31,7 +31,7 @@ from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.datasets import located
-from nas_kmix.engine.distributed import is_main
+from nas_kmix.engine.distributed import is_main, joined
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.log import OnLog
@@ -155,11 +155,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         model = network.build(config.network, data, seed=config.seed)
         description = network.describe(model, config.network, data)
         result = {"kind": "train", "network": description, "seed": config.seed, **cost(model, data.image_size)}
-        if not data.resident:
-            largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
-            check_room(largest, data.image_size, data.workers)
-        if config.fresh or not run.path(network.FILE).exists():
-            network.check_memory(config, model, training, run)
+        _check_machine(config, data, model, training, run)
         if config.fresh:
             run.clear()
         if config.preset in PAPER:
@@ -200,7 +196,10 @@ def dry_run(config: Config) -> Iterator[str]:
     data, splits, training, evaluated = _load_images(config, compute)
     model = network.build(config.network, data, seed=config.seed)
     name = config.network.backbone or f"{config.network.layers} cells of {model.channels} channels"
-    chain = forecast.Chain(data, compute, config.out, config.fresh)
+    with joined(compute.device) as world:
+        config.mix.check_processes(world.size)
+        chain = forecast.Chain(data, compute, config.out, config.fresh, world)
+        _check_machine(config, data, model, training, chain.run)
     yield from forecast.of_training(name, model, config, len(training.indices), chain)
     yield where_validation_comes_from(config.input.data, splits, evaluated, config.val_share)
 
@@ -258,6 +257,15 @@ def _check_flags(config: Config) -> None:
         raise ValueError("--eval-every and --train-images must be at least 1.")
 
 
+def _check_machine(config: Config, data: ImageData, model: nn.Module, training: Part, run: Run) -> None:
+    """Refuse a batch that does not fit into memory, or into the shared memory of the workers that read it."""
+    if not data.resident:
+        largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
+        check_room(largest, data.image_size, data.workers)
+    if config.fresh or not run.path(network.FILE).exists():
+        network.check_memory(config, model, training, run)
+
+
 def _check_size(config: Config, data: ImageData) -> None:
     with_head = config.network.genotype is not None and config.network.auxiliary
     smallest = SMALLEST[data.stem] if with_head else 0
@@ -279,7 +287,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         config = parse(argv, description)
         if config.invocation.dry_run:
-            return print("\n".join(dry_run(config)))
+            said = "\n".join(dry_run(config))
+            if is_main():
+                print(said)
+            return
         result = run(config)
         if is_main():
             if not config.quiet:
