@@ -125,7 +125,8 @@ def train_on_subset(ratio: float, arm: str, seed: int, mix: str, config: Config)
     data = load_data(DataConfig(data=config.cifar100), device=compute.device)
     pool, validation = split_by_class(np.arange(len(data)), data.labels, VALIDATION, seed=0)
     chosen = pool[_selected(ARMS[arm], pool, data, ratio, seed, config)]
-    model = compute.layout(build_backbone("small", num_classes=data.num_classes, stem=data.stem, seed=seed))
+    model = build_backbone("small", num_classes=data.num_classes, stem=data.stem, seed=seed).to(compute.device)
+    model = compute.layout(model)
     optim = OptimConfig(epochs=round(PASSES / len(chosen)), batch_size=64, lr=0.1, schedule="cosine", weight_decay=5e-4)
     settings = MixConfig("dcutmix") if mix == "dcutmix" else MixConfig("none")
     name = f"{mix}-{ratio:g}-{arm}-{seed}"
