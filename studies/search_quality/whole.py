@@ -100,7 +100,7 @@ def _retrained(config: Config) -> dict[str, Genotype]:
     winners = {f"winner/{seed}": Genotype.from_json(lines[cell]["genotype"]) for seed, cell in cells.items()}
     target = float(np.mean([transfer.macs(genotype) for genotype in winners.values()]))
     random = transfer.random_genotypes(RANDOM_GENOTYPES, target)
-    return winners | {f"random/{number}": genotype for number, genotype in enumerate(random)}
+    return winners | {f"random/{number:02}": genotype for number, genotype in enumerate(random)}
 
 
 def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None) -> dict[str, Any]:
