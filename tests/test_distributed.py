@@ -207,7 +207,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, 
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] > state["epoch"]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_every_restart_is_for_a_killed_process(victim, tmp_path):
     """As many restarts as kills are enough: none goes to processes that look for each other at old addresses."""
     process = torchrun(tmp_path / "log", ROOT / "tests" / "killed_ranks.py", victim, restarts=1)

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from darts_space import Genotype
 from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
 from studies.cells import mean_and_error, read_results
 from studies.search_quality.judged import genotypes, verdict
+from studies.search_quality.pools import genotypes as pool_of
 
 FOLDER = Path(__file__).parent
 Line = Mapping[str, Any]
@@ -25,9 +27,16 @@ def main(results: Path) -> int:
     turn = {arm: _curve(arm_lines) for arm, arm_lines in _by_arm(lines, "turn/").items()}
     searches = {arm: _searches(arm_lines) for arm, arm_lines in _by_arm(lines, "search/").items()}
     presets = {name: [_winner(line) for line in found] for name, found in _by_arm(runs, "preset/").items()}
+    proved = [line for line in runs if line["cell"].startswith("proved/cpu/")]
+    no_finals = {"winners": presets.get("cpu", []), "cost": _cost(runs, "preset/cpu/")}
     whole = {
-        "winners": presets.get("cpu", []),
-        "cost": _cost(runs),
+        **(
+            {"winners": [_winner(line) for line in proved], "cost": _cost(runs, "proved/cpu/")} if proved else no_finals
+        ),
+        "no_finals": no_finals,
+        "verdicts": [{"seed": _seed(line), **_verdict(line["finals"])} for line in proved],
+        "retraining": _retraining(_by_arm(runs, "retrain/")),
+        "finals": {arm: _ranking(lines) for arm, lines in _by_arm(read_results(FOLDER / "pools.jsonl"), "").items()},
         "proxies": _proxies(_by_arm(runs, "proxies/")),
         "gpu": presets.get("gpu", []),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
@@ -117,9 +126,9 @@ def _mean(values: list[float], name: str) -> dict[str, Any]:
     return {f"{name}_mean": found["mean"], f"{name}_se": found["se"], "n": found["n"]}
 
 
-def _cost(runs: list[Line]) -> dict[str, Any]:
-    """Image passes of the preset cpu, mean over its runs, and the minutes that they take at the measured rates."""
-    whole = [line["cost"] for line in runs if line["cell"].startswith("preset/cpu/")]
+def _cost(runs: list[Line], start: str) -> dict[str, Any]:
+    """Image passes of the preset cpu, mean over these runs, and the minutes that they take at the measured rates."""
+    whole = [line["cost"] for line in runs if line["cell"].startswith(start)]
     rates = {stage: cost for line in runs if line["cell"] == "rates" for stage, cost in line["cost"].items()}
     stages = {}
     for stage in whole[0] if whole else ():
@@ -132,6 +141,42 @@ def _cost(runs: list[Line]) -> dict[str, Any]:
             per_image = rates[stage]["wall_s"] / max(1, rates[stage]["images_forward"])
             stages[stage] = {**passes, "minutes_one_thread": round(passes["images_forward"] * per_image / 60, 2)}
     return stages
+
+
+def _verdict(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What result.json says of the entry among random architectures."""
+    return {"verdict": result["verdict"], **result["entry_minus_random"]}
+
+
+def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
+    """Test accuracies after the last epoch of the winners and of random genotypes of equal cost."""
+    found = {
+        name: [{"macs": line["macs"], "accuracy": line["last"]["test_accuracy"]} for line in lines]
+        for name, lines in arms.items()
+    }
+    winners, random = ([one["accuracy"] for one in found.get(name, [])] for name in ("winner", "random"))
+    if min(len(winners), len(random)) < 2:
+        return {"n": 0}
+    error = np.sqrt(np.var(winners, ddof=1) / len(winners) + np.var(random, ddof=1) / len(random))
+    difference = {"mean": float(np.mean(winners) - np.mean(random)), "se": float(error), "n": len(winners)}
+    return {"winners": found["winner"], "random": found["random"], "difference": difference}
+
+
+def _ranking(lines: list[Line]) -> dict[str, Any]:
+    """How finals of one arm rank pools of random genotypes, beside the judge; means over the pools."""
+    found: dict[str, Any] = {"n": len(lines)}
+    for criterion, sign in (("accuracy", 1), ("loss", -1), ("train_loss", -1)):
+        rows = []
+        for line in lines:
+            judged = [verdict(genotype) for genotype in pool_of(_seed(line))]
+            values = sign * np.array(line[criterion])
+            pick = judged[int(values.argmax())]
+            rank = stats.spearmanr(values, [one["z"] for one in judged]).statistic
+            rows.append((rank, pick["percentile"], pick["percentile_equal_params"]))
+        names = ("spearman", "percentile_of_pick", "percentile_of_pick_equal_params")
+        columns = zip(names, zip(*rows, strict=True), strict=True)
+        found[criterion] = {name: mean_and_error(values, 3) for name, values in columns}
+    return {**{name: found["accuracy"][name]["mean"] for name in ("spearman", "percentile_of_pick")}, **found}
 
 
 def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:

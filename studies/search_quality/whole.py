@@ -1,12 +1,12 @@
-"""Whole runs of search.py as cells: presets as they ship, finals included, proxies of several kinds, and retraining.
+"""Whole runs of search.py as cells: presets as they ship, proxies of several kinds, finals, and retraining.
 
     python -m studies.search_quality.whole --only preset/cpu/101     # one of them; without --only, all that are missing
     python -m studies.search_quality.whole --only rates              # alone on the machine: image passes per second
 
 A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record, what
 the finals said and the cost. After --minutes a cell saves its state and the program ends with code 75; the same command
-goes on from there. Once the five runs of `cpu` are there, their winners and sixteen random genotypes of equal cost are
-retrained: C=8, 8 layers, all training images, 15 epochs.
+goes on from there. `proved/cpu/SEED` adds the finals to the run of `preset/cpu/SEED`. The five winners, and sixteen
+random genotypes of equal cost, are retrained: C=8, 8 layers, all training images, 15 epochs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ RESULTS = FOLDER / "runs.jsonl"
 
 CPU_SEEDS = range(101, 106)
 PRESETS = {
-    "cpu": (CPU_SEEDS, "--preset cpu"),
-    "quick": (range(5), "--preset quick"),
+    "cpu": (CPU_SEEDS, "--preset cpu --no-finals"),
+    "quick": (range(5), "--preset quick --no-finals"),
     "gpu": (range(101, 103), "--preset gpu"),  # on the proxies of cpu's first two seeds
 }
 PROXIES = {
@@ -76,6 +76,8 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
             given = f" --proxy {config.out}/preset-cpu-{seed}/proxy.json" if name == "gpu" else ""
             cell = f"preset/{name}/{seed}"
             work[cell] = partial(run, cell, f"{flags} --seed {seed}{given}", config)
+    for seed in CPU_SEEDS:
+        work[f"proved/cpu/{seed}"] = partial(run, f"preset/cpu/{seed}", f"--preset cpu --seed {seed}", config)
     for arm, flags in PROXIES.items():
         for seed in PROXY_SEEDS:
             scorer = None if "random" in flags or "none" in flags else seed
@@ -89,12 +91,12 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def _retrained(config: Config) -> dict[str, Genotype]:
-    """The winners of `cpu` and random genotypes of about their mean cost, by the names of their cells.
+    """The winners of the finals and random genotypes of about their mean cost, by the names of their cells.
 
-    None before all five runs are there.
+    None before all five are there.
     """
     lines = {line["cell"]: line for line in read_results(config.results)}
-    cells = {seed: f"preset/cpu/{seed}" for seed in CPU_SEEDS}
+    cells = {seed: f"proved/cpu/{seed}" for seed in CPU_SEEDS}
     if not lines.keys() >= set(cells.values()):
         return {}
     winners = {f"winner/{seed}": Genotype.from_json(lines[cell]["genotype"]) for seed, cell in cells.items()}
@@ -104,7 +106,7 @@ def _retrained(config: Config) -> dict[str, Genotype]:
 
 
 def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None) -> dict[str, Any]:
-    """Search, with the scores of the scorer of a seed if one is given, and return what the line holds.
+    """Search in the folder of `name`, with the scores of a seed's scorer if one is given; returns the line's content.
 
     Raises StoppedError at its time.
     """

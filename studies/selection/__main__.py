@@ -7,7 +7,8 @@
 A fifth of the training images is set aside. Each arm selects t of all images from the other four fifths; a small
 network is trained on them for 200,000 image passes and evaluated on the fifth. A seed fixes scorer, draws, subset and
 training together; random images are drawn anew by each seed. A scorer and its scores are those of
-`search.py --preset cpu --seed SEED`, which a cell makes if they are missing in --out.
+`search.py --preset cpu --seed SEED`, which a cell makes if they are missing in --out. `reliability/SCORING/SEED` scores
+once more, by the same scorer with other draws, and compares the rankings: Spearman's correlation over all images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from scipy import stats
 
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
@@ -46,8 +48,8 @@ VALIDATION = 0.2
 SELECTION = 41  # random stream
 
 SCORINGS = {
-    "paper": "",
-    "anchor": "--scoring.partners common --scoring.loss anchor --scoring.baselines",
+    "paper": "--scoring.partners fresh --scoring.loss mixed",
+    "anchor": "--scoring.partners common --scoring.loss anchor",
 }
 """Two scorings by one scorer: the paper's; and the same mixes for all images, judged by their own labels."""
 
@@ -83,6 +85,10 @@ ARMS = {
 }
 
 
+DEFAULT = "paper"
+"""The arm that search.py selects by."""
+
+
 @dataclass(frozen=True)
 class Config(CellConfig):
     """Which cells, on which copy of the data."""
@@ -98,7 +104,11 @@ class Config(CellConfig):
 
 def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     """All cells by name; the plain trainings, without mixing, come last."""
-    work: dict[str, Callable[[], dict[str, Any]]] = {}
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        f"reliability/{scoring}/{seed}": partial(repeat_scoring, scoring, seed, config)
+        for scoring in SCORINGS
+        for seed in SEEDS
+    }
     for mix in ("dcutmix", "none"):
         for ratio in RATIOS:
             for arm in ARMS:
@@ -113,10 +123,27 @@ def scores_of(seed: int, scoring: str, config: Config) -> ScoreTable:
     for name in dict.fromkeys(("paper", scoring)):
         folder = config.out / f"{seed}-{name}"
         if not (folder / "scores.npz").exists():
-            given = "" if name == "paper" else f"--scorer {config.out}/{seed}-paper/scorer.pt"
+            given = "" if name == "paper" else f"--scoring.baselines --scorer {config.out}/{seed}-paper/scorer.pt"
             flags = f"--preset cpu --seed {seed} --stop-after scores {SCORINGS[name]} {given}"
             search_once(flags, folder, config, config.cifar100)
     return ScoreTable.load(config.out / f"{seed}-{scoring}" / "scores.npz")
+
+
+def repeat_scoring(scoring: str, seed: int, config: Config) -> dict[str, Any]:
+    """How well the rankings of one scoring repeat with other draws, and with the next seed's scorer."""
+    first = scores_of(seed, scoring, config)
+    other_scorer = scores_of(seed % len(SEEDS) + 1, scoring, config)
+    folder = config.out / f"{seed}-{scoring}-again"
+    flags = f"--preset cpu --seed {seed + 100} --stop-after scores {SCORINGS[scoring]}"
+    search_once(f"{flags} --scorer {config.out}/{seed}-paper/scorer.pt", folder, config, config.cifar100)
+    again = ScoreTable.load(folder / "scores.npz")
+    return {
+        measure: {
+            name: round(float(stats.spearmanr(first.measure(measure), other.measure(measure)).statistic), 3)
+            for name, other in (("same_scorer", again), ("other_scorer", other_scorer))
+        }
+        for measure in ("cv", "mean")
+    }
 
 
 def train_on_subset(ratio: float, arm: str, seed: int, mix: str, config: Config) -> dict[str, Any]:
@@ -125,7 +152,8 @@ def train_on_subset(ratio: float, arm: str, seed: int, mix: str, config: Config)
     data = load_data(DataConfig(data=config.cifar100), device=compute.device)
     pool, validation = split_by_class(np.arange(len(data)), data.labels, VALIDATION, seed=0)
     chosen = pool[_selected(ARMS[arm], pool, data, ratio, seed, config)]
-    model = compute.layout(build_backbone("small", num_classes=data.num_classes, stem=data.stem, seed=seed))
+    model = build_backbone("small", num_classes=data.num_classes, stem=data.stem, seed=seed).to(compute.device)
+    model = compute.layout(model)
     optim = OptimConfig(epochs=round(PASSES / len(chosen)), batch_size=64, lr=0.1, schedule="cosine", weight_decay=5e-4)
     settings = MixConfig("dcutmix") if mix == "dcutmix" else MixConfig("none")
     name = f"{mix}-{ratio:g}-{arm}-{seed}"
@@ -151,21 +179,38 @@ def _selected(arm: Arm, pool: np.ndarray, data: ImageData, ratio: float, seed: i
 
 
 def summary(results: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy by ratio and arm, and its difference from random images, paired by seed."""
+    """Accuracy by ratio and arm, its difference from random images, paired by seed, and the reliability of rankings."""
     found: dict[str, dict[str, dict[int, float]]] = {}
+    repeated: dict[str, list[float]] = {}
     for line in results:
-        kind, ratio, arm, seed = line["cell"].split("/")
-        table = found.setdefault(ratio if kind == "train" else f"{ratio} without mixing", {})
-        table.setdefault(arm, {})[int(seed)] = line["accuracy"]
-    whole = {}
-    for place, arms in found.items():
-        whole[place] = {arm: mean_and_error(list(by_seed.values()), 4) for arm, by_seed in arms.items()}
-        for arm, by_seed in arms.items():
-            both = sorted(by_seed.keys() & arms.get("random", {}).keys())
-            if arm != "random" and both:
-                differences = [by_seed[seed] - arms["random"][seed] for seed in both]
-                whole[place][f"{arm}_minus_random"] = mean_and_error(differences, 4)
-    return whole
+        kind, *place, seed = line["cell"].split("/")
+        if kind == "reliability":
+            for measure in ("cv", "mean"):
+                for what, value in line[measure].items():
+                    repeated.setdefault(f"{place[0]} {measure}, {what.replace('_', ' ')}", []).append(value)
+        else:
+            table = found.setdefault(place[0] if kind == "train" else f"{place[0]} without mixing", {})
+            table.setdefault(place[1], {})[int(seed)] = line["accuracy"]
+    reliability = {name: mean_and_error(values, 3)["mean"] for name, values in repeated.items()}
+    return {**{place: _compared(arms) for place, arms in found.items()}, "reliability": reliability}
+
+
+def _compared(arms: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """The arms of one ratio; `default` is what search.py selects by default, `best_rival` the best of the others."""
+    table: dict[str, Any] = {arm: mean_and_error(list(by_seed.values()), 4) for arm, by_seed in arms.items()}
+    for arm, by_seed in arms.items():
+        both = sorted(by_seed.keys() & arms.get("random", {}).keys())
+        if arm != "random" and both:
+            differences = [by_seed[seed] - arms["random"][seed] for seed in both]
+            table[f"{arm}_minus_random"] = mean_and_error(differences, 4)
+    rivals = [arm for arm in arms if arm not in (DEFAULT, "random")]
+    if rivals:
+        best = max(rivals, key=lambda arm: table[arm]["mean"])
+        table["best_rival"] = {**table[best], "arm": best}
+    for suffix in ("", "_minus_random"):
+        if DEFAULT + suffix in table:
+            table["default" + suffix] = table[DEFAULT + suffix]
+    return table
 
 
 def main() -> int:
@@ -173,9 +218,12 @@ def main() -> int:
     if config.summary:
         whole = summary(read_results(config.results))
         files.write_json(config.results.parent / "summary.json", whole)
+        reliability = whole.pop("reliability")
         for place, arms in whole.items():
             for arm, found in arms.items():
                 print(f"{place:<24} {arm:<28} {found['mean']:+.4f} ± {found['se']:.4f}  n={found['n']}")
+        for name, value in reliability.items():
+            print(f"{name:<24} {value:+.3f}")
         return 0
     return run_cells(cells(config), config.results, config)
 
