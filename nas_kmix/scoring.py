@@ -10,7 +10,6 @@ and partners give M losses against the mixed label (eq. 8); their coefficient of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +86,7 @@ def score_dataset(
                 )
             bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
             own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad, columns)
-            tables.append(_shared(own, world))
+            tables.append(ScoreTable.merge(world.gather(own)))  # the same bits as from a single process
             data.bad.add(tables[-1].bad)
             on_shard(tables[-1])
     finally:
@@ -116,24 +115,6 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
     anchor = np.zeros((len(partners), 1), dtype=np.int64)
     plan = box_plan(np.hstack([anchor, partners]), draws.boxes, (data.image_size,) * 2, device=data.device)
     return paste(batch.images, plan), mix_labels(batch.labels, plan.partners, plan.weights, data.num_classes)
-
-
-def _shared(own: ScoreTable, world: World) -> ScoreTable:
-    """Merge the shards that the processes have just scored: the same bits as from a single process."""
-    if world.size == 1:
-        return own
-    arrays = {"index": own.index, "label": own.label, "losses": own.losses, **own.columns}
-    everyone: dict[str, list[np.ndarray]] = {}
-    for name, array in arrays.items():
-        payloads, shape = world.gather(array.tobytes()), array.shape[1:]
-        everyone[name] = [np.frombuffer(payload, dtype=array.dtype).reshape(-1, *shape) for payload in payloads]
-    bads = [json.loads(payload) for payload in world.gather(json.dumps(own.bad).encode())]
-    tables = []
-    for rank, bad in enumerate(bads):
-        index, label, losses = (everyone[name][rank] for name in ("index", "label", "losses"))
-        columns = {name: everyone[name][rank] for name in own.columns}
-        tables.append(ScoreTable(index, label, losses, own.key, {int(i): text for i, text in bad.items()}, columns))
-    return ScoreTable.merge(tables)
 
 
 def _score(model, data, sources: _Sources, draws: Draws, config, compute: Compute) -> tuple[Tensor, Tensor]:

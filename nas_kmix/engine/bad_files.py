@@ -5,7 +5,6 @@ An unreadable file is never replaced: its index and a sentence are noted here, a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +70,8 @@ class BadFileList:
     def gather(self) -> dict[str, str]:
         """Path below the data folder to sentence, sorted; every process must call it, and all get the same."""
         own = {data.source.place(index): sentence for data in self._sets for index, sentence in data.bad.items()}
-        for given in self._world.gather(json.dumps(own).encode()):
-            self._sentences.update(json.loads(given))
+        for given in self._world.gather(own):
+            self._sentences.update(given)
         self._sentences = dict(sorted(self._sentences.items()))
         return self._sentences
 

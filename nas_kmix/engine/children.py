@@ -43,7 +43,7 @@ class Children(Generic[Name, Task, Outcome]):
     """
 
     def __init__(self, function: Callable[[Task], Outcome], jobs: int):
-        self._function, self._jobs = function, jobs
+        self._function, self.jobs = function, jobs
         self._waiting: deque[tuple[Name, Task]] = deque()
         self._idle: list[Connection] = []
         self._busy: dict[Connection, Name] = {}
@@ -70,6 +70,10 @@ class Children(Generic[Name, Task, Outcome]):
         self._waiting.append((name, task))
         self._hand_out()
 
+    def ready(self, seconds: float) -> bool:
+        """Whether a result has come, or comes within so many seconds; at once False where no child works."""
+        return bool(self._busy) and bool(connection.wait(list(self._busy), seconds))
+
     def next(self, check: Callable[[], None] = lambda: None) -> tuple[Name, Outcome]:
         """Wait for the next result of any task. `check` is called in between and may raise.
 
@@ -93,7 +97,7 @@ class Children(Generic[Name, Task, Outcome]):
         return name, outcome
 
     def _hand_out(self) -> None:
-        while self._waiting and (self._idle or len(self._processes) < self._jobs):
+        while self._waiting and (self._idle or len(self._processes) < self.jobs):
             ours = self._idle.pop() if self._idle else self._start()
             name, task = self._waiting.popleft()
             self._busy[ours] = name

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -57,16 +58,12 @@ class World:
         distributed.all_reduce(together, operation)
         return together.tolist()
 
-    def gather(self, payload: bytes) -> list[bytes]:
-        """The payloads of all processes, in rank order (a sync point)."""
-        if self.size == 1:
-            return [payload]
-        lengths = [int(n) for n in self.total(*(len(payload) * (rank == self.rank) for rank in range(self.size)))]
-        room = torch.zeros(max(1, *lengths), dtype=torch.uint8)
-        room[: len(payload)] = torch.tensor(list(payload), dtype=torch.uint8)
-        everyone = [torch.empty_like(room) for _ in lengths]
-        distributed.all_gather(everyone, room)
-        return [given[:n].numpy().tobytes() for given, n in zip(everyone, lengths, strict=True)]
+    def gather(self, given: Any) -> list[Any]:
+        """What each process gives, anything that can be pickled, in rank order (a sync point)."""
+        everyone = [given] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(everyone, given)
+        return everyone
 
     def barrier(self) -> None:
         """Wait until every process gets here, however long another one works alone.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ import tyro
 
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.cli import Invocation
-from nas_kmix.engine.compute import DeviceConfig
+from nas_kmix.engine.compute import DeviceConfig, cores
 from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.mixers import MixConfig
@@ -58,8 +57,9 @@ class Config:
     invocation: Annotated[Invocation, Flat] = field(default_factory=Invocation)
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
-    jobs: int = min(8, os.cpu_count() or 1)
-    """Child processes of one thread each that work side by side; results are the same whatever the number."""
+    jobs: int = field(default_factory=lambda: min(8, cores()))
+    """Child processes of one thread each that work side by side, for each process of torchrun; results are the same
+    whatever the number. Default: this process's share of the cores, at most 8."""
     quiet: bool = False
     """Print nothing but warnings and the results."""
     report: bool = True

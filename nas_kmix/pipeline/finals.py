@@ -4,8 +4,9 @@ Searched and given candidates go through successive halving (`halving`); the ent
 through every rung. Candidates train on the proxy's half for the weights and are judged on its half for the
 architecture. The verdict (`verdict`) rests on training images that neither search nor finals have used.
 
-Every turn, a candidate's rung, is trained in a child process of one thread (`trial`), and the result does not depend on
-how many there are. A resume goes on after the turns that had ended.
+Every turn, a candidate's rung, is trained in a child process of one thread (`trial`). Under torchrun the turns are
+dealt out to the children of all ranks, each on its rank's device (`engine.crew`); every rank follows, and rank 0
+writes. The result does not depend on the number of ranks or children. A resume goes on after the turns that had ended.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from darts_space import Genotype
 from nas_kmix.engine import files
 from nas_kmix.engine.children import Children
+from nas_kmix.engine.crew import Crew
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, stage_key
 from nas_kmix.engine.keys import identity as identity_of
@@ -36,7 +38,6 @@ from nas_kmix.sampling import split_by_class
 
 NAME = "finals"
 FILE = "genotype.json"
-ALONE = True  # with child processes of its own
 TABLE, RESULT = "finals.jsonl", "result.json"
 FILES = (candidates.FILE, TABLE, RESULT)
 VERDICT_IMAGES = 2500
@@ -129,7 +130,8 @@ def make(
             f"warning: {entrants.far_controls} of the {config.controls} random controls cost over "
             f"{candidates.NEAR:.0%} more or less than the search's genotypes, as hardly any random one costs as much"
         )
-    candidates.save(run.path(candidates.FILE), entrants.candidates, entrants.provenance)
+    if run.world.main:
+        candidates.save(run.path(candidates.FILE), entrants.candidates, entrants.provenance)
     turns = _Turns(entrants, halving_of(entrants, config.rungs), key, run)
     with run.resumed(checkpoint_name(NAME), key) as state:
         if state is not None:
@@ -141,10 +143,11 @@ def make(
     score = {"candidate": number, "accuracy": accuracy, "se": standard_error(accuracy, len(roles.judge))}
     if "chosen" in entrants.provenance:  # of several searches, the one whose history goes with the winner
         score["chosen"] = f"seed-{winner.seed or 0}"
-    files.write_text(run.path(TABLE), _table(turns, config, len(roles.judge)))
-    files.write_json(run.path(RESULT), result)
-    search = dict(entrants.provenance)
-    winner.genotype.save(path, provenance={**key, "origin": winner.origin, **score, "search": search})
+    if run.world.main:
+        files.write_text(run.path(TABLE), _table(turns, config, len(roles.judge)))
+        files.write_json(run.path(RESULT), result)
+        search = dict(entrants.provenance)
+        winner.genotype.save(path, provenance={**key, "origin": winner.origin, **score, "search": search})
     return Finals(winner.genotype, result)
 
 
@@ -196,21 +199,22 @@ DIVERGED = Outcome(0.0, math.nan, math.nan, 0.0, None)
 
 
 def _train(turns: _Turns, trainer: Trainer, run: Run) -> None:
-    """Train every turn as soon as it may begin and a child is free."""
+    """Train every turn as soon as it may begin and a child of any rank is free."""
     config, halving = trainer.config, turns.halving
     done = sum(config.epochs_of(rung) for _, rung in halving.accuracies)
     progress = run.progress(NAME, _all_epochs(halving, config), done=done, unit="epoch")
     with run.stage(NAME) as cost, Children(trainer, config.jobs) as children:
+        crew = Crew(children, run.world)
         while True:
             while beginning := halving.turns():
                 for turn in beginning:
                     if (task := turns.task(turn)) is None:
                         turns.record(turn, DIVERGED)
                     else:
-                        children.submit(turn, task)
-            if not children.unfinished:
+                        crew.submit(turn, task)
+            if not crew.unfinished:
                 break
-            turn, outcome = children.next(run.raise_if_stopping)
+            turn, outcome = crew.next(run.raise_if_stopping)
             number, rung = turn
             passes = config.steps(len(trainer.roles.train), rung) * min(config.batch_size, len(trainer.roles.train))
             judged = len(trainer.roles.judge) + (len(trainer.roles.verdict) if rung == config.rungs - 1 else 0)
