@@ -8,7 +8,7 @@
 Each stage writes a file that the next one reads: scorer.pt, scores.npz, proxy.json, candidates.json, genotype.json. The
 last one, the finals, trains the candidates beside random architectures and says whether the search was worth it. Run
 the same command again to resume; finished stages are skipped. --scorer, --scores and --proxy start from the results of
-another run. Under torchrun all processes train the scorer, score, and share every batch of the search.
+another run. Under torchrun all processes share every stage: images, batches of the search, candidates of the finals.
 """
 
 from __future__ import annotations
