@@ -25,7 +25,17 @@ from nas_kmix.pipeline.scorer import load_scorer
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
-COPIED = ("config.json", "env.json", "proxy.json", "genotype.json", "genotypes.jsonl", "alphas.npz", "cost.json")
+COPIED = (
+    "config.json",
+    "env.json",
+    "proxy.json",
+    "genotype.json",
+    "genotypes.jsonl",
+    "alphas.npz",
+    "cost.json",
+    "metrics.csv",
+)
+OF_FINALS = ("candidates.json", "finals.jsonl", "result.json")
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,9 @@ class Config:
 
 
 def main(config: Config) -> None:
-    for name in (*COPIED, "metrics.csv"):
+    config.out.mkdir(parents=True, exist_ok=True)
+    proved = OF_FINALS if (config.run / OF_FINALS[0]).exists() else ()
+    for name in (*COPIED, *proved):
         shutil.copyfile(config.run / name, config.out / name)
     table = ScoreTable.load(config.run / "scores.npz")
     files.write_npz(config.out / "cv.npz", {"cv": table.cv.astype(np.float32)})
