@@ -317,7 +317,7 @@ def test_nobody_is_told_to_remove_a_file_of_his_own(tmp_path):
     torch.save([1, 2], listed)
     (tmp_path / "set.npz").write_bytes(b"PK cut short")
     for path in (foreign, listed):
-        with pytest.raises(ValueError, match="give a file that search") as caught:
+        with pytest.raises(ValueError, match="give a file that a search") as caught:
             files.load_tensors(path)
         assert "remove it" not in str(caught.value)
         with pytest.raises(ValueError, match="remove it, or use --fresh"):
