@@ -43,7 +43,7 @@ class Config:
     """All settings. `--preset` sets the defaults shown here; every other flag overrides one of them."""
 
     preset: Literal["quick", "cpu", "gpu", "paper", "imagenet"] = "quick"
-    """quick: digits, in a minute or two | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
+    """quick: digits, in a minute | cpu: small scorer, supernet | gpu: PC-DARTS's supernet at 16 px on one GPU |
     paper: the paper's settings | imagenet: 224 px."""
     out: Path = Path("runs/search")
     """The run folder."""
@@ -102,7 +102,7 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    # Shows that everything works, in a minute or two on two idle cores. The ranking is mostly noise.
+    # Shows that everything works, in little more than a minute on two idle cores. The ranking is mostly noise.
     "quick": Config(
         input=DataConfig(data="digits"),
         augmentation=Augmentation(flip=False, crop_padding=2),  # digits must not be mirrored
@@ -112,11 +112,11 @@ PRESETS: dict[str, Config] = {
         ),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
-            rest_steps=600, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
+            rest_steps=400, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
             layers=3, edges_by="inputs", arch_lr=6e-3, record_every=5,
         ),
         finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),
-        device=DeviceConfig(channels_last=True),
+        device=DeviceConfig(threads=1, channels_last=True),  # such small tensors gain nothing by a second thread
     ),
     # CIFAR-100 without a GPU, in about an hour of one idle thread, half of it for the finals. The scorer reaches 46 %
     # accuracy (studies/first_run); how long alpha rests comes from studies/search_quality.
