@@ -112,7 +112,7 @@ PRESETS: dict[str, Config] = {
         ),
         selection=ProxyConfig(ratio=0.2),
         search=SearchConfig(
-            rest_steps=400, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
+            rest_steps=350, arch_steps=20, batch_size=8, search_size=8, lr=0.025, schedule="constant", channels=8,
             layers=3, edges_by="inputs", arch_lr=6e-3, record_every=5,
         ),
         finals=FinalsConfig(epochs=2, rungs=2, controls=2, channels=4, layers=5, batch_size=16),

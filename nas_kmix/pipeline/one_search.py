@@ -41,7 +41,7 @@ from nas_kmix.pipeline.stage import Key
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
-TURN = 400
+TURN = 350
 """Steps on the weights before which the gradient of alpha favours pools even in the smallest supernet, that of the
 preset quick; in larger ones until about 1,400 (studies/search_quality)."""
 
