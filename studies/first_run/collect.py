@@ -49,9 +49,12 @@ class Config:
 
 def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
-    proved = OF_FINALS if (config.run / OF_FINALS[0]).exists() else ()
+    proved = OF_FINALS if (config.run / "finals.jsonl").exists() else ()
     for name in (*COPIED, *proved):
         shutil.copyfile(config.run / name, config.out / name)
+    settings = files.read_json(config.out / "config.json")
+    settings["input"]["data"] = Path(settings["input"]["data"]).name  # where it lay is nobody's business
+    files.write_json(config.out / "config.json", settings)
     table = ScoreTable.load(config.run / "scores.npz")
     files.write_npz(config.out / "cv.npz", {"cv": table.cv.astype(np.float32)})
     proxy = ProxyManifest.load(config.run / "proxy.json")
