@@ -77,9 +77,7 @@ def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, 
         finally:
             timer.cancel()
         where = environment(torch.device(config.device))
-        made = {
-            field: where[field] for field in ("packages", "processor", "gpu", "threads", "commit") if field in where
-        }
+        made = {field: where[field] for field in ("packages", "processor", "gpu", "threads", "commit")}
         with open(results, "a", encoding="utf-8") as file:  # several processes may append
             file.write(json.dumps({"cell": name, **found, "made": made}) + "\n")
     return 0

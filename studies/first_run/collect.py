@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     for name in (*COPIED, *proved):
         shutil.copyfile(config.run / name, config.out / name)
     settings = files.read_json(config.out / "config.json")
-    settings["input"]["data"] = Path(settings["input"]["data"]).name  # where it lay is nobody's business
+    settings["input"]["data"] = Path(settings["input"]["data"]).name  # its folder means nothing elsewhere
     files.write_json(config.out / "config.json", settings)
     table = ScoreTable.load(config.run / "scores.npz")
     files.write_npz(config.out / "cv.npz", {"cv": table.cv.astype(np.float32)})

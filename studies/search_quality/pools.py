@@ -2,10 +2,10 @@
 
     python -m studies.search_quality.pools --only high-cv/1     # one cell; without --only, all that are missing
 
-A cell trains a pool of sixteen random genotypes, the same in all arms, on an own subset per pool, 20,000 image passes
-each, and judges them on 2,500 training images that lie in no subset. One training gives three criteria: accuracy, loss,
-and the mean training loss over the run. The lines of pools.jsonl hold no verdicts. The scores are those of the scorers
-that `whole` trains, and are made if they are missing.
+A cell trains a pool of sixteen random genotypes, the same in all arms, for 20,000 image passes each on a subset that is
+drawn for the pool, and judges them on 2,500 training images that lie in no subset. One training gives three criteria:
+accuracy, loss, and the mean training loss over the run. The lines of pools.jsonl hold no verdicts. The scores are those
+of the scorers that `whole` trains, and are made if they are missing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from nas_kmix.pipeline.candidates import Shape
 from nas_kmix.pipeline.trial import FinalsConfig, train_rung
 from nas_kmix.sampling import Method, select, split_by_class
 from nas_kmix.scores import ScoreTable
-from studies.cells import CellConfig, run_cells
-from studies.search_quality.whole import scores_of
+from studies.cells import run_cells
+from studies.search_quality import whole
 
 RESULTS = Path(__file__).parent / "pools.jsonl"
 POOLS = range(1, 7)
@@ -60,13 +60,9 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Config(CellConfig):
-    """Which cells, on which copy of the data."""
+class Config(whole.Config):
+    """Which cells, on which copy of the data; `out` has the scorers."""
 
-    cifar100: str = "data/cifar100.npz"
-    """CIFAR-100 as --data of search.py takes it."""
-    out: Path = Path("runs/search_quality")
-    """Folder with the scorers."""
     results: Path = RESULTS
 
 
@@ -83,7 +79,7 @@ def train_pool(arm: Arm, pool: int, config: Config) -> dict[str, Any]:
     free, judges = split_by_class(np.arange(len(data)), data.labels, JUDGES / len(data), seed=0)
     scores = np.zeros(len(data))
     if arm.method != "random":
-        scores = ScoreTable.load(scores_of(pool, config)).measure("cv")
+        scores = ScoreTable.load(whole.scores_of(pool, config)).measure("cv")
     rng = np.random.default_rng([pool, SUBSET])
     share = arm.images / len(free)
     chosen = free[select(scores[free], data.labels[free], share, method=arm.method, interval=4, rng=rng)]

@@ -27,12 +27,11 @@ def main(results: Path) -> int:
     turn = {arm: _curve(arm_lines) for arm, arm_lines in _by_arm(lines, "turn/").items()}
     searches = {arm: _searches(arm_lines) for arm, arm_lines in _by_arm(lines, "search/").items()}
     presets = {name: [_winner(line) for line in found] for name, found in _by_arm(runs, "preset/").items()}
-    proved = [line for line in runs if line["cell"].startswith("proved/cpu/")]
+    proved = _by_arm(runs, "proved/").get("cpu", [])
     no_finals = {"winners": presets.get("cpu", []), "cost": _cost(runs, "preset/cpu/")}
+    with_finals = {"winners": [_winner(line) for line in proved], "cost": _cost(runs, "proved/cpu/")}
     whole = {
-        **(
-            {"winners": [_winner(line) for line in proved], "cost": _cost(runs, "proved/cpu/")} if proved else no_finals
-        ),
+        **(with_finals if proved else no_finals),
         "no_finals": no_finals,
         "verdicts": [{"seed": _seed(line), **_verdict(line["finals"])} for line in proved],
         "retraining": _retraining(_by_arm(runs, "retrain/")),

@@ -86,7 +86,7 @@ def genotypes() -> dict[str, Genotype]:
 
 
 def random_genotypes(count: int, target: float) -> list[Genotype]:
-    """Random genotypes of about `target` multiply-adds."""
+    """Random genotypes of about `target` multiply-adds, drawn for as long as it takes."""
     found: list[Genotype] = []
     rng = np.random.default_rng(0)
     while len(found) < count:
