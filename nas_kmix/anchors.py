@@ -35,12 +35,12 @@ class ScoringConfig:
     """Dirichlet concentration of each partner's share of the rest."""
     phi_anchor: float = 0.5
     """The anchor's share, in (0, 1); 0.5 was the paper's best."""
-    loss: Literal["mixed", "minus_entropy", "anchor"] = "mixed"
-    """Cross-entropy with the mixed label (eq. 8), the same minus that label's entropy, or with the anchor's label.
-    The label's entropy is noise in the ranking; without it, rankings from ten draws agree better between seeds."""
-    partners: Literal["fresh", "fixed", "common"] = "fresh"
-    """fresh: new partners at every draw | fixed: the same at all draws of an image |
-    common: the same for all images at one draw, with the same phi and boxes."""
+    loss: Literal["mixed", "minus_entropy", "anchor"] = "anchor"
+    """mixed: cross-entropy with the mixed label (eq. 8) | minus_entropy: the same minus that label's entropy |
+    anchor: cross-entropy with the image's own label, which ranks most reliably (studies/selection)."""
+    partners: Literal["fresh", "fixed", "common"] = "common"
+    """fresh: new partners at every draw, as in the paper | fixed: the same at all draws of an image |
+    common: the same for all images at one draw, with the same phi and boxes (studies/selection)."""
     baselines: bool = False
     """Also measure what other methods select by: predictive entropy under mixing and without, EL2N, BALD and variation
     ratio of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre

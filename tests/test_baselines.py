@@ -202,8 +202,8 @@ def test_a_search_by_every_measure(npz, tmp_path):
     table = search.run(search.parse([*command(npz, tmp_path / "a"), *flags])).table
     assert set(table.measures) == set(TITLES)
     for measure in TITLES:
-        flags = ["--measure", measure, "--scores", str(tmp_path / "a" / "scores.npz"), "--stop-after", "proxy"]
-        proxy = search.run(search.parse([*command(npz, tmp_path / measure), *flags])).proxy
+        flags = ["--measure", measure, "--method", "interval", "--scores", str(tmp_path / "a" / "scores.npz")]
+        proxy = search.run(search.parse([*command(npz, tmp_path / measure), *flags, "--stop-after", "proxy"])).proxy
         assert proxy.indices.tolist() == select(table.measure(measure), table.label, 0.4).tolist()
     for measure, flag in COLUMNS.items():
         with pytest.raises(ValueError, match=f"--measure {measure} needs {flag}"):

@@ -19,7 +19,7 @@ from nas_kmix.scores import ScoreTable, verdict
 from nas_kmix.scoring import ScoringConfig, score_dataset
 
 CLASSES, SIZE = 5, 12
-CONFIG = ScoringConfig(draws=6, batch_size=64)
+CONFIG = ScoringConfig(draws=6, batch_size=64, partners="fresh")
 
 
 def make_data(n=40, seed=0):
@@ -142,7 +142,7 @@ def test_the_rest_of_phi_is_dirichlet(k, alpha, monkeypatch):
     """Recover phi from the sticks that are handed on; every partner's share of the rest is Beta(a, (K-2) a)."""
     sticks = []
     monkeypatch.setattr(anchors, "boxes_from_uniforms", lambda v, size, u: sticks.append(v) or np.zeros((*v.shape, 4)))
-    anchors.draw(np.arange(3000), np.arange(3000), (32, 32), ScoringConfig(draws=2, k=k, alpha=alpha))
+    anchors.draw(np.arange(3000), np.arange(3000), (32, 32), ScoringConfig(draws=2, k=k, alpha=alpha, partners="fresh"))
     v = sticks[0]
     assert (v[:, 0] == 0.5).all()
     left, rest = np.ones(len(v)), []

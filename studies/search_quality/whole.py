@@ -34,16 +34,18 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "runs.jsonl"
 
 CPU_SEEDS = range(101, 106)
+HIGH_CV = "--scoring.partners fresh --scoring.loss mixed --measure cv"  # the paper's scores
 PRESETS = {
     "cpu": (CPU_SEEDS, "--preset cpu --no-finals"),
+    "cpu-paper": (CPU_SEEDS, f"--preset cpu --no-finals {HIGH_CV} --method interval"),
     "quick": (range(5), "--preset quick --no-finals"),
     "gpu": (range(101, 103), "--preset gpu"),  # on the proxies of cpu's first two seeds
 }
 PROXIES = {
-    "high-cv-.05": "--ratio 0.05",
+    "high-cv-.05": f"{HIGH_CV} --method interval --ratio 0.05",
     "random-.05": "--ratio 0.05 --method random",
-    "low-cv-.05": "--ratio 0.05 --method bottom",
-    "high-cv-.1": "--ratio 0.1",
+    "low-cv-.05": f"{HIGH_CV} --method bottom --ratio 0.05",
+    "high-cv-.1": f"{HIGH_CV} --method interval --ratio 0.1",
     "random-.1": "--ratio 0.1 --method random",
     "all": "--proxy none",
 }
@@ -130,7 +132,7 @@ def scores_of(seed: int, config: Config) -> Path:
     """The paper's scores by the scorer of a seed, which serves all its proxies; made if they are missing."""
     folder = config.out / f"scorer-{seed}"
     if not (folder / "scores.npz").exists():
-        search_once(f"--preset cpu --seed {seed} --stop-after scores", folder, config, config.cifar100)
+        search_once(f"--preset cpu {HIGH_CV} --seed {seed} --stop-after scores", folder, config, config.cifar100)
     return folder / "scores.npz"
 
 

@@ -30,6 +30,7 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.engine.keys import stage_key
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import train
@@ -160,7 +161,7 @@ def train_on_subset(ratio: float, arm: str, seed: int, mix: str, config: Config)
     with Run(config.out / name, stages=("training",), compute=compute) as run:
         train(
             model, data, optim, Augmentation(), mix=make_mix(settings, data.num_classes, model), seed=seed, run=run,
-            stage="training", key={}, indices=chosen,
+            stage="training", key=stage_key("training", {"cell": name}, {}), indices=chosen,
         )  # fmt: skip
     found = evaluate(model, data, compute=compute, indices=validation)
     return {"images": len(chosen), "accuracy": round(found["accuracy"], 4), "loss": round(found["loss"], 4)}
