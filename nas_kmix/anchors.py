@@ -37,20 +37,25 @@ class ScoringConfig:
     """The anchor's share, in (0, 1); 0.5 was the paper's best."""
     loss: Literal["mixed", "minus_entropy", "anchor"] = "anchor"
     """mixed: cross-entropy with the mixed label (eq. 8) | minus_entropy: the same minus that label's entropy |
-    anchor: cross-entropy with the image's own label, which ranks most reliably (studies/selection)."""
+    anchor: cross-entropy with the image's own label, whose rankings repeat best (studies/selection)."""
     partners: Literal["fresh", "fixed", "common"] = "common"
     """fresh: new partners at every draw, as in the paper | fixed: the same at all draws of an image |
     common: the same for all images at one draw, with the same phi and boxes (studies/selection)."""
     baselines: bool = False
-    """Also measure what other methods select by: predictive entropy under mixing and without, EL2N, BALD and variation
-    ratio of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre
-    order grows with the square of the number of images."""
+    """Also measure what other methods select by: predictive entropy under mixing and without, BALD and variation ratio
+    of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre order
+    grows with the square of the number of images."""
     batch_size: int = field(default=512, metadata=NOT_IN_KEY)
     """Mixed images per forward pass."""
     pool_size: int = field(default=4096, metadata=NOT_IN_KEY)  # its effect is in the key, see `scoring.scoring_key`
     """Images from which a streamed set draws partners; a resident set draws from all its images."""
     seed: Annotated[int, tyro.conf.Suppress] = 0
     """Seed of every draw."""
+
+    @property
+    def revision(self) -> dict[str, str]:
+        """For keys: EL2N was once measured only on demand."""
+        return {"el2n": "always"}
 
     def __post_init__(self):
         if self.draws < 2:

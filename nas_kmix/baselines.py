@@ -34,14 +34,12 @@ def measure_baselines(
     """
     compute, head = compute or Compute(), last_linear(model)
     features = _features(model, head, data, indices, compute)
-    labels = torch.as_tensor(data.labels[indices], device=data.device)
     keep = np.random.default_rng([seed, MASKS]).random((PASSES, head.in_features)) >= DROPOUT
     masks = torch.as_tensor(keep, device=data.device) / (1.0 - DROPOUT)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("entropy", "el2n", "bald", "variation_ratio")}
-    for part, label in zip(features.split(IMAGES_AT_ONCE), labels.split(IMAGES_AT_ONCE), strict=True):
+    found: dict[str, list[Tensor]] = {name: [] for name in ("entropy", "bald", "variation_ratio")}
+    for part in features.split(IMAGES_AT_ONCE):
         probabilities = head(part).softmax(dim=1)
         found["entropy"].append(entropy(probabilities))
-        found["el2n"].append(el2n(probabilities, label))
         bald, ratio = mc_dropout(part, head, masks)
         found["bald"].append(bald)
         found["variation_ratio"].append(ratio)

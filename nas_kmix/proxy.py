@@ -24,10 +24,10 @@ class ProxyConfig:
 
     ratio: float = 0.1
     """t, the share of each class to keep, in (0, 1]."""
-    measure: Measure = "mean"
-    """What ranks the images. mean, cv, std: mean, coefficient of variation (the paper's) and standard deviation of
-    their losses; residual: the CV less what the mean explains of it in the class; all others need
-    --scoring.baselines."""
+    measure: Measure = "el2n"
+    """What ranks the images. el2n: length of the error vector of the unmixed image (Paul et al., NeurIPS 2021) |
+    cv (the paper's), mean, std: of its losses under mixing | residual: the CV less what the mean explains of it in the
+    class | forgetting needs --scorer.forgetting, the others --scoring.baselines."""
     method: Method = "coverage"
     """coverage drops the hardest images and stratifies over the score of the rest (Zheng et al., ICLR 2023); histogram
     prefers both tails of the score (Na et al., IJCAI 2021); for both, a high score must mean a hard image, as mean,

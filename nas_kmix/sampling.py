@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 
 DIVISION = 12  # random stream
-DROP_HARDEST = 0.7  # for 5 and 10 % of CIFAR-100 (studies/selection); Zheng et al.: .3 for 10 % of CIFAR-10
+DROP_HARDEST = 0.5  # by EL2N, for 5 to 20 % of CIFAR-100 (studies/selection); Zheng et al.: .3 for 10 % of CIFAR-10
 STRATA = 50  # of `coverage`
 BIN_WIDTH = 0.25  # of `histogram`, in powers of ten
 DRAWN = ("coverage", "histogram", "random")

@@ -17,8 +17,10 @@ from nas_kmix.engine.data import ImageData
 Column = Literal["mixed_entropy", "entropy", "el2n", "bald", "variation_ratio", "k_centre", "forgetting"]
 Measure = Literal["cv", "mean", "std", "residual", Column]
 COLUMNS: dict[Column, str] = dict.fromkeys(get_args(Column), "--scoring.baselines")
-COLUMNS["forgetting"] = "--scorer.forgetting"
-"""The measures that do not follow from the losses, and the flags that ask for them."""
+COLUMNS |= {"el2n": "", "forgetting": "--scorer.forgetting"}
+"""The measures that do not follow from the losses, and the flags that ask for them; EL2N needs none."""
+DETERMINED = ("el2n", "entropy", "k_centre", "forgetting")
+"""The measures that have no random draws."""
 TITLES: dict[Measure, str] = {
     "cv": "CV",
     "mean": "mean loss",
@@ -95,7 +97,8 @@ class ScoreTable:
     def measure(self, name: Measure) -> np.ndarray:
         """float64 (N,), the values of that name. Raises ValueError where they were not asked for."""
         if name not in self.measures:
-            raise ValueError(f"These scores have no {name}; make them anew with {COLUMNS[name]}, which measures it.")
+            how = f" with {COLUMNS[name]}, which measures it" if COLUMNS[name] else ""
+            raise ValueError(f"These scores have no {name}; make them anew{how}.")
         return self.columns[name] if name in self.columns else getattr(self, name)
 
     def hash(self) -> str:
@@ -105,12 +108,14 @@ class ScoreTable:
     def reliability(self, measure: Measure = "cv") -> float:
         """How well the ranking by `measure` would repeat with new draws: 1 exactly, 0 not at all.
 
-        Spearman's correlation between the values from two random halves of the draws, averaged over 20 splits and
-        stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, where the
-        values are all the same, and for measures that do not follow from the losses. With `partners="fixed"` the halves
-        share their partners, and this is too high.
+        1 for measures without draws. For the others, Spearman's correlation between the values from two random halves
+        of the draws, averaged over 20 splits and stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r).
+        NaN for fewer than four draws, where the values are all the same, and for measures that have draws but do not
+        follow from the losses. With `partners="fixed"` the halves share their partners, and this is too high.
         """
         draws = self.losses.shape[1]
+        if measure in DETERMINED:
+            return 1.0
         if draws < 4 or len(self.losses) < 3 or measure in self.columns:
             return float("nan")
         from scipy import stats  # late, since it takes half as long to import as torch

@@ -3,7 +3,8 @@
 Each image in turn is the *anchor*: with its share fixed at phi_anchor it is the outer ring of a DCutMix, and the rest
 of phi, drawn from the conditional Dirichlet distribution, goes to K - 1 partners pasted on it. M draws of phi, boxes
 and partners give M losses against the mixed label (eq. 8); their coefficient of variation std / mean is the score (SM,
-"Data Subsampling"). Images are not augmented and the network is in eval mode, so nothing else varies.
+"Data Subsampling"). Images are not augmented and the network is in eval mode, so nothing else varies. One more pass,
+of the unmixed images, measures their EL2N.
 
 `anchors` draws everything random about the mixes.
 """
@@ -11,7 +12,7 @@ and partners give M losses against the mixed label (eq. 8); their coefficient of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas_kmix.anchors import Draws, ScoringConfig, draw, pool_of_streamed
-from nas_kmix.baselines import entropy
+from nas_kmix.baselines import el2n, entropy
 from nas_kmix.engine import files
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import Batch, ImageData
@@ -64,7 +65,7 @@ def score_dataset(
     was_training = model.training
     model.eval()
     try:
-        none = {"mixed_entropy": np.empty(0)} if config.baselines else {}
+        none = {name: np.empty(0) for name in ("el2n", *(["mixed_entropy"] if config.baselines else []))}
         losses = np.empty((0, config.draws), dtype=np.float32)
         tables = [ScoreTable(wanted[:0], wanted[:0], losses, key, data.bad, none)]
         for shard, batch in zip(shards, data.batches(shards), strict=True):
@@ -76,8 +77,9 @@ def score_dataset(
                 parts = zip(*(_score(model, data, sources, part, config, compute) for part in parts), strict=True)
                 losses, predicted = (torch.cat(part).unflatten(0, (-1, config.draws)) for part in parts)
                 losses = losses.cpu().numpy()
+                columns = {"el2n": _el2n(model, data, batch, config, compute)}
                 if config.baselines:  # of the mean prediction, eqs. (6) and (7)
-                    columns = {"mixed_entropy": entropy(predicted.mean(dim=1)).cpu().double().numpy()}
+                    columns["mixed_entropy"] = entropy(predicted.mean(dim=1)).cpu().double().numpy()
             if not np.isfinite(losses).all():
                 bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
                 raise NonFiniteLossError(
@@ -101,7 +103,8 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
     ValueError if the table does not say how it was made, or one of the images can no longer be read.
     """
     try:
-        config = ScoringConfig(**{name: value for name, value in table.key["config"].items() if name != "pool"})
+        named = {field.name for field in fields(ScoringConfig)}
+        config = ScoringConfig(**{name: value for name, value in table.key["config"].items() if name in named})
         pool = np.asarray(table.key.get("pool", range(len(data))), dtype=np.int64)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The scores do not say how they were drawn ({error}).") from error
@@ -135,6 +138,18 @@ def _score(model, data, sources: _Sources, draws: Draws, config, compute: Comput
         soft = mix_labels(sources.labels, plan.partners, plan.weights, data.num_classes)
         losses = losses + torch.special.xlogy(soft, soft).sum(dim=1)
     return losses, predicted
+
+
+def _el2n(model: nn.Module, data: ImageData, batch: Batch, config: ScoringConfig, compute: Compute) -> np.ndarray:
+    """EL2N of the unmixed images of `batch`, float64 (N,)."""
+    found = []
+    for images, labels in zip(
+        batch.images.split(config.batch_size), batch.labels.split(config.batch_size), strict=True
+    ):
+        with compute.autocast():
+            logits = model(compute.layout(data.normalise(images)))
+        found.append(el2n(logits.float().softmax(dim=1), labels))
+    return torch.cat(found).cpu().double().numpy()
 
 
 def _mixed_images(data: ImageData, sources: _Sources, plan: MixPlan) -> Tensor:

@@ -187,6 +187,7 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(npz, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     command = [ROOT / "train_eval.py", *SMALL, "--data", npz, "--out", folder, "--epochs", 1000]

@@ -16,7 +16,7 @@ import search
 from darts_space import Genotype
 from darts_space.search_network import ARCHITECTURE_NAMES
 
-pytestmark = needs_proc
+pytestmark = [needs_proc, pytest.mark.slow]
 RESULTS = ("genotype.json", "genotypes.jsonl", "alphas.npz")
 
 
@@ -28,7 +28,7 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 3])
 def together(request, server, tmp_path_factory):
     """The folder of two and of three processes, and their number."""
     folder = tmp_path_factory.mktemp("together")
@@ -88,7 +88,6 @@ def records_in(folder):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_all_and_restarted_they_end_with_the_same_bytes(npz, tmp_path):
     for name, kill in (("left-alone", False), ("killed", True)):
         folder, log = tmp_path / name, tmp_path / f"{name}.log"
@@ -104,7 +103,6 @@ def test_a_killed_process_ends_all_and_restarted_they_end_with_the_same_bytes(np
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "left-alone" / name).read_bytes(), name
 
 
-@pytest.mark.slow
 def test_whole_searches_are_dealt_out_to_ranks_or_child_processes(npz, tmp_path):
     """With the same bytes wherever they run."""
     command = [*SEARCH, "--data", npz, "--seeds", 2, "--arch-steps", 2, "--out"]
@@ -125,7 +123,6 @@ def test_whole_searches_are_dealt_out_to_ranks_or_child_processes(npz, tmp_path)
     assert len({bill["search"]["images_forward"] for bill in bills}) == 1 and bills[0]["search"]["images_forward"] > 0
 
 
-@pytest.mark.slow
 def test_fewer_images_than_processes_are_refused(npz, tmp_path):
     command = [ROOT / "search.py", *SEARCH, "--data", npz, "--out", tmp_path / "run", "--arch-steps", 1]
     process = torchrun(tmp_path / "log", *command, "--batch-size", 1)

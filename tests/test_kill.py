@@ -83,7 +83,7 @@ def test_a_signal_from_outside_saves_and_ends(signum, stage, server, npz, tmp_pa
     assert_whole(folder)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_the_whole_group_is_left_to_the_main_process(signum, server, tmp_path):
     """Ctrl-C and job schedulers signal the processes that decode images, too."""
     for i, (image, label) in enumerate(zip(*draw_images(), strict=True)):

@@ -235,15 +235,13 @@ def test_every_stage_is_billed(finished):
 
 def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished):
     folder, ended = finished
-    genotype, *others = ended.out.splitlines()[-8:]
+    genotype, *others = ended.out.splitlines()[-7:]
     assert Genotype.from_text(genotype) == Genotype.load(folder / "genotype.json") and ended.err == ""
-    reliability = ScoreTable.load(folder / "scores.npz").reliability()
     expected = (
         "genotype.json",
         "nothing was proved",
         "proxy.json",
-        f"{reliability:.2f} of 1",
-        "4 losses each",
+        "1 of 1: this scorer ranks by EL2N",
         "search",
         "next         ",
     )
@@ -307,8 +305,12 @@ def test_a_listener_hears_what_the_log_holds(npz, tmp_path):
         assert values["images_per_second"] > 0 and values["memory_gib"] > 0.1
 
 
-def test_the_reliability_of_too_few_draws_is_not_called_good(npz, tmp_path):
-    ended = completed(command(npz, tmp_path, "--scoring.draws", 2, "--stop-after", "scores"))
+def test_the_reliability_of_the_draws_is_put_into_words(npz, tmp_path):
+    paper = ("--measure", "cv", "--method", "interval", "--stop-after", "scores")
+    ended = completed(command(npz, tmp_path / "four", *paper))
+    value = ScoreTable.load(tmp_path / "four" / "scores.npz").reliability("cv")
+    assert f"{value:.2f} of 1" in ended.out and "(CV of 4 losses each, --scoring.draws" in ended.out
+    ended = completed(command(npz, tmp_path / "two", "--scoring.draws", 2, *paper))
     assert "reliability" in ended.out and "good" not in ended.out
 
 

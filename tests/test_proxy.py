@@ -43,7 +43,7 @@ def table(labels):
 
 @pytest.fixture
 def proxy(pixels, labels, table):
-    return make_proxy(data_of(pixels, labels), table, ProxyConfig(ratio=0.3))
+    return make_proxy(data_of(pixels, labels), table, ProxyConfig(ratio=0.3, measure="cv", method="interval"))
 
 
 def pixels_of(data, indices):
@@ -64,7 +64,7 @@ def test_measures_choose_different_images(pixels, labels, table):
 def test_images_without_a_score_are_left_out(pixels, labels, table):
     kept = np.setdiff1d(np.arange(60), [0, 1, 2, 30])
     partial = ScoreTable(kept, labels[kept], table.losses[kept])
-    proxy = make_proxy(data_of(pixels, labels), partial, ProxyConfig(ratio=1.0))
+    proxy = make_proxy(data_of(pixels, labels), partial, ProxyConfig(ratio=1.0, measure="cv", method="interval"))
     np.testing.assert_array_equal(proxy.indices, kept)
     np.testing.assert_array_equal(proxy.labels, labels[kept])
 

@@ -45,7 +45,7 @@ def test_every_file_holds_what_its_name_says(name):
     proxy = ProxyManifest.load(name)
     data, method, percent = name.split("-")
     assert (proxy.data, proxy.method, proxy.split, proxy.n) == (data, method, "train", 50_000)
-    assert proxy.ratio == SHARES[percent] and proxy.measure == {"interval": "cv", "coverage": "mean"}[method]
+    assert proxy.ratio == SHARES[percent] and proxy.measure == {"interval": "cv", "coverage": "el2n"}[method]
     count = int(proxy.ratio * 500)
     assert np.bincount(proxy.labels, minlength=100).tolist() == [count] * 100
     assert len(proxy.weights) == len(proxy.arch) == 50 * count and len(set(proxy.content)) > 0.99 * len(proxy.content)

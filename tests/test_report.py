@@ -117,7 +117,8 @@ def npz(tmp_path_factory):
 def searched(npz, tmp_path_factory):
     """The folder of a finished search with its report, named as if to break out of an attribute."""
     folder = tmp_path_factory.mktemp("runs") / 'search"><i>'
-    assert search.main(["--data", str(npz), "--out", str(folder), *TINY]) == 0
+    paper = ["--measure", "cv", "--method", "interval"]
+    assert search.main(["--data", str(npz), "--out", str(folder), *TINY, *paper]) == 0
     return folder
 
 

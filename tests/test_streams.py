@@ -48,6 +48,7 @@ def test_closed_streams_do_not_fail_a_run(closed, command):
     assert (out / "genotype.json").exists()
 
 
+@pytest.mark.slow
 def test_characters_that_stdout_lacks_do_not_fail_an_analysis(tmp_path):
     path = tmp_path / "läuft.json"
     GENOTYPES["DARTS_V1"].save(path)

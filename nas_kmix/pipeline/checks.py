@@ -45,7 +45,7 @@ def check_flags(config: Config) -> None:
     selects = selection.method != "random" and not stops and not set(given) & {"scores", "proxy"}
     asked = {"--scoring.baselines": config.scoring.baselines, "--scorer.forgetting": config.scorer.forgetting}
     needed = COLUMNS.get(selection.measure)
-    if selects and needed is not None and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
+    if selects and needed and not asked[needed] and (needed, given) != ("--scorer.forgetting", ["scorer"]):
         raise ValueError(f"--measure {selection.measure} needs {needed}, which measures it.")
     for flag, path in paths.items():
         if is_published(path):

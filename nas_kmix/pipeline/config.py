@@ -131,7 +131,7 @@ PRESETS: dict[str, Config] = {
             val_share=0.1,
         ),
         search=SearchConfig(
-            rest_steps=2400, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
+            rest_steps=1800, arch_steps=75, batch_size=32, search_size=16, lr=0.025, schedule="constant",
             edges_by="inputs", arch_lr=6e-3, record_every=25,
         ),
         finals=FinalsConfig(epochs=3, rungs=2, batch_size=32),

@@ -68,7 +68,7 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
 
         def on_shard(shard: ScoreTable) -> None:
             tables.append(shard)
-            cost.images_forward += shard.losses.size
+            cost.images_forward += shard.losses.size + len(shard.index)  # and the unmixed images
             progress.update(len(shard.index))
             if run.checkpoint_due():
                 table = ScoreTable.merge(tables)

@@ -37,7 +37,7 @@ CPU_SEEDS = range(101, 106)
 HIGH_CV = "--scoring.partners fresh --scoring.loss mixed --measure cv"  # the paper's scores
 PRESETS = {
     "cpu": (CPU_SEEDS, "--preset cpu --no-finals"),
-    "cpu-paper": (CPU_SEEDS, f"--preset cpu --no-finals {HIGH_CV} --method interval"),
+    "cpu-paper": (CPU_SEEDS, f"--preset cpu --no-finals --rest-steps 2400 {HIGH_CV} --method interval"),
     "quick": (range(5), "--preset quick --no-finals"),
     "gpu": (range(101, 103), "--preset gpu"),  # on the proxies of cpu's first two seeds
 }
@@ -52,7 +52,7 @@ PROXIES = {
 PROXY_SEEDS = range(1, 7)
 # As many resting steps for one of the architecture as the preset has, and little of everything.
 RATES = (
-    "--preset cpu --scorer.epochs 1 --rest-steps 320 --arch-steps 10 --finals.epochs 1 --finals.rungs 1 "
+    "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.epochs 1 --finals.rungs 1 "
     "--finals.controls 2 --seed 0"
 )
 RETRAINING = "--preset cpu --batch-size 128 --val-share 0 --eval-every 5"
@@ -83,7 +83,7 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     for arm, flags in PROXIES.items():
         for seed in PROXY_SEEDS:
             scorer = None if "random" in flags or "none" in flags else seed
-            command = f"--preset cpu --no-finals {flags} --seed {seed}"
+            command = f"--preset cpu --no-finals --rest-steps 2400 {flags} --seed {seed}"
             cell = f"proxies/{arm}/{seed}"
             work[cell] = partial(run, cell, command, config, scorer_seed=scorer)
     for name, genotype in _retrained(config).items():

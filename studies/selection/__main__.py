@@ -12,9 +12,9 @@ cpu` with the arm's flags, and are made if they are missing in --out.
 | cell | what it does |
 |---|---|
 | `train/T/ARM/SEED`, `plain/…` | train on what the arm selects, with DCutMix and without mixing |
-| `ablation/ARM/SEED` | the same at t = .05 for single changes of the paper's recipe and of the default |
+| `ablation/ARM/SEED` | the same at t = .05 for single changes of the paper's recipe and of coverage-.7 |
 | `reliability/SCORING/SEED` | score once more with other draws, and by the next seed's scorer: Spearman's correlation |
-| `scorer/SCORER/SEED` | both of these for the default selection by another scorer |
+| `scorer/SCORER/SEED` | both of these by another scorer: coverage over the mean loss |
 | `test/T/ARM/SEED` | select from all training images and evaluate on the test images, by seeds that chose nothing |
 """
 
@@ -59,7 +59,7 @@ from studies.selection.arms import (
     SCORINGS,
     SEEDS,
     Arm,
-    best,
+    mean_coverage,
 )
 
 PASSES = 200_000
@@ -137,8 +137,8 @@ def repeat(scoring: str, scorer: str, seed: int, config: Config) -> dict[str, An
 
 
 def try_scorer(scorer: str, seed: int, config: Config) -> dict[str, Any]:
-    """Reliability and cost of a scorer, agreement with the preset's, and what is trained on its choice."""
-    chosen = best(scorer=scorer)
+    """Reliability of the mean loss by a scorer, agreement with the preset's, what its choice trains, and cost."""
+    chosen = mean_coverage(scorer=scorer)
     table = scores_of(seed, scorer, DEFAULT_SCORING, config)
     again = scores_of(seed, scorer, DEFAULT_SCORING, config, draws_seed=seed + AGAIN)
     preset = scores_of(seed, "small-20", DEFAULT_SCORING, config)

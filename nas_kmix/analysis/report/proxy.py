@@ -23,7 +23,7 @@ from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
 from nas_kmix.sampling import select
-from nas_kmix.scores import TITLES, verdict
+from nas_kmix.scores import DETERMINED, TITLES, verdict
 from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
@@ -108,6 +108,8 @@ def _histogram(record: Record) -> list[Markup]:
         f"How alike two rankings by {found.draws} draws each, of other random mixes, would be: 1 is the same ranking, "
         f"0 an unrelated one. Estimated from split halves."
     )
+    if name in DETERMINED:
+        trust = f"The {TITLES[name]} of an image is that of the scorer: no random draws take part in it."
     return [figure(title, drawn, about, Markup(keys)), figure("Reliability", _gauge(found), trust)]
 
 
