@@ -176,7 +176,7 @@ def test_every_stage_leaves_a_file_that_describes_itself(finished, npz):
     table = ScoreTable.load(folder / "scores.npz")
     assert table.losses.shape == (IMAGES, 4) and table.key["config"]["draws"] == 4
     with np.load(folder / "scores.npz", allow_pickle=False) as scores:
-        assert set(scores.files) == {"index", "label", "mean", "std", "cv", "residual", "losses", "meta"}
+        assert set(scores.files) == {"index", "label", "mean", "std", "cv", "residual", "el2n", "losses", "meta"}
         assert np.allclose(scores["cv"], table.losses.std(1, ddof=1) / table.losses.mean(1), rtol=1e-4)
 
     proxy = json.loads((folder / "proxy.json").read_text())
@@ -224,7 +224,7 @@ def test_every_stage_is_billed(finished):
     # the architecture passes once through the whole supernet and once without each of 24 edges.
     search = (80 + 3 * 25 * len(ProxyManifest.load(finished[0] / "proxy.json").arch), 80)
     # The scorer is trained on nine tenths of the images and tested on the others, both twice.
-    passes = {"scorer": (2 * IMAGES, 2 * TRAINED), "scoring": (4 * IMAGES, 0), "selection": (0, 0), "search": search}
+    passes = {"scorer": (2 * IMAGES, 2 * TRAINED), "scoring": (5 * IMAGES, 0), "selection": (0, 0), "search": search}
     for stage, expected in passes.items():
         cost = bill["stages"][stage]
         assert (cost["images_forward"], cost["images_backward"]) == expected
@@ -289,7 +289,7 @@ def test_a_quiet_run_says_what_it_found_and_its_warnings(finished, npz, tmp_path
     assert [line for line in ended.out.splitlines() if line.startswith("warning")] == [
         line for line in loud if line.startswith("warning")
     ]
-    assert ended.out.splitlines()[-8] == loud[-8], "the genotype"
+    assert ended.out.splitlines()[-7] == loud[-7], "the genotype"
 
 
 def test_a_listener_hears_what_the_log_holds(npz, tmp_path):
@@ -969,7 +969,8 @@ def test_scores_that_list_images_of_an_archive_as_unreadable_are_used(copy, npz)
     table = ScoreTable.load(copy / "scores.npz")
     keep = table.index != 7
     rows = {name: getattr(table, name)[keep] for name in ("index", "label", "losses")}
-    replace(table, **rows, bad={7: "unreadable"}).save(copy / "scores.npz")
+    columns = {name: values[keep] for name, values in table.columns.items()}
+    replace(table, **rows, columns=columns, bad={7: "unreadable"}).save(copy / "scores.npz")
     ended = completed(command(npz, copy / "run", "--scores", copy / "scores.npz", *TO_PROXY))
     assert "warning: 1 files cannot be read" in ended.out
     assert (copy / "run" / "bad_images.txt").read_text() == "unreadable\n"

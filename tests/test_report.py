@@ -46,6 +46,7 @@ OF_A_SEARCH = {"cells", "search", "finals", "proxy", "mixes", "cost"}
 OF_A_NETWORK = {"cells", "training", "mixes", "cost", "landscape", "robustness"}
 OF_BOTH = {"compare", *OF_A_SEARCH, *OF_A_NETWORK}
 NAMES = ('<script>alert("ant")</script>', "b&amp;'ee'", "</style><img src=http://wasp.example/x>")
+PAPER = shlex.split("--scoring.loss mixed --scoring.partners fresh --measure cv --method interval")
 TINY = shlex.split(
     "--threads 1 --device cpu -j 0 --no-finals --scorer.epochs 2 --scorer.batch-size 24 --scoring.draws 6 --ratio .4 "
     "--channels 2 --partial 2 --layers 3 --rest-steps 2 --arch-steps 4 --record-every 2 --batch-size 8 --arch-lr .02"
@@ -117,8 +118,7 @@ def npz(tmp_path_factory):
 def searched(npz, tmp_path_factory):
     """The folder of a finished search with its report, named as if to break out of an attribute."""
     folder = tmp_path_factory.mktemp("runs") / 'search"><i>'
-    paper = ["--measure", "cv", "--method", "interval"]
-    assert search.main(["--data", str(npz), "--out", str(folder), *TINY, *paper]) == 0
+    assert search.main(["--data", str(npz), "--out", str(folder), *TINY, *PAPER]) == 0
     return folder
 
 
@@ -311,7 +311,7 @@ def test_the_mixes_shown_are_those_that_were_scored(streamed, searched, npz, ima
     if streamed:
         folder = image_folder(classes=("ant", "bee", "wasp"), per_class=8, sizes=((32, 32),))
         data = load_data(DataConfig(data=str(folder), image_size=32, max_resident_gb=0.0))
-        scores = score_dataset(model, data, ScoringConfig(draws=3, pool_size=9, seed=5))
+        scores = score_dataset(model, data, ScoringConfig(draws=3, pool_size=9, seed=5, loss="mixed"))
         assert not data.resident and len(scores.key["pool"]) == 9
     for row in (0, 5, len(scores.index) - 1):
         mixes, soft = redraw(scores, data, int(scores.index[row]))
@@ -566,7 +566,7 @@ def test_what_a_flag_named_is_shown_and_not_what_lies_in_the_folder(older, copy,
 
 
 def test_a_report_older_than_its_results_is_written_anew(copy, npz):
-    argv = ["--data", str(npz), "--out", str(copy), *TINY]
+    argv = ["--data", str(npz), "--out", str(copy), *TINY, *PAPER]
     report_of_proxy = copy / "report.html"
     report_of_proxy.write_text("of a run that ended with its proxy")
     os.utime(report_of_proxy, (0, 0))
