@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import search
 import train_eval
-from nas_kmix.backbones import BACKBONES
+from nas_kmix.backbones import BACKBONES, build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import augment_batch
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.engine.learner import Learner
+from nas_kmix.engine.learner import Learner, Recipe
 from nas_kmix.engine.log import Log
 from nas_kmix.engine.run import StoppedError
 from nas_kmix.mixers import make_mix
@@ -101,6 +102,20 @@ def test_every_preset_builds_its_model_and_takes_two_steps(name, tiny, tmp_path)
         assert learner.step(*mix(images, batch.labels, rng))[0].isfinite()
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert {key for key, _ in model.named_parameters()} <= {*changed, *_without_gradient(model)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quick", "cpu", "gpu", "paper"])
+def test_the_scorer_of_a_search_does_not_diverge(name):
+    """Without a final normalisation, logits grow with the rate until they overflow, within thirty steps."""
+    config, data = search.PRESETS[name].scorer, load_data(DataConfig(data="digits"))
+    model = build_backbone(config.backbone, num_classes=10, stem="cifar", seed=0)
+    learner, mix = Learner(model.train(), config.optim, Recipe()), make_mix(config.mix, 10, model)
+    for step in range(30):
+        rng = np.random.default_rng(step)
+        batch = data.fetch(rng.permutation(len(data))[:16])
+        loss = float(learner.step(*mix(data.normalise(batch.images), batch.labels, rng))[0])
+        assert loss < 16 * 25.0, step  # the sum over the batch; chance has 16 log 10 = 37
 
 
 def _without_gradient(model):

@@ -142,7 +142,7 @@ PRESETS: dict[str, Config] = {
         preset="gpu",
         input=DataConfig(data="cifar100"),
         scorer=ScorerConfig(
-            "preactresnet18", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4),
+            "wrn16_8", OptimConfig(epochs=30, batch_size=128, lr=0.1, schedule="cosine", weight_decay=5e-4),
             val_share=0.1,
         ),
         search=SearchConfig(
