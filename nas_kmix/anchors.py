@@ -25,7 +25,7 @@ DOUBLES_PER_COUNTER = 4  # a Philox counter yields four 64-bit numbers
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How to mix anchors. Defaults are the paper's (SM, "Data Subsampling") or, where it is silent, neutral choices."""
+    """How to mix anchors: as in the paper (SM, "Data Subsampling"), but for loss and partners (studies/selection)."""
 
     draws: int = 10
     """M, mixes per image; at least 2, and at least 4 to estimate the reliability."""
@@ -37,10 +37,10 @@ class ScoringConfig:
     """The anchor's share, in (0, 1); 0.5 was the paper's best."""
     loss: Literal["mixed", "minus_entropy", "anchor"] = "anchor"
     """mixed: cross-entropy with the mixed label (eq. 8) | minus_entropy: the same minus that label's entropy |
-    anchor: cross-entropy with the image's own label, whose rankings repeat best (studies/selection)."""
+    anchor: cross-entropy with the image's own label, whose rankings repeat best."""
     partners: Literal["fresh", "fixed", "common"] = "common"
     """fresh: new partners at every draw, as in the paper | fixed: the same at all draws of an image |
-    common: the same for all images at one draw, with the same phi and boxes (studies/selection)."""
+    common: the same for all images at one draw, with the same phi and boxes, so that differences are the images'."""
     baselines: bool = False
     """Also measure what other methods select by: predictive entropy under mixing and without, BALD and variation ratio
     of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre order

@@ -1,7 +1,7 @@
-"""Published measures that the variation under mixing is compared with. A classifier and images in, a value each out.
+"""Published measures to select images by. A classifier and images in, a value each out.
 
-The images are unmixed and pass through the network once: every measure follows from the input of its last linear
-layer, the features. The higher the value, the sooner the image is selected.
+The images are unmixed and pass through the network once: all measures but EL2N, which every scoring has, follow from
+the input of its last linear layer, the features.
 """
 
 from __future__ import annotations

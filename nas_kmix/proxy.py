@@ -16,6 +16,7 @@ from nas_kmix.sampling import DROP_HARDEST, Method, select, split_by_class
 from nas_kmix.scores import Measure, ScoreTable
 
 SELECTION = 11  # random stream
+NOT_HARDNESS = ("cv", "std", "residual", "k_centre")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class ProxyConfig:
     interval: int = 4
     """s: take every s-th image of the ranking; 1 is `top`, 1 / ratio is nearly random."""
     drop_hardest: float = DROP_HARDEST
-    """Share of the images with the highest scores that coverage drops, in [0, 1)."""
+    """Share of the images with the highest scores that coverage drops, in [0, 1), as far as enough remain. Where
+    --ratio asks for all that remain, coverage takes the lowest scores."""
     balanced: bool = True
     """Select class by class."""
     arch_share: float = 0.5
@@ -48,6 +50,16 @@ class ProxyConfig:
             raise ValueError(f"--ratio is the share of images to keep and must lie in (0, 1], not {self.ratio}.")
         if self.interval < 1:
             raise ValueError(f"--interval must be at least 1, not {self.interval}.")
+        if self.method in ("coverage", "histogram") and self.measure in NOT_HARDNESS:
+            raise ValueError(
+                f"--method {self.method} takes high values for hard images, which --measure {self.measure} does not "
+                f"give; choose --method interval, the paper's, or top."
+            )
+        if self.method == "interval" and self.measure == "el2n":
+            raise ValueError(
+                "--method interval takes the highest values, and so with --measure el2n the images on which the scorer "
+                "errs most; the paper's selection is --measure cv --method interval."
+            )
         if not 0.0 <= self.drop_hardest < 1.0:
             raise ValueError(f"--drop-hardest is a share of images and must lie in [0, 1), not {self.drop_hardest}.")
         if not 0.0 < self.arch_share < 1.0:

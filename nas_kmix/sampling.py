@@ -5,8 +5,8 @@ In: scores (N,), highest first, and labels (N,). Out: sorted indices. A class of
 in order of score and takes every s-th image, so that the proxy extends below the highest scores;
 s = 1 is *top*, and s = 1 / ratio spreads evenly over the class, which is nearly a random choice.
 
-*Coverage* and *histogram* are published rivals, for scores of which a higher one means a harder image: the mean loss,
-the entropy, EL2N.
+*Coverage*, the default of search.py, and *histogram* are published too, for scores of which a higher one means a harder
+image: EL2N, the mean loss, the entropy.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class ScoreTable:
     def measure(self, name: Measure) -> np.ndarray:
         """float64 (N,), the values of that name. Raises ValueError where they were not asked for."""
         if name not in self.measures:
-            how = f" with {COLUMNS[name]}, which measures it" if COLUMNS[name] else ""
+            how = f" with {COLUMNS[name]}, which measures it" if COLUMNS[name] else ", or choose another --measure"
             raise ValueError(f"These scores have no {name}; make them anew{how}.")
         return self.columns[name] if name in self.columns else getattr(self, name)
 
@@ -108,14 +108,15 @@ class ScoreTable:
     def reliability(self, measure: Measure = "cv") -> float:
         """How well the ranking by `measure` would repeat with new draws: 1 exactly, 0 not at all.
 
-        1 for measures without draws. For the others, Spearman's correlation between the values from two random halves
-        of the draws, averaged over 20 splits and stepped up to all M draws by the Spearman-Brown formula 2r / (1 + r).
-        NaN for fewer than four draws, where the values are all the same, and for measures that have draws but do not
-        follow from the losses. With `partners="fixed"` the halves share their partners, and this is too high.
+        1 for measures without draws, where the table has them. For the others, Spearman's correlation between the
+        values from two random halves of the draws, averaged over 20 splits and stepped up to all M draws by the
+        Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, where the values are all the same, and for
+        measures that have draws but do not follow from the losses. With `partners="fixed"` the halves share their
+        partners, and this is too high.
         """
         draws = self.losses.shape[1]
         if measure in DETERMINED:
-            return 1.0
+            return 1.0 if measure in self.columns else float("nan")
         if draws < 4 or len(self.losses) < 3 or measure in self.columns:
             return float("nan")
         from scipy import stats  # late, since it takes half as long to import as torch

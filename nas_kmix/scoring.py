@@ -1,10 +1,10 @@
-"""Stage two: how much an image's loss varies under mixing. A trained classifier and images in, a `ScoreTable` out.
+"""Stage two: every image's losses under mixing, and its EL2N. A classifier and images in, a `ScoreTable` out.
 
 Each image in turn is the *anchor*: with its share fixed at phi_anchor it is the outer ring of a DCutMix, and the rest
 of phi, drawn from the conditional Dirichlet distribution, goes to K - 1 partners pasted on it. M draws of phi, boxes
-and partners give M losses against the mixed label (eq. 8); their coefficient of variation std / mean is the score (SM,
-"Data Subsampling"). Images are not augmented and the network is in eval mode, so nothing else varies. One more pass,
-of the unmixed images, measures their EL2N.
+and partners give M losses, against the image's own label or the mixed one (eq. 8); the paper's score is their
+coefficient of variation std / mean (SM, "Data Subsampling"). Images are not augmented and the network is in eval mode,
+so nothing else varies. One more pass, of the unmixed images, measures their EL2N.
 
 `anchors` draws everything random about the mixes.
 """
@@ -80,8 +80,9 @@ def score_dataset(
                 columns = {"el2n": _el2n(model, data, batch, config, compute)}
                 if config.baselines:  # of the mean prediction, eqs. (6) and (7)
                     columns["mixed_entropy"] = entropy(predicted.mean(dim=1)).cpu().double().numpy()
-            if not np.isfinite(losses).all():
-                bad = batch.indices[~np.isfinite(losses).all(axis=1)][0]
+            finite = np.isfinite(losses).all(axis=1) & np.isfinite(columns["el2n"])
+            if not finite.all():
+                bad = batch.indices[~finite][0]
                 raise NonFiniteLossError(
                     f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train another one "
                     f"with a lower --scorer.lr."

@@ -74,7 +74,7 @@ def whole(tmp_path_factory) -> Path:
     key = scoring_key(scorer, data, ScoringConfig(draws=4))
     table = ScoreTable(rows, LABELS[rows], losses, key, {IMAGES - 1: "a file that cannot be read"})
     table.save(place / "scores.npz")
-    proxy = make_proxy(data, table, ProxyConfig(ratio=0.5, measure="cv"))
+    proxy = make_proxy(data, table, ProxyConfig(ratio=0.5, measure="cv", method="top"))
     replace(proxy, paths=tuple(f"train/{i}.png" for i in proxy.indices)).save(place / "proxy.json")
 
     config = {"input": {"data": "digits"}, "out": place, "search": {"lr": None}}

@@ -213,14 +213,14 @@ def test_a_search_by_every_measure(npz, tmp_path):
     table = search.run(search.parse([*command(npz, tmp_path / "a"), *flags])).table
     assert set(table.measures) == set(TITLES)
     for measure in TITLES:
-        flags = ["--measure", measure, "--method", "interval", "--scores", str(tmp_path / "a" / "scores.npz")]
+        flags = ["--measure", measure, "--method", "top", "--scores", str(tmp_path / "a" / "scores.npz")]
         proxy = search.run(search.parse([*command(npz, tmp_path / measure), *flags, "--stop-after", "proxy"])).proxy
-        assert proxy.indices.tolist() == select(table.measure(measure), table.label, 0.4).tolist()
+        assert proxy.indices.tolist() == select(table.measure(measure), table.label, 0.4, method="top").tolist()
     for measure, flag in COLUMNS.items():
         if measure == "el2n":
             continue
         with pytest.raises(ValueError, match=f"--measure {measure} needs {flag}"):
-            search.run(search.parse([*command(npz, tmp_path / "b"), "--measure", measure]))
+            search.run(search.parse([*command(npz, tmp_path / "b"), "--measure", measure, "--method", "top"]))
 
 
 class Told(torch.nn.Module):

@@ -77,7 +77,7 @@ OTHER = {
     "scorer.mix.mix": "none",
     "scorer.optim.milestones": (0.5,),
     "scorer.optim.schedule": "linear",
-    "scoring.loss": "anchor",
+    "scoring.loss": "mixed",
     "scoring.partners": "fixed",
     "search.arch_grad_clip": 1.0,
     "search.arch_steps": 5,

@@ -333,3 +333,20 @@ def test_what_is_no_manifest_is_named(tmp_path, text):
 def test_bad_settings_are_named(settings):
     with pytest.raises(ValueError, match=f"--{next(iter(settings)).replace('_', '-')}"):
         ProxyConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"measure": "cv"},
+        {"measure": "k_centre"},
+        {"measure": "residual", "method": "histogram"},
+        {"method": "interval"},
+    ],
+)
+def test_a_measure_and_a_method_that_contradict_each_other_are_refused(settings):
+    """A user who names one of the two may think of the paper's other one."""
+    with pytest.raises(ValueError, match=r"--measure .*--method|--method .*--measure"):
+        ProxyConfig(**settings)
+    ProxyConfig(measure="cv", method="interval")
+    ProxyConfig(measure="el2n", method="top")

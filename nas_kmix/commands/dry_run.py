@@ -110,6 +110,8 @@ def of_search(config: Config) -> Iterator[str]:
                 table = chain.find(scores, config.scoring, trained, data, given=given.scores)
             yield _scoring(config, chain, trained, table)
     if until not in ("scorer", "scores"):
+        if table is not None and config.selection.method != "random":
+            table.measure(config.selection.measure)  # refuses scores that lack it
         known = table is not None or given.proxy is not None or not config.uses_scores
         halves, line = _halves(config, chain, table, known)
         yield line
@@ -143,7 +145,7 @@ def _scoring(config: Config, chain: Chain, trained: scorer.Scorer | None, found:
 
     cost = at(len(good), *measured(score, model))
     kept = Cost(cost.seconds, 0.0)  # nothing is kept for a backward pass
-    return chain.line(scores.NAME, f"{settings.draws} losses of each of {len(good):,} images", kept)
+    return chain.line(scores.NAME, f"{settings.draws} losses and the EL2N of each of {len(good):,} images", kept)
 
 
 def _halves(config: Config, chain: Chain, table: Any, known: bool) -> tuple[Halves, str]:

@@ -16,7 +16,7 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.pipeline import finals, proxy
 from nas_kmix.pipeline.config import Config
 from nas_kmix.pipeline.verdict import in_words
-from nas_kmix.scores import DETERMINED, GOOD, TITLES, ScoreTable, draws_needed, verdict
+from nas_kmix.scores import COLUMNS, DETERMINED, GOOD, TITLES, ScoreTable, draws_needed, verdict
 
 if TYPE_CHECKING:
     from nas_kmix.commands.search import Result
@@ -69,11 +69,12 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
 def reliability(table: ScoreTable, measure: str) -> str:
     """How well the ranking would repeat itself, for someone who has never heard of it."""
     value, draws = table.reliability(measure), table.losses.shape[1]
-    if measure in DETERMINED:
+    if measure in DETERMINED and measure in table.columns:
         return f"1 of 1: this scorer ranks by {TITLES[measure]}, which has no random draws"
     if math.isnan(value):
         few = f"{draws} draws of {len(table.index)} images are too few, or all have the same {measure}"
-        return f"unknown: {f'{measure} is not a function of the losses' if measure in table.columns else few}"
+        other = f"{measure} does not follow from the losses"
+        return f"unknown: {few if measure not in COLUMNS else other}"
     name = measure.upper() if measure == "cv" else measure
     word = verdict(value)
     more = "" if value >= GOOD else f"; {draws_needed(value, draws)} for {GOOD}"

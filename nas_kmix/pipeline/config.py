@@ -122,7 +122,8 @@ PRESETS: dict[str, Config] = {
         device=DeviceConfig(threads=1, channels_last=True),  # such small tensors gain nothing by a second thread
     ),
     # CIFAR-100 without a GPU, in about an hour of one idle thread, half of it for the finals. The scorer reaches 46 %
-    # accuracy (studies/first_run); how long alpha rests comes from studies/search_quality.
+    # accuracy (studies/first_run). Alpha rests until after the turn (studies/search_quality), but no longer: all before
+    # the finals is to take 40 minutes.
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),

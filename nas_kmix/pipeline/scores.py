@@ -1,4 +1,4 @@
-"""Stage two: score all images by how much their losses vary under mixing. A scorer in, `scores.npz` out.
+"""Stage two: score all images, by their losses under mixing and the unmixed image. A scorer in, `scores.npz` out.
 
 `nas_kmix.scoring` scores; this stage bills it, saves the shards that are done and resumes after them.
 """
@@ -92,10 +92,10 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
             table = replace(table, columns={**table.columns, **others})
     if run.world.main:
         table.save(path)
-    low, middle, high = np.percentile(table.cv, [5, 50, 95])
     run.say(
         f"{NAME}: {table.losses.shape[1]} losses of each of {len(table.index):,} images, {table.losses.mean():.3f} on "
-        f"average; their CV is {middle:.3f} for a typical image, mostly between {low:.3f} and {high:.3f}"
+        f"average; a typical image has a CV of {np.median(table.cv):.3f} and an EL2N of "
+        f"{np.median(table.columns['el2n']):.3f}"
     )
     run.world.barrier()  # rank 0 alone measures the baselines
     return table if run.world.main else ScoreTable.load(path)

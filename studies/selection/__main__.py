@@ -13,7 +13,7 @@ cpu` with the arm's flags, and are made if they are missing in --out.
 |---|---|
 | `train/T/ARM/SEED`, `plain/…` | train on what the arm selects, with DCutMix and without mixing |
 | `ablation/ARM/SEED` | the same at t = .05 for single changes of the paper's recipe and of coverage-.7 |
-| `reliability/SCORING/SEED` | score once more with other draws, and by the next seed's scorer: Spearman's correlation |
+| `reliability/SCORING/SEED` | Spearman's correlation with other draws, with the next seed's scorer; `unmixed`: EL2N |
 | `scorer/SCORER/SEED` | both of these by another scorer: coverage over the mean loss |
 | `test/T/ARM/SEED` | select from all training images and evaluate on the test images, by seeds that chose nothing |
 """
@@ -53,6 +53,7 @@ from studies.selection.arms import (
     FEW,
     FRESH_SEEDS,
     HALF,
+    PRESETS_SCORER,
     RATIOS,
     RIVALS,
     SCORERS,
@@ -85,7 +86,8 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     """All cells by name; the plain trainings, without mixing, come last."""
     work: dict[str, Callable[[], dict[str, Any]]] = {}
     for scoring in SCORINGS:
-        work |= {f"reliability/{scoring}/{seed}": partial(repeat, scoring, "small-20", seed, config) for seed in SEEDS}
+        work |= {f"reliability/{scoring}/{seed}": partial(repeat, scoring, seed, config) for seed in SEEDS}
+    work |= {f"reliability/unmixed/{seed}": partial(repeat_el2n, seed, config) for seed in SEEDS}
     for kind, mix in (("train", "dcutmix"), ("plain", "none")):
         for ratio in (*RATIOS, HALF):
             for name in RIVALS if ratio < HALF else FEW:
@@ -123,12 +125,12 @@ def scores_of(seed: int, scorer: str, scoring: str, config: Config, *, draws_see
     return ScoreTable.load(folder / "scores.npz")
 
 
-def repeat(scoring: str, scorer: str, seed: int, config: Config) -> dict[str, Any]:
+def repeat(scoring: str, seed: int, config: Config) -> dict[str, Any]:
     """How well the rankings of one scoring repeat with other draws, and with the next seed's scorer."""
-    first = scores_of(seed, scorer, scoring, config)
+    first = scores_of(seed, PRESETS_SCORER, scoring, config)
     others = {
-        "same_scorer": scores_of(seed, scorer, scoring, config, draws_seed=seed + AGAIN),
-        "other_scorer": scores_of(seed % len(SEEDS) + 1, scorer, scoring, config),
+        "same_scorer": scores_of(seed, PRESETS_SCORER, scoring, config, draws_seed=seed + AGAIN),
+        "other_scorer": scores_of(seed % len(SEEDS) + 1, PRESETS_SCORER, scoring, config),
     }
     return {
         measure: {name: _agreement(first, other, measure) for name, other in others.items()}
@@ -136,12 +138,18 @@ def repeat(scoring: str, scorer: str, seed: int, config: Config) -> dict[str, An
     }
 
 
+def repeat_el2n(seed: int, config: Config) -> dict[str, Any]:
+    """The same for EL2N, which has no draws."""
+    tables = [scores_of(s, PRESETS_SCORER, DEFAULT_SCORING, config) for s in (seed, seed % len(SEEDS) + 1)]
+    return {"el2n": {"other_scorer": _agreement(*tables, "el2n")}}
+
+
 def try_scorer(scorer: str, seed: int, config: Config) -> dict[str, Any]:
     """Reliability of the mean loss by a scorer, agreement with the preset's, what its choice trains, and cost."""
     chosen = mean_coverage(scorer=scorer)
     table = scores_of(seed, scorer, DEFAULT_SCORING, config)
     again = scores_of(seed, scorer, DEFAULT_SCORING, config, draws_seed=seed + AGAIN)
-    preset = scores_of(seed, "small-20", DEFAULT_SCORING, config)
+    preset = scores_of(seed, PRESETS_SCORER, DEFAULT_SCORING, config)
     cost = files.read_json(config.out / f"{seed}-{scorer}" / "cost.json")["stages"]["scorer"]
     return {
         "reliability": _agreement(table, again, "mean"),

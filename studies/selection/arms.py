@@ -12,8 +12,9 @@ FRESH_SEEDS = (4, 5, 6, 11, 12, 13)
 RATIOS = (0.05, 0.1, 0.2)
 HALF = 0.5
 
+PRESETS_SCORER = "small-20"
 SCORERS = {
-    "small-20": "",  # the preset's
+    PRESETS_SCORER: "",
     "dropout": "--scorer.dropout .5 --scorer.forgetting --scorer.val-share 0",
     **{
         f"{network}-{epochs}": f"--scorer.backbone {network} --scorer.epochs {epochs}"
@@ -45,10 +46,12 @@ class Arm:
     measure: str
     options: tuple[tuple[str, Any], ...]
     scoring: str = DEFAULT_SCORING
-    scorer: str = "small-20"
+    scorer: str = PRESETS_SCORER
 
 
-def arm(measure: str, method: str, *, scoring: str = DEFAULT_SCORING, scorer: str = "small-20", **options: Any) -> Arm:
+def arm(
+    measure: str, method: str, *, scoring: str = DEFAULT_SCORING, scorer: str = PRESETS_SCORER, **options: Any
+) -> Arm:
     return Arm(measure, (("method", method), *options.items()), scoring, scorer)
 
 

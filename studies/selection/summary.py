@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from nas_kmix.engine import files
 from studies.cells import mean_and_error, read_results
-from studies.selection.arms import DEFAULT
+from studies.selection.arms import CONFIRMED, DEFAULT, HALF, RATIOS, RIVALS, SCORINGS
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
@@ -60,8 +61,8 @@ def summary(lines: Iterable[Line]) -> dict[str, Any]:
 
 
 def _base_of_ablation(arms: BySeed) -> dict[str, Mapping[int, Line]]:
-    """The arms at t = .05 that the ablation changes; lines of an early version lack the overlap."""
-    return {name: arms[name] for name in ("random", "paper", "cv-top", DEFAULT) if name in arms}
+    """The arms at t = .05 that the ablation changes; their first lines lack the overlap."""
+    return {name: arms[name] for name in ("random", "paper", "cv-top", "coverage-.7") if name in arms}
 
 
 def _compared(arms: BySeed) -> dict[str, Any]:
@@ -72,8 +73,8 @@ def _compared(arms: BySeed) -> dict[str, Any]:
         both = sorted(by_seed.keys() & random.keys())
         if arm != "random" and both:
             differences = [by_seed[seed]["accuracy"] - random[seed]["accuracy"] for seed in both]
-            table[f"{arm}_minus_random"] = mean_and_error(differences, 4)
-    rivals = [arm for arm in arms if arm not in (DEFAULT, "random")]
+            table[f"{arm}_minus_random"] = mean_and_error(differences, 6)
+    rivals = [arm for arm in arms if not arm.startswith(DEFAULT) and arm != "random"]
     if rivals:
         strongest = max(rivals, key=lambda arm: table[arm]["mean"])
         table["best_rival"] = {**table[strongest], "arm": strongest}
@@ -86,7 +87,7 @@ def _compared(arms: BySeed) -> dict[str, Any]:
 def _mean(by_seed: Mapping[int, Line], name: str) -> dict[str, Any]:
     """Mean over the seeds whose lines have a value of that name."""
     values = [line[name] for line in by_seed.values() if name in line]
-    return mean_and_error(values, 4) if values else {"n": 0}
+    return mean_and_error(values, 6) if values else {"n": 0}
 
 
 def _scorer(by_seed: Mapping[int, Line]) -> dict[str, Any]:
@@ -101,9 +102,10 @@ def _reliability(scorings: BySeed) -> dict[str, float]:
     """Mean correlation by scoring, measure and what differs."""
     found = {}
     for scoring, by_seed in scorings.items():
-        for measure in ("cv", "mean"):
-            for other in ("same_scorer", "other_scorer"):
-                values = [line[measure][other] for line in by_seed.values()]
+        lines = list(by_seed.values())
+        for measure in (name for name in ("cv", "mean", "el2n") if name in lines[0]):
+            for other in lines[0][measure]:
+                values = [line[measure][other] for line in lines]
                 found[f"{scoring} {measure}, {other.replace('_', ' ')}"] = round(float(np.mean(values)), 3)
     return found
 
@@ -113,8 +115,7 @@ def tables(whole: Mapping[str, Any]) -> dict[str, list[str]]:
     found = {}
     for suffix in ("", " without mixing", " test"):
         ratios = [name for name in whole if name[0].isdigit() and name.partition(" ")[2] == suffix.strip()]
-        names = {arm for ratio in ratios for arm, value in whole[ratio].items() if "mean" in value}
-        arms = [arm for arm in names if arm not in ("default", "best_rival") and not arm.endswith("_minus_random")]
+        arms = [arm for arm in RIVALS if any(arm in whole[ratio] for ratio in ratios)]
         if arms:
             arms.sort(key=lambda arm: -whole[ratios[0]].get(arm, {}).get("mean", 0.0))
             rows = [_row(arm, (text for ratio in ratios for text in _cells(whole[ratio], arm))) for arm in arms]
@@ -135,9 +136,10 @@ def tables(whole: Mapping[str, Any]) -> dict[str, list[str]]:
         for name, v in whole["scorers"].items()
     ]  # fmt: skip
     found["Scorers"] = [*_head("scorer", "reliability", "agreement", "accuracy", "images backward", "time"), *rows]
-    names = dict.fromkeys(name.split(" ")[0] for name in whole["reliability"])
     kinds = [f"{measure}, {other} scorer" for measure in ("cv", "mean") for other in ("same", "other")]
-    rows = [_row(name, (f"{whole['reliability'][f'{name} {kind}']:.2f}" for kind in kinds)) for name in names]
+    reliability = whole["reliability"]
+    names = [name for name in SCORINGS if f"{name} {kinds[0]}" in reliability]
+    rows = [_row(name, (f"{reliability[f'{name} {kind}']:.2f}" for kind in kinds)) for name in names]
     found["Reliability"] = [*_head("scoring", *kinds), *rows]
     return found
 
@@ -165,17 +167,16 @@ def picture(whole: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     for axes, suffix in zip(figure.subplots(1, 2, sharey=True), ("", " without mixing"), strict=True):
         ratios = [name for name in whole if name[0].isdigit() and name.partition(" ")[2] == suffix.strip()]
-        arms = dict.fromkeys(arm for ratio in ratios for arm in whole[ratio])
-        for number, arm in enumerate(arm for arm in arms if f"{arm}_minus_random" in arms or arm == "random"):
-            if arm == "default":
-                continue
+        for number, arm in enumerate(RIVALS):
             points = [(float(name.split(" ")[0]), whole[name][arm]) for name in ratios if arm in whole[name]]
             shares = [share for share, _ in points]
             errors = [100 * (1 - value["mean"]) for _, value in points]
-            style = {"lw": 2.5 if arm in ("random", "paper", DEFAULT) else 1, "ls": ("-", "--", ":")[number // 10]}
-            axes.errorbar(shares, errors, [100 * value["se"] for _, value in points], label=arm, marker=".", **style)
+            style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10], "marker": "."}
+            style["lw"] = 2.5 if arm in CONFIRMED else 1
+            axes.errorbar(shares, errors, [100 * value["se"] for _, value in points], label=arm, **style)
         axes.set_xscale("log")
-        axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["5 %", "10 %", "20 %", "50 %"])
+        axes.set_xticks([*RATIOS, HALF], [f"{100 * ratio:.0f} %" for ratio in (*RATIOS, HALF)])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("share of the images")
         axes.set_title("without mixing" if suffix else "with DCutMix")
     figure.axes[0].set_ylabel("error on the images set aside (%)")

@@ -118,8 +118,8 @@ def proxy_text(record: Record) -> str:
     if proxy is None:
         return f"{data_name(record)}: all images" if record.flag("proxy") == "none" else "–"
     by = proxy.method if proxy.method == "random" else f"{proxy.measure} {proxy.method}"
-    every = f" {proxy.interval}" if proxy.method == "interval" else ""
-    return f"{proxy.data}: {by}{every}, {percent(len(proxy.indices) / proxy.n)}"
+    how = {"interval": f" {proxy.interval}", "coverage": f" without the hardest {percent(proxy.drop_hardest)}"}
+    return f"{proxy.data}: {by}{how.get(proxy.method, '')}, {percent(len(proxy.indices) / proxy.n)}"
 
 
 def _trained(record: Record, searched: Sequence[Searched]) -> TrainedNetwork:

@@ -22,6 +22,7 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
+from nas_kmix.proxy import NOT_HARDNESS
 from nas_kmix.sampling import select
 from nas_kmix.scores import DETERMINED, TITLES, verdict
 from nas_kmix.scoring import redraw
@@ -41,30 +42,34 @@ class Reliability:
 
     value: float
     draws: int
+    determined: bool
+    """The measure has no draws."""
 
     @property
     def meaning(self) -> str:
-        return verdict(self.value)
+        return "no random draws" if self.determined else verdict(self.value)
 
     @property
     def figure(self) -> str:
-        return "–" if math.isnan(self.value) else f"{self.value:.2f}"
+        return "–" if math.isnan(self.value) else "1" if self.determined else f"{self.value:.2f}"
 
     def __str__(self) -> str:
-        return "unknown" if math.isnan(self.value) else f"{self.value:.2f}, {self.meaning}"
+        return "unknown" if math.isnan(self.value) else f"{self.figure}, {self.meaning}"
 
 
 def reliability(record: Record) -> Reliability:
     """Reliability of the ranking that the proxy was chosen by."""
-    return Reliability(record.scores.reliability(_measure(record)), record.scores.losses.shape[1])
+    measure, scores = _measure(record), record.scores
+    return Reliability(scores.reliability(measure), scores.losses.shape[1], measure in DETERMINED)
 
 
 def _measure(record: Record) -> str:
-    """What images were ranked by, the CV where that is not known."""
+    """What images were ranked by; without a proxy, what they would have been, and the CV where scores lack that."""
     try:
         measure = record.proxy.measure
     except ValueError:
-        return "cv"
+        measure = record.config.get("selection", {}).get("measure", "cv")
+        return measure if measure in record.scores.measures else "cv"
     if measure not in TITLES:
         raise ValueError(f"The proxy of {record.name} was ranked by {measure!r}, which this program does not know.")
     return measure
@@ -151,7 +156,7 @@ def _overlap(record: Record) -> Markup:
     def share(measure: str, method: str) -> tuple[str, str]:
         chosen = select(
             scores.measure(measure), scores.label, ratio, method=method, interval=proxy.interval,
-            balanced=proxy.balanced, rng=np.random.default_rng(proxy.seed),
+            drop_hardest=proxy.drop_hardest, balanced=proxy.balanced, rng=np.random.default_rng(proxy.seed),
         )  # fmt: skip
         same = int(np.isin(scores.index[chosen], proxy.indices).sum())
         return f"{same:,}", percent(same / len(proxy.indices))
@@ -162,6 +167,8 @@ def _overlap(record: Record) -> Markup:
             every = f" at interval {proxy.interval}" if method == "interval" else ""
             end = "lowest" if method == "bottom" else "highest"
             rows.append((f"{end} {name}{every}", *share(measure, method)))
+    for measure in (name for name in scores.measures if name not in NOT_HARDNESS):
+        rows.append((f"{TITLES[measure]}, coverage", *share(measure, "coverage")))
     rows.append(("random, one draw", *share("cv", "random")))
     chance = percent(len(proxy.indices) / len(scores.index))
     return join(
@@ -188,8 +195,13 @@ def _pictures(record: Record) -> Markup:
     ]
     draws = scores.losses.shape[1]
     how = (
-        f"Each row: an image, and {MIXES} of the {draws} mixes it was scored by, from the lowest loss to the highest; "
-        f"the losses stand below. An image whose loss hangs on what is pasted where has a high CV."
+        f"Each row: an image, and {MIXES} of its {draws} mixes in scoring, from the lowest loss to the highest; "
+        f"the losses stand below. "
+    )
+    how += (
+        f"The {TITLES[name]} is that of the unmixed image."
+        if name in DETERMINED
+        else "An image whose loss hangs on what is pasted where has a high CV."
     )
     return join([tag("div", *figures, class_="gallery"), sentence(how, "note")])
 
