@@ -324,8 +324,9 @@ def test_the_rate_of_a_preset_shrinks_with_its_batch():
 
 
 def test_the_next_command_is_without_what_a_search_replaces():
-    argv = ["--data", "x", "--stop_after", "proxy", "--out=a", "--export-list", "l", "--fresh", "--ratio=.2"]
-    assert rest_of(argv) == ["--data", "x", "--ratio=.2"]
+    kept = ["--data", "x", "-j", "0", "--lr", "-1", "--no-report", "--seed", "3"]
+    dropped = "--stop_after proxy --out=a --export-list l --fresh --ratio=.2 --no-balanced --scorer.milestones .5 .7"
+    assert rest_of([*dropped.split(), *kept, *dropped.split()]) == kept
 
 
 # -- the same command again, and another -------------------------------------------------------------------------------

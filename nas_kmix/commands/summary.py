@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.pipeline import finals, proxy
 from nas_kmix.pipeline.config import Config
 from nas_kmix.pipeline.verdict import in_words
+from nas_kmix.proxy import ProxyConfig
 from nas_kmix.scores import COLUMNS, DETERMINED, GOOD, TITLES, ScoreTable, draws_needed, verdict
 
 if TYPE_CHECKING:
@@ -101,17 +104,15 @@ def _training_flags(config: Config, folder: Path) -> list[str]:
 
 
 def rest_of(argv: Sequence[str]) -> list[str]:
-    """The flags of a command that stopped at its proxy, without those that the search on this proxy replaces."""
-    replaced = ("--stop-after", "--export-list", "--out", "--scorer", "--scores", "--proxy")
-    rest, skip = [], False
+    """The flags of a command that stopped at its proxy, without those that the search on this proxy does not need."""
+    selection = {f"--{field.name.replace('_', '-')}" for field in fields(ProxyConfig)} - {"--seed"}
+    unneeded = {"--stop-after", "--export-list", "--out", "--fresh", "--scorer", "--scores", "--proxy", *selection}
+    rest, kept = [], True
     for argument in argv:
-        flag, equals, _ = argument.partition("=")
-        flag = flag.replace("_", "-")  # tyro takes both
-        if skip:
-            skip = False
-        elif flag in replaced:
-            skip = not equals  # its value follows
-        elif argument != "--fresh":
+        if re.match("--?[a-z]", argument):  # else it is a value of the flag before it
+            flag = argument.partition("=")[0].replace("_", "-").replace("--no-", "--")  # tyro takes both
+            kept = flag not in unneeded and not flag.startswith(("--scorer.", "--scoring."))
+        if kept:
             rest.append(argument)
     return rest
 

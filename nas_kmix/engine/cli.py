@@ -192,7 +192,8 @@ def exit_code(
         if not isinstance(lost, BrokenPipeError):
             code, sentence = 1, f"error: the output cannot be written: {lost.strerror or lost}."
         else:
-            stopped = _resume("stopped, since nobody reads the output any more") if error and remedy else ""
+            resumes = error and remedy and not {"-h", "--help"} & {*sys.argv}
+            stopped = _resume("stopped, since nobody reads the output any more") if resumes else ""
             code, sentence = 128 + SIGPIPE, stopped
     elif error is not None:
         code, sentence = _told(error, remedy, batch_sizes)
