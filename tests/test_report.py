@@ -291,6 +291,15 @@ def test_scores_reliability_and_overlap(written, searched):
     assert found.row("highest CV at interval 4") == [str(len(proxy["indices"])), "100.0 %"]
 
 
+def test_a_proxy_by_the_default_rule_shares_all_its_images_with_it(searched, npz, tmp_path):
+    scores = ["--scores", str(searched / "scores.npz"), "--stop-after", "proxy"]
+    assert search.main(["--data", str(npz), "--out", str(tmp_path), *TINY, *scores]) == 0
+    found = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    count = len(json.loads((tmp_path / "proxy.json").read_text())["indices"])
+    assert found.row("EL2N, coverage") == [str(count), "100.0 %"]
+    assert "no random draws" in found.text["proxy"] and "without the hardest 50.0 %" in found.text["proxy"]
+
+
 def test_the_pictures_are_those_of_the_highest_and_lowest_scores(written, searched, npz):
     scores = ScoreTable.load(searched / "scores.npz")
     images = np.load(npz)["train_images"]

@@ -22,7 +22,7 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
-from nas_kmix.proxy import NOT_HARDNESS
+from nas_kmix.proxy import NOT_HARDNESS, SELECTION
 from nas_kmix.sampling import select
 from nas_kmix.scores import DETERMINED, TITLES, verdict
 from nas_kmix.scoring import redraw
@@ -154,9 +154,10 @@ def _overlap(record: Record) -> Markup:
     ratio, rows = proxy.ratio, []
 
     def share(measure: str, method: str) -> tuple[str, str]:
+        rng = np.random.default_rng([proxy.seed, SELECTION])  # as for the proxy itself
         chosen = select(
             scores.measure(measure), scores.label, ratio, method=method, interval=proxy.interval,
-            drop_hardest=proxy.drop_hardest, balanced=proxy.balanced, rng=np.random.default_rng(proxy.seed),
+            drop_hardest=proxy.drop_hardest, balanced=proxy.balanced, rng=rng,
         )  # fmt: skip
         same = int(np.isin(scores.index[chosen], proxy.indices).sum())
         return f"{same:,}", percent(same / len(proxy.indices))
