@@ -35,6 +35,12 @@ def test_multiply_adds_are_those_of_the_real_network():
         assert SHAPE.macs(genotype, 6) == cost(network, 8)["macs"]
 
 
+def test_multiply_adds_are_a_sum_over_edges():
+    for shape in (SHAPE, Shape("imagenet", 8, 5, 96)):
+        for genotype in (*DRAWN, POOLS):
+            assert candidates._sum_of_edges(shape, genotype, 6) == shape.macs(genotype, 6)
+
+
 def test_the_nearest_width_is_nearer_than_its_neighbours():
     for genotype in (POOLS, DRAWN[0]):
         for macs in (10_000, 300_000):

@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 import train_eval
-from darts_space import CifarNetwork, Genotype, cost, random_genotype, read_genotype
+from darts_space import Genotype, read_genotype
+from nas_kmix.pipeline.candidates import Shape, random_controls
 from studies.cells import CellConfig, read_results, run_cells
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 SEEDS = range(3)
 RANDOM_GENOTYPES = 3
-COST_TOLERANCE = 0.1  # how far a random genotype's multiply-adds may be from the wanted ones
+SHAPE, CHANNELS = Shape("cifar", 8, 100, 32), 8
 
 SMALL = "--preset cpu --train-images 10000 --val-share 0.02 --eval-every 5"
 FULL = "--preset cpu --channels 16 --epochs 10 --val-share 0"
@@ -86,19 +86,13 @@ def genotypes() -> dict[str, Genotype]:
 
 
 def random_genotypes(count: int, target: float) -> list[Genotype]:
-    """Random genotypes of about `target` multiply-adds, drawn for as long as it takes."""
-    found: list[Genotype] = []
-    rng = np.random.default_rng(0)
-    while len(found) < count:
-        genotype = random_genotype(rng)
-        if abs(macs(genotype) / target - 1.0) <= COST_TOLERANCE:
-            found.append(genotype)
-    return found
+    """Random genotypes of about `target` multiply-adds."""
+    return random_controls(count, target, SHAPE, CHANNELS, rng=np.random.default_rng(0))
 
 
 def macs(genotype: Genotype) -> int:
     """Multiply-adds of its network on CIFAR-100, with C=8 and 8 layers."""
-    return cost(CifarNetwork(genotype, 8, 8, 100, generator=torch.Generator()), 32)["macs"]
+    return SHAPE.macs(genotype, CHANNELS)
 
 
 def cells(config: Config) -> list[Cell]:
