@@ -26,9 +26,9 @@ class ProxyConfig:
     ratio: float = 0.1
     """t, the share of each class to keep, in (0, 1]."""
     measure: Measure = "el2n"
-    """What ranks the images. el2n: length of the error vector of the unmixed image (Paul et al., NeurIPS 2021) |
-    cv (the paper's), mean, std: of its losses under mixing | residual: the CV less what the mean explains of it in the
-    class | forgetting needs --scorer.forgetting, the others --scoring.baselines."""
+    """What ranks the images; studies/selection chose it and --method. el2n: length of the error vector of the unmixed
+    image (Paul et al., NeurIPS 2021) | cv (the paper's), mean, std: of its losses under mixing | residual: the CV less
+    what the mean explains of it in the class | forgetting needs --scorer.forgetting, the others --scoring.baselines."""
     method: Method = "coverage"
     """coverage drops the hardest images and stratifies over the score of the rest (Zheng et al., ICLR 2023); histogram
     prefers both tails of the score (Na et al., IJCAI 2021); for both, a high score must mean a hard image, as mean,
