@@ -141,7 +141,7 @@ def test_two_processes_score_as_one_and_search_together(image_folder, tmp_path, 
     for name in ("scores.npz", "proxy.json", "bad_images.txt"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     bills = [json.loads((run / "cost.json").read_text())["stages"] for run in (one, two)]
-    assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * (3 + 1)
+    assert bills[0]["scoring"]["images_forward"] == bills[1]["scoring"]["images_forward"] == 33 * (3 + 1 + 1)
     assert bills[0]["search"]["images_forward"] == bills[1]["search"]["images_forward"] > 0
     said = (tmp_path / "log").read_text()
     assert said.count("selection: done") == 1 and said.count("genotype  ") == 1 and "Traceback" not in said

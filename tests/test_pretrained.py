@@ -92,7 +92,7 @@ def test_a_torchvision_network_scores_as_score_dataset_does_by_hand(cache, photo
 
     bill = json.loads((out / "cost.json").read_text())["stages"]
     assert bill["scorer"]["skipped"] and bill["scorer"]["images_backward"] == 0
-    assert bill["scoring"]["images_forward"] == 6 * 2 and not (out / "scorer.pt").exists()
+    assert bill["scoring"]["images_forward"] == 6 * (2 + 1) and not (out / "scorer.pt").exists()
     assert "resnet18:IMAGENET1K_V1, which comes from elsewhere" in capsys.readouterr().out
 
 
