@@ -118,7 +118,7 @@ def test_runs_are_pooled_by_their_mean():
     assert pooled([0.01, 0.03], [0.03, 0.04]) == pytest.approx((0.02, 0.025))
 
 
-@pytest.mark.parametrize(("winner", "best"), itertools.product((0.31, 0.35), (0.30, 0.40)))
+@pytest.mark.parametrize(("winner", "best"), [*itertools.product((0.31, 0.35), (0.30, 0.40))])
 def test_the_words_name_difference_detectable_lead_and_a_control_that_is_ahead(winner, best):
     entry = {"genotype": {"normal": 1}, "accuracy": 0.31}
     chosen = {"genotype": {"normal": 1 if winner == 0.31 else 2}, "title": "given: X", "accuracy": winner}
