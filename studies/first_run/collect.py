@@ -3,8 +3,8 @@
     python search.py --preset cpu --data data/cifar100.npz --ratio 0.05 --threads 1 --out runs/first_run
     python -m studies.first_run.collect --run runs/first_run --out studies/first_run
 
-Copies the small files of the run and writes `cv.npz` (the CV of every image, float32) and `results.json`. `search.py`
-itself never reads a test image; this does, once.
+Copies the small files of the run and writes `cv.npz` (CV and, if it was measured, EL2N of every image, float32) and
+`results.json`. `search.py` itself never reads a test image; this does, once.
 """
 
 from __future__ import annotations
@@ -56,19 +56,23 @@ def main(config: Config) -> None:
     settings["input"]["data"] = Path(settings["input"]["data"]).name  # its folder means nothing elsewhere
     files.write_json(config.out / "config.json", settings)
     table = ScoreTable.load(config.run / "scores.npz")
-    files.write_npz(config.out / "cv.npz", {"cv": table.cv.astype(np.float32)})
+    measures = {"cv": table.cv, **table.columns}
+    files.write_npz(config.out / "cv.npz", {name: values.astype(np.float32) for name, values in measures.items()})
     proxy = ProxyManifest.load(config.run / "proxy.json")
     chosen = np.isin(table.index, proxy.indices)
     results = {
         "scorer_test_top1_percent": test_accuracy(config),
-        "reliability": round(table.reliability(), 4),
+        "reliability_of_cv": round(table.reliability(), 4),
         "cv_percentiles_0_5_50_95_100": np.percentile(table.cv, [0, 5, 50, 95, 100]).round(4).tolist(),
         "rank_correlation_cv_mean_loss": round(float(stats.spearmanr(table.cv, table.mean).statistic), 4),
         "mean_loss_all": round(float(table.mean.mean()), 4),
         "mean_loss_proxy": round(float(table.mean[chosen].mean()), 4),
-        "cv_all": round(float(table.cv.mean()), 4),
-        "cv_proxy": round(float(table.cv[chosen].mean()), 4),
     }
+    for name, values in measures.items():
+        results |= {
+            f"{name}_all": round(float(values.mean()), 4),
+            f"{name}_proxy": round(float(values[chosen].mean()), 4),
+        }
     files.write_json(config.out / "results.json", results)
     print(json.dumps(results, indent=2))
 
