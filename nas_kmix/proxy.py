@@ -53,7 +53,7 @@ class ProxyConfig:
         if self.method in ("coverage", "histogram") and self.measure in NOT_HARDNESS:
             raise ValueError(
                 f"--method {self.method} takes high values for hard images, which --measure {self.measure} does not "
-                f"give; choose --method interval, the paper's, or top."
+                f"give; choose --measure el2n or mean, or --method interval (the paper's) or top."
             )
         if self.method == "interval" and self.measure == "el2n":
             raise ValueError(
