@@ -40,7 +40,7 @@ class ScoringConfig:
     anchor: cross-entropy with the image's own label, whose rankings repeat best."""
     partners: Literal["fresh", "fixed", "common"] = "common"
     """fresh: new partners at every draw, as in the paper | fixed: the same at all draws of an image |
-    common: the same for all images at one draw, with the same phi and boxes, so that differences are the images'."""
+    common: the same for all images at one draw, with the same phi and boxes, so that only the images differ."""
     baselines: bool = False
     """Also measure what other methods select by: predictive entropy under mixing and without, BALD and variation ratio
     of a dropout before the last layer, k-centre order. It takes one more pass per image; the time of the k-centre order

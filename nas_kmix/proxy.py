@@ -13,10 +13,9 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.sources import BadImageError
 from nas_kmix.manifest import ProxyManifest, paths_of
 from nas_kmix.sampling import DROP_HARDEST, Method, select, split_by_class
-from nas_kmix.scores import Measure, ScoreTable
+from nas_kmix.scores import NOT_HARDNESS, Measure, ScoreTable
 
 SELECTION = 11  # random stream
-NOT_HARDNESS = ("cv", "std", "residual", "k_centre")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ COLUMNS |= {"el2n": "", "forgetting": "--scorer.forgetting"}
 """The measures that do not follow from the losses, and the flags that ask for them; EL2N needs none."""
 DETERMINED = ("el2n", "entropy", "k_centre", "forgetting")
 """The measures that have no random draws."""
+NOT_HARDNESS = ("cv", "std", "residual", "k_centre")
+"""The measures of which a high value does not mean a hard image."""
 TITLES: dict[Measure, str] = {
     "cv": "CV",
     "mean": "mean loss",

@@ -452,7 +452,7 @@ def new_pages():
     for size in (1, 20, 80):
         torch.zeros(size * 2**18) + 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*[new_pages() for _ in range(6)])
+print(*[new_pages() for _ in range(12)])
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -462,7 +462,8 @@ print(*[new_pages() for _ in range(6)])
         check=True,
     )
     first, *later = map(int, done.stdout.split())
-    assert first > 1000 and sorted(later)[len(later) // 2] < first / 10, done.stdout  # the kernel may move pages
+    # The kernel may move pages meanwhile, but without reuse every pass would need new ones.
+    assert first > 1000 and sorted(later)[len(later) // 4] < 50, done.stdout
 
 
 def test_autocast_and_layout_are_what_was_asked_for():

@@ -44,13 +44,8 @@ def summary(lines: Iterable[Line]) -> dict[str, Any]:
         kinds[table][place[-1]][int(seed)] = line
     ratios = sorted((name for name in kinds if name[0].isdigit()), key=lambda name: (name.partition(" ")[2], name))
     whole: dict[str, Any] = {name: _compared(kinds[name]) for name in ratios}
-    unseen = {
-        name: {arm: _mean(by_seed, "unseen_accuracy") for arm, by_seed in kinds[name].items()}
-        for name in ratios
-        if name.endswith("test")
-    }
-    for name, arms in unseen.items():
-        whole[name]["unseen"] = arms
+    for name in (name for name in ratios if name.endswith("test")):
+        whole[name]["unseen"] = {arm: _mean(by_seed, "unseen_accuracy") for arm, by_seed in kinds[name].items()}
     whole["ablation"] = {
         arm: {"accuracy": _mean(by_seed, "accuracy"), "shared_with_random": _mean(by_seed, "shared_with_random")}
         for arm, by_seed in (_base_of_ablation(kinds.get("0.05", {})) | kinds["ablation"]).items()

@@ -22,9 +22,9 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
-from nas_kmix.proxy import NOT_HARDNESS, SELECTION
+from nas_kmix.proxy import SELECTION
 from nas_kmix.sampling import select
-from nas_kmix.scores import DETERMINED, TITLES, verdict
+from nas_kmix.scores import DETERMINED, NOT_HARDNESS, TITLES, verdict
 from nas_kmix.scoring import redraw
 
 IMAGES, MIXES = 4, 4  # of each grid, and of each image
