@@ -17,6 +17,7 @@ import sys
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ from nas_kmix.engine import data as engine_data
 from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
+from nas_kmix.pipeline.halves import Halves
+from nas_kmix.pipeline.one_search import SearchConfig, say_how_long
 from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
@@ -574,7 +577,7 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
     )
     monkeypatch.setattr(SuperNet, "genotype", lambda *_: pools)
     ended = completed(command(npz, tmp_path, *proxy))
-    assert "warning: the architecture moves after 2 steps on the weights; in the first 350" in ended.out
+    assert "warning: the architecture moves after 2 steps on the weights, 1.0 passes over their" in ended.out
     settled = "the 2 records before the last had 16.0 of the 16 edges of the genotype on average: it had settled"
     assert settled in ended.out
     assert (
@@ -583,6 +586,20 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
     )
     rested = completed(command(npz, tmp_path / "rested", *proxy, *ONE_STEP, "--arch-steps", 0, "--rest-steps", 1))
     assert "the architecture moves" not in rested.out, "where it never moves there is nothing to warn of"
+
+
+@pytest.mark.parametrize(
+    ("rest_steps", "images", "enough"),
+    [(349, 100, 350), (350, 100, None), (789, 2500, 790), (790, 2500, None), (1800, 45_000, 14_070)],
+)
+def test_few_steps_and_few_passes_are_both_too_early(rest_steps, images, enough):
+    said = []
+    run = SimpleNamespace(say=said.append, world=SimpleNamespace(size=1))
+    halves = Halves(np.arange(images), np.arange(images), identity="")
+    config = SearchConfig(rest_steps=rest_steps, arch_steps=5, batch_size=32)
+    bilevel = config.bilevel("off", halves.epoch_steps(32))
+    say_how_long(bilevel, config, halves, SimpleNamespace(image_size=32), run)
+    assert [f"Set --rest-steps to {enough} or more" in line for line in said[1:]] == [True] * (enough is not None)
 
 
 def test_the_list_for_other_trainers(finished, npz, tmp_path):

@@ -41,9 +41,9 @@ from nas_kmix.pipeline.stage import Key
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
-TURN = 350
-"""Steps on the weights before which the gradient of alpha favours pools even in the smallest supernet, that of the
-preset quick; in larger ones until about 1,400 (studies/search_quality)."""
+TURN_STEPS, TURN_PASSES = 350, 10
+"""Steps on the weights, and passes over the images that train them, before which the gradient of alpha favours pools
+(studies/search_quality). So few steps are enough for the smallest supernet alone, that of the preset quick."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,21 @@ class SearchConfig:
         )
 
 
-def say_how_long(bilevel: BilevelConfig, config: SearchConfig, data: ImageData, run: Run) -> None:
+def say_how_long(bilevel: BilevelConfig, config: SearchConfig, halves: Halves, data: ImageData, run: Run) -> None:
     """Log the resolved numbers of steps, and warn if the architecture moves too early."""
-    size = config.search_size or data.image_size
+    size, epoch_steps = config.search_size or data.image_size, halves.epoch_steps(config.batch_size)
     run.say(
         f"search: {bilevel.rest_steps} steps on the weights alone, then {bilevel.arch_steps} on weights and "
         f"architecture; {config.batch_size} images of {size} px per step"
         f"{f', shared by {run.world.size} processes' if run.world.size > 1 else ''}"
     )
-    if bilevel.arch_steps > 0 and bilevel.rest_steps < TURN:
+    enough = max(TURN_STEPS, TURN_PASSES * epoch_steps)
+    if bilevel.arch_steps > 0 and bilevel.rest_steps < enough:
         run.say(
-            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights; in the first {TURN} to "
-            "1,400 its gradient favours pools, whatever the images. Raise --rest-steps."
+            f"warning: the architecture moves after {bilevel.rest_steps} steps on the weights, "
+            f"{bilevel.rest_steps / epoch_steps:.1f} passes over their {len(halves.weights)} images; in the first "
+            f"{TURN_STEPS} steps and {TURN_PASSES} to 20 passes its gradient favours pools. Set --rest-steps to "
+            f"{enough} or more, or search on fewer images."
         )
 
 

@@ -65,7 +65,7 @@ def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
 def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key) -> Searched:
     """Search once, or with several seeds."""
     bilevel = config.bilevel("off", halves.epoch_steps(config.batch_size))
-    say_how_long(bilevel, config, data, run)
+    say_how_long(bilevel, config, halves, data, run)
     provenance = dict(key)
     if config.seeds == 1:
         earlier = _of_earlier_version(path.with_name(Unproved.FILE), bilevel.arch_steps, key)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-SEEDS = range(4)
+SEEDS, UNTRAINED_SEEDS = range(4), range(20)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,10 @@ TURN = {
     "1250": replace(BASE, weight_images=1250),
     "10000": replace(BASE, weight_images=10_000),
     "untrained": replace(BASE, rest_steps=0, initialisations=16),
-    "8cells-batch64": replace(BASE, layers=8, batch=64),
-    "8cells-constant": replace(BASE, layers=8, schedule="constant"),
-    "long": replace(BASE, rest_steps=6000, read_every=500),
-    "8cells-long": replace(BASE, layers=8, rest_steps=6000, read_every=500),
+    "8cells-untrained": replace(BASE, layers=8, rest_steps=0, initialisations=16),
+    "10000-long": replace(BASE, weight_images=10_000, rest_steps=7800, read_every=600),
 }
-"""Part 1, the turn: one factor at a time from the base, and what the two ends of the story need besides."""
+"""Part 1, the turn: one factor at a time from the base. The last has as many passes over its images as the base."""
 
 
 SEARCH = {
@@ -96,7 +94,7 @@ def cells(start: str = "") -> Iterator[Cell]:
     """All cells whose names begin with `start`."""
     for part, arms in (("turn", TURN), ("search", SEARCH)):
         for arm, setting in arms.items():
-            for seed in SEEDS:
+            for seed in UNTRAINED_SEEDS if setting.initialisations else SEEDS:
                 cell = Cell(f"{part}/{arm}", seed, setting)
                 if cell.name.startswith(start):
                     yield cell

@@ -34,7 +34,7 @@ def unpacked(text: str, shapes: tuple[tuple[int, ...], ...] = ALPHA) -> list[tor
 def genotypes(reading: Mapping[str, Any]) -> dict[EdgesBy, Genotype]:
     """The genotype of a reading or record, by what chooses its edges."""
     tables = unpacked(reading["alpha"] if "alpha" in reading else reading["t"])
-    rules: dict[EdgesBy, Any] = {"alpha": None, "alpha-beta": None}
+    rules: dict[EdgesBy, Any] = {"alpha": None, "alpha-beta": None, "inputs": None}
     if "removal" in reading:
         rules["removal"] = tuple(unpacked(reading["removal"], REMOVAL))
     named = dict(zip(ARCHITECTURE_NAMES, tables, strict=True))

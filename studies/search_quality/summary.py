@@ -20,6 +20,7 @@ from studies.search_quality.pools import genotypes as pool_of
 
 FOLDER = Path(__file__).parent
 Line = Mapping[str, Any]
+RANGES = {"gap": (-0.05, 0.05, 0.15, 0.25, 0.35, 0.5, 0.8), "passes": (3, 6, 9, 12, 16, 20, 25, 40)}
 
 
 def main(results: Path) -> int:
@@ -40,7 +41,8 @@ def main(results: Path) -> int:
         "gpu": presets.get("gpu", []),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
     }
-    files.write_json(FOLDER / "summary.json", {**whole, "turn": turn, "searches": searches})
+    decided_by = _decided_by(lines)
+    files.write_json(FOLDER / "summary.json", {**whole, "turn": turn, "decided_by": decided_by, "searches": searches})
     _picture(turn).savefig(FOLDER / "turn.png", dpi=110)
     for arm, curve in turn.items():
         print(
@@ -62,9 +64,9 @@ def _by_arm(lines: Iterable[Line], start: str) -> dict[str, list[Line]]:
 
 
 def _curve(lines: list[Line]) -> dict[str, Any]:
-    """What the gradient's t statistic says at each step: mean and standard error over the seeds.
+    """What the gradient's t statistic says at each step: mean and standard error over the seeds, with edges by alpha.
 
-    z with edges by alpha; where there is one, by removal too.
+    passes: over the images of the weights. gap: see `_trained`; none before the first step.
     """
     readings = [{r["step"]: genotypes(r) for r in line["readings"] if "t" in r} for line in lines]
     steps = sorted(set.intersection(*(set(one) for one in readings)))
@@ -73,17 +75,65 @@ def _curve(lines: list[Line]) -> dict[str, Any]:
         return np.array([[verdict(one[step][rule])[name] for step in steps] for one in readings])
 
     z = said("alpha", "z")
-    curve = {
+    setting = lines[0]["setting"]
+    return {
         "steps": steps,
+        "passes": [round(step * setting["batch"] / setting["weight_images"], 2) for step in steps],
+        "gap_mean": np.mean([[one["gap"] for one in _trained(line)] for line in lines], 0).round(3).tolist(),
         "z_mean": z.mean(0).round(3).tolist(),
         "z_se": _errors(z).round(3).tolist(),
+        "z_inputs_mean": said("inputs", "z").mean(0).round(3).tolist(),
         "pools_mean": said("alpha", "pools_normal").mean(0).round(2).tolist(),
         "n": len(lines),
     }
-    if all("removal" in one[step] for one in readings for step in steps):
-        z = said("removal", "z")
-        curve |= {"removal_z_mean": z.mean(0).round(3).tolist(), "removal_z_se": _errors(z).round(3).tolist()}
-    return curve
+
+
+def _trained(line: Line) -> list[dict[str, float]]:
+    """What may decide the turn, at the readings of a line after step 0.
+
+    gap: how far the loss of the architecture's half lies above the training loss of the steps since the last reading.
+    """
+    setting = line["setting"]
+    return [
+        {
+            "steps": r["step"],
+            "passes": r["step"] * setting["batch"] / setting["weight_images"],
+            "train_loss": r["loss"],
+            "held_out_loss": r["val_loss"],
+            "gap": r["val_loss"] - r["loss"],
+        }
+        for r in line["readings"]
+        if "loss" in r and "t" in r
+    ]
+
+
+def _decided_by(lines: list[Line]) -> dict[str, Any]:
+    """Over all readings of the turn: Spearman's correlation with the pools, and means of z and pools by range."""
+    places: list[dict[str, float]] = []
+    said: list[dict[str, Any]] = []
+    for line in lines:
+        if line["cell"].startswith("turn/") and (trained := _trained(line)):
+            places += trained
+            found = [genotypes(r)["alpha"] for r in line["readings"] if "loss" in r and "t" in r]
+            said += [verdict(genotype) for genotype in found]
+    pools, z = (np.array([one[name] for one in said]) for name in ("pools_normal", "z"))
+    table: dict[str, Any] = {"n": len(said), "correlation_with_pools": {}}
+    for name in places[0] if places else ():
+        values = [place[name] for place in places]
+        table["correlation_with_pools"][name] = round(float(stats.spearmanr(values, pools).statistic), 3)
+    for name, ends in RANGES.items():
+        which = np.searchsorted(ends, [place[name] for place in places])
+        table[name] = [
+            {
+                "to": [*ends, None][i],
+                "pools": round(float(pools[which == i].mean()), 2),
+                "z": round(float(z[which == i].mean()), 2),
+                "n": int((which == i).sum()),
+            }
+            for i in range(len(ends) + 1)
+            if (which == i).any()
+        ]
+    return table
 
 
 def _searches(lines: list[Line]) -> list[dict[str, Any]]:
@@ -198,18 +248,27 @@ def _errors(values: np.ndarray) -> np.ndarray:
 
 
 def _picture(turn: Mapping[str, Any]) -> Figure:
-    """z and pools against steps, an arm a line."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    for arm, curve in turn.items():
-        z, error = np.array(curve["z_mean"]), np.array(curve["z_se"])
-        style = {"marker": "o", "markersize": 3, "label": f"{arm} ({curve['n']})"}
-        (line,) = above.plot(curve["steps"], z, **style)
-        above.fill_between(curve["steps"], z - error, z + error, color=line.get_color(), alpha=0.15)
-        below.plot(curve["steps"], curve["pools_mean"], **style)
-    above.axhline(0.0, color="grey", linewidth=0.8)
-    above.set_ylabel("z among random architectures")
-    below.set_ylabel("pools among 8 operations")
-    below.set_xlabel("steps of the weights")
-    above.legend(fontsize=8, ncols=4)
+    """z and pools against steps, and pools against passes and the gap, an arm a line."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (z_axes, pools_axes), (passes_axes, gap_axes) = figure.subplots(2, 2)
+    for number, (arm, curve) in enumerate(turn.items()):
+        z, error, steps = (np.array(curve[name]) for name in ("z_mean", "z_se", "steps"))
+        color = f"C{number % 10}"
+        style = {"marker": "os"[number // 10], "markersize": 3, "color": color, "label": f"{arm} ({curve['n']})"}
+        z_axes.plot(steps, z, **style)
+        z_axes.fill_between(steps, z - error, z + error, color=color, alpha=0.15)
+        pools_axes.plot(steps, curve["pools_mean"], **style)
+        trained = curve["pools_mean"][-len(curve["gap_mean"]) :] if curve["gap_mean"] else []
+        passes_axes.plot(curve["passes"][-len(trained) :] if trained else [], trained, **style)
+        gap_axes.plot(curve["gap_mean"], trained, **style)
+    z_axes.axhline(0.0, color="grey", linewidth=0.8)
+    z_axes.set_ylabel("z among random architectures")
+    for axes in (pools_axes, passes_axes, gap_axes):
+        axes.set_ylabel("pools among 8 operations")
+    for axes in (z_axes, pools_axes):
+        axes.set_xlabel("steps of the weights")
+    passes_axes.set_xlabel("passes over the images of the weights")
+    passes_axes.set_xscale("log")
+    gap_axes.set_xlabel("held-out loss less training loss")
+    z_axes.legend(fontsize=8, ncols=3)
     return figure
