@@ -69,7 +69,7 @@ def _compared(arms: BySeed) -> dict[str, Any]:
         if arm != "random" and both:
             differences = [by_seed[seed]["accuracy"] - random[seed]["accuracy"] for seed in both]
             table[f"{arm}_minus_random"] = mean_and_error(differences, 6)
-    rivals = [arm for arm in arms if not arm.startswith(DEFAULT) and arm != "random"]
+    rivals = [arm for arm in arms if arm not in (DEFAULT, "random")]
     if rivals:
         strongest = max(rivals, key=lambda arm: table[arm]["mean"])
         table["best_rival"] = {**table[strongest], "arm": strongest}
