@@ -20,7 +20,7 @@ SELECTION = 11  # random stream
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """Which images make the proxy. The defaults are what trains best on CIFAR-100 (studies/selection)."""
+    """Which images make the proxy. The defaults are what trained best on CIFAR-100 (studies/selection)."""
 
     ratio: float = 0.1
     """t, the share of each class to keep, in (0, 1]."""

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from darts_space import Genotype
+from darts_space import ARCHITECTURE_NAMES, Genotype, derive
 from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
 from studies.cells import mean_and_error, read_results
-from studies.search_quality.judged import genotypes, verdict
+from studies.search_quality.judged import genotypes, unpacked, verdict
 from studies.search_quality.pools import genotypes as pool_of
 
 FOLDER = Path(__file__).parent
+NAMES = ("percentile", "percentile_equal_params", "z")
+DRAWS, EDGE_DRAWS = 1000, 10  # of random operations, and of random edges for every run
 Line = Mapping[str, Any]
 RANGES = {"gap": (-0.05, 0.05, 0.15, 0.25, 0.35, 0.5, 0.8), "passes": (3, 6, 9, 12, 16, 20, 25, 40)}
 
@@ -40,6 +43,8 @@ def main(results: Path) -> int:
         "proxies": _proxies(_by_arm(runs, "proxies/")),
         "gpu": presets.get("gpu", []),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
+        "wiring": _wiring(),
+        "edges": _edges([line for line in runs if line["cell"].startswith(("preset/cpu", "proxies/"))]),
     }
     decided_by = _decided_by(lines)
     files.write_json(FOLDER / "summary.json", {**whole, "turn": turn, "decided_by": decided_by, "searches": searches})
@@ -82,7 +87,8 @@ def _curve(lines: list[Line]) -> dict[str, Any]:
         "gap_mean": np.mean([[one["gap"] for one in _trained(line)] for line in lines], 0).round(3).tolist(),
         "z_mean": z.mean(0).round(3).tolist(),
         "z_se": _errors(z).round(3).tolist(),
-        "z_inputs_mean": said("inputs", "z").mean(0).round(3).tolist(),
+        "z_inputs_mean": (z_inputs := said("inputs", "z")).mean(0).round(3).tolist(),
+        "z_inputs_se": _errors(z_inputs).round(3).tolist(),
         "pools_mean": said("alpha", "pools_normal").mean(0).round(2).tolist(),
         "n": len(lines),
     }
@@ -148,7 +154,7 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
     rows = []
     for (rest, rate, arch_step, edges_by), found in sorted(groups.items()):
         row = {"rest_steps": rest, "arch_lr": rate, "arch_steps": arch_step, "edges_by": edges_by, "n": len(found)}
-        for name in ("z", "percentile", "percentile_equal_params"):
+        for name in NAMES:
             values = np.array([one[name] for one in found], dtype=float)[:, None]
             row |= {name: round(float(values.mean()), 2), f"{name}_se": round(float(_errors(values)[0]), 2)}
         rows.append(row)
@@ -159,8 +165,7 @@ def _winner(line: Line) -> dict[str, Any]:
     """A genotype of search.py and what the judge says of it."""
     found = Genotype.from_json(line["genotype"])
     said = verdict(found)
-    names = ("percentile", "percentile_equal_params", "z")
-    return {"seed": _seed(line), "genotype": found.to_json(), **{name: round(float(said[name]), 2) for name in names}}
+    return {"seed": _seed(line), "genotype": found.to_json(), **{name: round(float(said[name]), 2) for name in NAMES}}
 
 
 def _seed(line: Line) -> int:
@@ -239,6 +244,41 @@ def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
         if both and not arm.startswith("random"):
             differences = [by_seed[seed] - random[seed] for seed in both]
             table[arm]["minus_random"] = mean_and_error(differences, 3)
+    return table
+
+
+def _wiring() -> dict[str, Any]:
+    """Random operations on the wiring that `--edges-by inputs` prescribes."""
+    rng = np.random.default_rng(0)
+    tables = {name: torch.zeros(14, 8) if name.startswith("alpha") else torch.zeros(14) for name in ARCHITECTURE_NAMES}
+    said = []
+    for _ in range(DRAWS):
+        for name in ("alphas_normal", "alphas_reduce"):
+            tables[name] = torch.from_numpy(rng.random((14, 8)))
+        said.append(verdict(derive(**tables, edges_by="inputs")))
+    # Few random architectures are as large as some of them, so that they have no percentile among those.
+    return {name: mean_and_error([one[name] for one in said if one[name] is not None], 3) for name in NAMES}
+
+
+def _edges(runs: list[Line]) -> dict[str, Any]:
+    """What other choices of edges would have made of the last records; alpha chooses the operations in all of them.
+
+    less_random: the difference from edges drawn at random, paired by run.
+    """
+    rng = np.random.default_rng(0)
+    z: dict[str, list[float]] = defaultdict(list)
+    for line in runs:
+        last = line["records"][-1]
+        for rule, found in genotypes(last).items():
+            z[rule].append(verdict(found)["z"])
+        tables = dict(zip(ARCHITECTURE_NAMES, unpacked(last["alpha"]), strict=True))
+        draws = [(torch.from_numpy(rng.random(14)), torch.from_numpy(rng.random(14))) for _ in range(EDGE_DRAWS)]
+        random = [verdict(derive(**tables, edges_by="removal", removal=edges))["z"] for edges in draws]
+        z["random"].append(float(np.mean(random)))
+    table: dict[str, Any] = {rule: mean_and_error(values, 3) for rule, values in z.items()}
+    for rule in z.keys() - {"random"}:
+        if len(z[rule]) == len(z["random"]):
+            table[rule]["less_random"] = mean_and_error(np.subtract(z[rule], z["random"]).tolist(), 3)
     return table
 
 

@@ -50,11 +50,9 @@ PROXIES = {
     "all": "--proxy none",
 }
 PROXY_SEEDS = range(1, 7)
-# As many resting steps for one of the architecture as the preset has, and little of everything.
-RATES = (
-    "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.epochs 1 --finals.rungs 1 "
-    "--finals.controls 2 --seed 0"
-)
+# Less of everything, but as many resting steps for one of the architecture, and as many epochs of the finals for one
+# judgement, as the preset has.
+RATES = "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.controls 2 --jobs 1 --seed 0"
 RETRAINING = "--preset cpu --batch-size 128 --val-share 0 --eval-every 5"
 RANDOM_GENOTYPES = 16
 

@@ -154,7 +154,8 @@ def _cells(ratio: Mapping[str, Any], arm: str) -> tuple[str, str]:
 def _percent(value: Mapping[str, Any] | None) -> str:
     if not value or not value["n"]:
         return ""
-    return f"{100 * value['mean']:.1f} ± {100 * value['se']:.1f} ({value['n']})"
+    error = f" ± {100 * value['se']:.1f}" if value["n"] > 1 else ""
+    return f"{100 * value['mean']:.1f}{error} ({value['n']})"
 
 
 def picture(whole: Mapping[str, Any]) -> Figure:
