@@ -20,6 +20,7 @@ from PIL import Image
 from processes import PATIENCE, ROOT, TINY, draw_images
 
 from nas_kmix.engine import workers
+from nas_kmix.engine.data import DataConfig, load_data
 
 SECONDS = 20  # within which everything must be over
 SEARCH = [*TINY, "--max-resident-gb", "0", "--scorer.epochs", "500", "-j", "2"]
@@ -293,6 +294,20 @@ def test_the_room_that_is_needed(monkeypatch):
         workers.check_room(free // (5 * batch), 32, 2)
     with pytest.raises(ValueError, match="Use --workers 0, or give"):
         workers.check_room(free, 32, 2)
+
+
+def test_passes_that_overlap_keep_to_their_own_images_after_an_evaluation(images):
+    """The two halves of a search are read side by side, from a set that the scorer's evaluation has read before."""
+    data = load_data(DataConfig(data=str(images), max_resident_gb=0), workers=1)
+    for _ in range(2):
+        evaluation = [batch.indices.tolist() for batch in data.batches([np.arange(4)], persistent=True)]
+        assert evaluation == [[0, 1, 2, 3]]
+    plans = [[np.array([0, 1]), np.array([2, 3]), np.array([4])], [np.array([9, 8]), np.array([7, 6]), np.array([5])]]
+    read = [[], []]
+    for batches in zip(*map(data.batches, plans), strict=True):
+        for half, batch in zip(read, batches, strict=True):
+            half.append(batch.indices.tolist())
+    assert read == [[indices.tolist() for indices in plan] for plan in plans]
 
 
 def test_what_cannot_be_sent_ends_its_worker(images):

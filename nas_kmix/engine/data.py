@@ -147,7 +147,7 @@ class ImageData:
         """Read batches of indices in order. Bad files are left out; an empty batch is not skipped.
 
         With `crops`, a streamed set gives crops of whole photographs instead of their centres. If `persistent`, it
-        keeps its worker processes for the next pass with the same crops; such passes must not overlap.
+        keeps its worker processes for the next persistent pass with the same crops; such passes must not overlap.
         """
         if self.images is not None:
             for indices in index_batches:
@@ -155,7 +155,8 @@ class ImageData:
                 at = torch.as_tensor(keep, device=self.device)
                 yield Batch(self.images.index_select(0, at), self._device_labels[at], keep)
             return
-        plan, loader = self._loaders.get(crops) or self._loader(crops, persistent)
+        kept = self._loaders.get(crops) if persistent else None
+        plan, loader = kept or self._loader(crops, persistent)
         plan.batches = [[(index, epoch) for index in indices.tolist()] for indices in index_batches]
         check_room(max(map(len, plan.batches), default=0), self.image_size, self.workers)
         for images, indices, failures in read(loader):
