@@ -13,6 +13,7 @@ import torch
 from processes import ROOT
 
 from nas_kmix.engine.children import ChildError, Children, run_in_children
+from nas_kmix.engine.keys import StageMismatchError
 
 PATIENCE = 60  # seconds
 
@@ -37,6 +38,10 @@ def refuse_two(number):
     if number == 2:
         raise ValueError("two is too many")
     return number
+
+
+def find_other_settings(_):
+    raise StageMismatchError("the search in seed-0 had other settings", "search")
 
 
 def end_at_once(_):
@@ -85,6 +90,12 @@ def test_an_error_of_the_function_is_raised_here_and_no_child_is_left():
     with pytest.raises(ValueError, match="two is too many"):
         run_in_children(refuse_two, range(4), jobs=2)
     assert not multiprocessing.active_children()
+
+
+def test_an_error_that_names_its_stage_arrives_whole():
+    with pytest.raises(StageMismatchError, match=r"^the search in seed-0 had other settings$") as caught:
+        run_in_children(find_other_settings, range(1), jobs=1)
+    assert caught.value.stage == "search"
 
 
 def test_a_lost_child_is_one_sentence():

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from darts_space import GENOTYPES, CifarNetwork, SuperNet
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import memory
 from nas_kmix.engine.compute import Compute
+from nas_kmix.engine.data import load_data
 from nas_kmix.engine.distributed import World
+from nas_kmix.pipeline import checks
 
 ONE_THREAD = "--threads 1 --device cpu -j 0 --no-report"
 SEARCH = shlex.split(
@@ -63,6 +66,16 @@ def test_processes_and_parts_divide_a_batch(monkeypatch):
     memory.check_fits(model, 60, 2, Compute(), flag="--b", images=90, world=World(0, 2), parts=3)
     with pytest.raises(ValueError, match=r"--b 61 needs more than .* for each process, where .* use --b 36"):
         memory.check_fits(model, 61, 2, Compute(), flag="--b", images=90, world=World(0, 2), parts=3)
+
+
+@pytest.mark.parametrize(("seeds", "shares"), [(1, 4), (3, 4), (4, 1)])
+def test_processes_share_the_batch_of_a_search_unless_each_has_its_own(seeds, shares, tmp_path, monkeypatch):
+    judged = {}
+    monkeypatch.setattr(checks, "check_fits", lambda *_, flag, world, **__: judged.update({flag: world or World()}))
+    config = search.parse([*SEARCH, "--data", "digits", "--proxy", "none", "--seeds", str(seeds)])
+    run = SimpleNamespace(world=World(2, 4), compute=Compute(), path=tmp_path.joinpath)
+    checks.check_memory(config, load_data(config.input), run)
+    assert {flag: world.size for flag, world in judged.items()} == {"--batch-size": shares}
 
 
 @pytest.mark.parametrize(

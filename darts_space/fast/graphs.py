@@ -84,7 +84,8 @@ class GraphedSearch(Search):
                 return function(batch)
             inputs = tuple(tensor.clone() for tensor in batch)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may use CUDA meanwhile: those that pin the images of the next batches do.
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = function(inputs)
             recording = self._recordings[key] = _Recording(graph, inputs, outputs)
         for buffer, tensor in zip(recording.inputs, batch, strict=True):

@@ -195,7 +195,8 @@ def _finals(config: Config, chain: Chain, images: int) -> str:
     one = at(min(settings.batch_size, images), *step)
     epochs = ", ".join(str(settings.epochs_of(rung)) for rung in rungs)
     said = f"at most {most} candidates and {settings.controls} random ones, for {epochs} epochs of {images:,} images"
-    return chain.line(finals.NAME, said, Cost(steps * one.seconds / config.jobs, one.bytes * config.jobs))
+    children = config.jobs * chain.world.size
+    return chain.line(finals.NAME, said, Cost(steps * one.seconds / children, one.bytes * config.jobs))
 
 
 def _search(config: Config, chain: Chain, halves: Halves) -> str:
@@ -208,8 +209,15 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
         images, labels = _random_images(n, size, data)
         return compute.layout(images), labels.argmax(1)
 
-    resting = measured(lambda n: task.weight_step(batch(n)), supernet)
-    moving = measured(lambda n: task.arch_step(batch(n), batch(n)), supernet)
+    def rest(n: int) -> None:
+        task.weight_step(batch(n))
+        task.scaler.update()  # fp16's losses are scaled anew after every step
+
+    def move(n: int) -> None:
+        task.arch_step(batch(n), batch(n))
+        task.scaler.update()
+
+    resting, moving = measured(rest, supernet), measured(move, supernet)
     n = min(settings.batch_size, len(halves.weights))
     weights, arch = at(n, *resting), at(min(settings.batch_size, len(halves.arch)), *moving)
     seconds = settings.seeds * (bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds)

@@ -198,5 +198,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         if is_main():
             print(of_search(config, result, argv))
 
-    batch_sizes = "the batch size of the stage (--batch-size, --scorer.batch-size, --scoring.batch-size)"
+    batch_sizes = (
+        "the batch size of the stage (--batch-size, --scorer.batch-size, --scoring.batch-size), or in the finals "
+        "--finals.batch-size and --jobs"
+    )
     return cli.exit_code(work, lambda error: _remedy(config, error), batch_sizes=batch_sizes)

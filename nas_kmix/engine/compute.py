@@ -91,6 +91,8 @@ def pick_device(config: DeviceConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = local_device(torch.device(name))
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # threads of torch, and recordings, take the current one
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device} is not available here ({str(error).splitlines()[0]}).") from error

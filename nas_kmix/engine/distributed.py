@@ -181,7 +181,7 @@ def _first_line(error: Exception) -> str:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU, if torchrun started one process per GPU."""
+    """This process's own GPU, if torchrun started one process per GPU; the only one that it sees, if there is one."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else int(os.environ["LOCAL_RANK"]))
     return device

@@ -23,6 +23,9 @@ class StageMismatchError(ValueError):
         super().__init__(message)
         self.stage = stage
 
+    def __reduce__(self):
+        return type(self), (*self.args, self.stage)  # without the stage, a child process could not send it
+
 
 def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The stage's name, its settings and the hashes of its inputs, in JSON's own types."""

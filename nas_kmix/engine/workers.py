@@ -104,7 +104,8 @@ class Hunger:
         self.waited, self.passed = self.waited + waited, self.passed + passed
         if self.said or self.passed < LOOK_EVERY:
             return
-        if self.waited > HUNGRY * self.passed and is_main():
+        in_child = multiprocessing.parent_process() is not None  # one of several that read as they compute
+        if self.waited > HUNGRY * self.passed and is_main() and not in_child:
             self.said, most = True, cores()
             remedy = "store smaller copies of the images, or use a faster disk"
             if workers < most:

@@ -18,6 +18,7 @@ from nas_kmix.engine.workers import check_room
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import scorer, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, Given
+from nas_kmix.pipeline.seeds import dealt_out
 from nas_kmix.pretrained import is_published
 from nas_kmix.proxies import published
 from nas_kmix.proxy import smallest_ratio
@@ -128,11 +129,12 @@ def check_memory(config: Config, data: ImageData, run: Run) -> None:
         size = config.scorer.optim.batch_size
         options = {"flag": "--scorer.batch-size", "world": run.world, "images": len(data)}
         check_fits(model, size, data.image_size, run.compute, **options)
-    if config.stop_after is None and run.world.main and to_make(search):
+    if config.stop_after is None and to_make(search):
         model = run.compute.layout(config.search.supernet(data).to(run.compute.device))
         side = config.search.search_size or data.image_size
-        images = _images_of_a_half(config, data)
-        check_fits(model, config.search.batch_size, side, run.compute, flag="--batch-size", images=images)
+        options = {"flag": "--batch-size", "images": _images_of_a_half(config, data)}
+        world = None if dealt_out(config.search.seeds, run.world) else run.world
+        check_fits(model, config.search.batch_size, side, run.compute, **options, world=world)
 
 
 def _images_of_a_half(config: Config, data: ImageData) -> int:

@@ -58,8 +58,8 @@ class Config:
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     jobs: int = field(default_factory=lambda: min(8, cores()))
-    """Child processes of one thread each that work side by side, for each process of torchrun; results are the same
-    whatever the number. Default: this process's share of the cores, at most 8."""
+    """Child processes of one thread each that work side by side, for each process of torchrun; on CPUs the results are
+    the same whatever the number. Default: this process's share of the cores, at most 8."""
     quiet: bool = False
     """Print nothing but warnings and the results."""
     report: bool = True

@@ -56,7 +56,9 @@ class Finals(NamedTuple):
 
 def divide(data: ImageData, weights: np.ndarray, arch: np.ndarray, config: FinalsConfig) -> Roles:
     """Which images train, judge and give the verdict, from the halves of the search. Raises ValueError if too few."""
-    outside = np.setdiff1d(np.arange(len(data)), np.concatenate([weights, arch]))
+    # Of files that are read as they are needed, more may turn out bad while the finals wait to be resumed.
+    usable = data.good() if data.resident else np.arange(len(data))
+    outside = np.setdiff1d(usable, np.concatenate([weights, arch]))
     verdict = _drawn(data, outside, VERDICT_IMAGES, seed=config.seed + VERDICT)
     if len(verdict) == 0:
         raise ValueError(
@@ -65,7 +67,7 @@ def divide(data: ImageData, weights: np.ndarray, arch: np.ndarray, config: Final
         )
     if config.images is None:
         return Roles(weights, arch, verdict)
-    free = np.setdiff1d(np.arange(len(data)), np.concatenate([arch, verdict]))
+    free = np.setdiff1d(usable, np.concatenate([arch, verdict]))
     if config.images > len(free):
         raise ValueError(f"--finals.images {config.images} is more than the {len(free)} images that may train.")
     return Roles(_drawn(data, free, config.images, seed=config.seed + TRAIN), arch, verdict)
@@ -203,6 +205,8 @@ def _train(turns: _Turns, trainer: Trainer, run: Run) -> None:
     config, halving = trainer.config, turns.halving
     done = sum(config.epochs_of(rung) for _, rung in halving.accuracies)
     progress = run.progress(NAME, _all_epochs(halving, config), done=done, unit="epoch")
+    if run.compute.device.type == "cuda":
+        torch.cuda.empty_cache()  # the children need what the stages before have kept
     with run.stage(NAME) as cost, Children(trainer, config.jobs) as children:
         crew = Crew(children, run.world)
         while True:
@@ -225,6 +229,7 @@ def _train(turns: _Turns, trainer: Trainer, run: Run) -> None:
                 title = turns.entrants.candidates[number].title
                 run.say(f"warning: candidate {number} ({title}) has diverged and counts as accuracy 0")
             progress.update(config.epochs_of(rung), f"candidate {number}: {100 * outcome.accuracy:.1f} %")
+            run.raise_if_stopping()
     progress.close()
 
 

@@ -189,13 +189,14 @@ class Trainer:
         return data, *judges
 
     def __call__(self, task: Task) -> Outcome:
+        compute = self._compute  # first, since it tells what is wrong with a device
         data, judge, verdict = self._parts
         generator = torch.Generator().manual_seed(self.config.seed)
         network = self.shape.network(task.genotype, task.channels, generator)
         if task.state is not None:
             network.load_state_dict({name: torch.from_numpy(array) for name, array in task.state.items()})
-        network = self._compute.layout(network.to(self._compute.device))
-        train_loss = train_rung(network, data, self.roles.train, self.config, rung=task.rung, compute=self._compute)
+        network = compute.layout(network.to(compute.device))
+        train_loss = train_rung(network, data, self.roles.train, self.config, rung=task.rung, compute=compute)
         found = self._judged(network, judge)
         if not (math.isfinite(train_loss) and math.isfinite(found["loss"])):
             return Outcome(0.0, math.nan, math.nan, 0.0 if task.last else None, None)

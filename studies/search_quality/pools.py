@@ -64,6 +64,7 @@ class Config(whole.Config):
     """Which cells, on which copy of the data; `out` has the scorers."""
 
     results: Path = RESULTS
+    minutes: float = 1e5  # a cell saves no state, so none is stopped
 
 
 def genotypes(pool: int) -> list[Genotype]:
