@@ -32,7 +32,18 @@ def measure_baselines(
     The model is in eval mode meanwhile and as before afterwards. `seed` draws the dropout. Raises ValueError for a file
     that cannot be read.
     """
-    compute, head = compute or Compute(), last_linear(model)
+    compute, was_training = compute or Compute(), model.training
+    model.eval()  # also for the last layer alone, before which a scorer trained with dropout drops features
+    try:
+        return _measures(model, data, indices, seed, compute)
+    finally:
+        model.train(was_training)
+
+
+def _measures(
+    model: nn.Module, data: ImageData, indices: np.ndarray, seed: int, compute: Compute
+) -> dict[str, np.ndarray]:
+    head = last_linear(model)
     features = _features(model, head, data, indices, compute)
     keep = np.random.default_rng([seed, MASKS]).random((PASSES, head.in_features)) >= DROPOUT
     masks = torch.as_tensor(keep, device=data.device) / (1.0 - DROPOUT)
@@ -134,15 +145,12 @@ def _features(model: nn.Module, head: nn.Linear, data: ImageData, indices: np.nd
     """What the last layer sees of each image, float32 (N, D)."""
     features: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0].float()))
-    was_training = model.training
-    model.eval()
     try:
         for batch in data.batches(np.array_split(indices, -(-len(indices) // IMAGES_AT_ONCE))):
             with compute.autocast():
                 model(compute.layout(data.normalise(batch.images)))
     finally:
         hook.remove()
-        model.train(was_training)
     found = torch.cat(features)
     if len(found) < len(indices):
         raise ValueError(data.bad.first())

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -136,12 +136,7 @@ class ProxyManifest:
             )
         same_names = set(data.class_names) == set(self.class_names)
         relabel = [data.class_names.index(n) if same_names else i for i, n in enumerate(self.class_names)]
-        rows = defaultdict(list)
-        for index in data.good()[::-1].tolist():  # reversed, so that pop() gives the first occurrence
-            try:
-                rows[data.source.content(index), int(data.labels[index])].append(index)
-            except BadImageError as error:
-                data.bad.add({index: str(error)})
+        rows = self._found_by_path(data, relabel) or _by_content(data, data.good())
         new = {}
         for position, (old, label, content) in enumerate(zip(self.indices, self.labels, self.content, strict=True)):
             matches = rows[content, relabel[label]]
@@ -172,6 +167,20 @@ class ProxyManifest:
             paths=paths_of(data, indices),
         )
 
+    def _found_by_path(self, data: ImageData, relabel: Sequence[int]) -> dict[tuple[str, int], list[int]] | None:
+        """The images by content and class, if all are where the manifest says; only these few are read then."""
+        depths = {len(PurePosixPath(path).parts) for path in self.paths or ()}
+        places = {}  # by the ends of their paths, as folders may lie elsewhere
+        for index, path in enumerate(data.source.paths or ()):
+            parts = Path(path).parts
+            places |= {"/".join(parts[-depth:]): index for depth in depths}
+        named = [places[path] for path in self.paths or () if path in places]
+        if len(named) < len(self.indices):
+            return None
+        found = _by_content(data, np.sort(named))
+        wanted = Counter((content, relabel[label]) for content, label in zip(self.content, self.labels, strict=True))
+        return found if all(len(found[key]) >= count for key, count in wanted.items()) else None
+
     def subset(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.Subset:
         """The proxy as a Subset of your own dataset of (image, label) pairs, for your own trainer.
 
@@ -188,6 +197,17 @@ class ProxyManifest:
         names = self.paths or self.indices.tolist()
         rows = [f"{n}\t{c}\t{self.class_names[c]}\n" for n, c in zip(names, self.labels.tolist(), strict=True)]
         files.write_text(Path(path), "".join(rows))
+
+
+def _by_content(data: ImageData, indices: np.ndarray) -> dict[tuple[str, int], list[int]]:
+    """The images `indices`, ascending, by content and class, the first occurrence last."""
+    rows = defaultdict(list)
+    for index in indices[::-1].tolist():
+        try:
+            rows[data.source.content(index), int(data.labels[index])].append(index)
+        except BadImageError as error:
+            data.bad.add({index: str(error)})
+    return rows
 
 
 def paths_of(data: ImageData, indices: np.ndarray) -> tuple[str, ...] | None:

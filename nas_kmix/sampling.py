@@ -70,23 +70,24 @@ def select(
 
 
 def split_by_class(
-    indices: np.ndarray, labels: np.ndarray, share: float, *, seed: int
+    indices: np.ndarray, labels: np.ndarray, share: float, *, seed: int, both_sides: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split `indices` (N,) with `labels` (N,) by class into two sorted parts: the rest, and the `share` that is taken.
 
     This makes the halves of a search and the images held out for validation. Every class gives its share; remainders
-    carry over to the next class, so that the totals are off by less than one image. But every class keeps an image on
-    each side, and the only image of a class stays.
+    of up to half an image carry over to the next class. With `both_sides`, every class keeps an image on each side, and
+    the only image of a class stays; without, the number taken is the share of all images, rounded.
     """
     rng = np.random.default_rng([seed, DIVISION])
     kept, taken, owed = [], [], 0.0
     for label in np.unique(labels):
         members = rng.permutation(indices[labels == label])
         count = 0
-        if len(members) > 1:
+        if len(members) > 1 or not both_sides:
             owed += share * len(members)
-            count = min(max(round(owed), 1), len(members) - 1)
-            owed -= count
+            least, most = (1, len(members) - 1) if both_sides else (0, len(members))
+            count = min(max(round(owed), least), most)
+            owed = min(max(owed - count, -0.5), 0.5)  # the next class need not pay for the least that this one gives
         taken.append(members[:count])
         kept.append(members[count:])
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(taken))

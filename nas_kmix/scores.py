@@ -112,9 +112,9 @@ class ScoreTable:
 
         1 for measures without draws, where the table has them. For the others, Spearman's correlation between the
         values from two random halves of the draws, averaged over 20 splits and stepped up to all M draws by the
-        Spearman-Brown formula 2r / (1 + r). NaN for fewer than four draws, where the values are all the same, and for
-        measures that have draws but do not follow from the losses. With `partners="fixed"` the halves share their
-        partners, and this is too high.
+        Spearman-Brown formula: 2r / (1 + r) for an even M. NaN for fewer than four draws, where the values are all the
+        same, and for measures that have draws but do not follow from the losses. With `partners="fixed"` the halves
+        share their partners, and this is too high.
         """
         draws = self.losses.shape[1]
         if measure in DETERMINED:
@@ -133,7 +133,8 @@ class ScoreTable:
                 return float("nan")
             correlations.append(stats.spearmanr(*values).statistic)
         r = float(np.mean(correlations))
-        return 2 * r / (1 + r) if r > 0 else r  # the formula holds for positive correlations
+        longer = draws / (draws // 2)  # than a half
+        return longer * r / (1 + (longer - 1) * r) if r > 0 else r  # the formula holds for positive correlations
 
     @staticmethod
     def merge(tables: list[ScoreTable]) -> ScoreTable:

@@ -59,7 +59,8 @@ def divide(
         if train_images > len(indices):
             raise ValueError(f"--train-images {train_images} is more than the {len(indices)} images available.")
         if train_images < len(indices):
-            _, indices = split_by_class(indices, data.labels[indices], train_images / len(indices), seed=seed)
+            share = train_images / len(indices)
+            _, indices = split_by_class(indices, data.labels[indices], share, seed=seed, both_sides=False)
     return Part(data, indices), evaluated
 
 

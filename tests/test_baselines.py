@@ -94,6 +94,17 @@ def test_dropout_measures_are_those_of_networks_one_by_one():
     assert ratio.max() > 0.2  # else the test says nothing
 
 
+def test_dropout_of_the_training_changes_no_measure(data, model):
+    """A scorer that was just trained with dropout measures as its file does."""
+    trained = build_backbone("tiny", num_classes=CLASSES, seed=1)
+    trained.load_state_dict(model.state_dict())
+    scorer.drop_before(last_linear(trained), 0.5)
+    found, expected = (measure_baselines(one, data, np.arange(40), seed=0) for one in (trained.train(), model))
+    assert trained.training and found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
 @torch.no_grad()
 def test_networks_that_agree_have_no_bald():
     features = torch.rand(5, 3)

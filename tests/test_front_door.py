@@ -21,7 +21,7 @@ from processes import command
 import nas_kmix
 import search
 import train_eval
-from darts_space import BilevelConfig, Genotype
+from darts_space import GENOTYPES, BilevelConfig, Genotype
 from nas_kmix import __main__ as door
 from nas_kmix.commands import notebook
 from nas_kmix.engine import cli, compute, program, workers
@@ -279,7 +279,30 @@ def test_what_a_notebook_says_wrongly_is_a_value_error(npz, tmp_path):
         nas_kmix.search(data=npz, out=tmp_path / "run", ratoi=0.1)
     with pytest.raises(ValueError, match="Give one of --genotype"):
         nas_kmix.train(data=npz, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="dry_run is for the command line"):
+        nas_kmix.search(data=npz, out=tmp_path / "run", dry_run=True)
+    with pytest.raises(ValueError, match="config is for the command line"):
+        nas_kmix.train(data=npz, out=tmp_path / "run", genotype="DARTS_V1", config="nowhere.json")
+    with pytest.raises(ValueError, match="eval_only trains nothing"):
+        nas_kmix.train(data=npz, out=tmp_path / "run", eval_only="last.pt")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_may_say_the_same_in_several_ways(npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {**SETTINGS, "finals": True, "stop_after": "scorer"}
+    nested = {**settings, "seed": np.int64(0), "input": {"data": npz}}
+    plain = nas_kmix.search(data=npz, **settings, candidates=[GENOTYPES["DARTS_V1"].to_text()])
+    again = nas_kmix.search(**nested, candidates=[GENOTYPES["DARTS_V1"]])
+    assert again.folder == plain.folder
+
+
+def test_a_backbone_comes_back_with_its_weights(npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = nas_kmix.train(data=npz, backbone="tiny", epochs=1, workers=0, threads=1, report=False)
+    state = torch.load(trained.folder / "last.pt", weights_only=True)["model"]
+    network = trained.network()
+    assert not network.training and all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 # -- dry runs ----------------------------------------------------------------------------------------------------------

@@ -125,6 +125,27 @@ def test_equal_halves_differ_by_at_most_one(counts, seed):
     assert abs(len(weights) - len(arch)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("sizes", "share", "large"),
+    [([5] * 200 + [500] * 10, 0.1, 50), ([3] * 50 + [100] * 3, 0.2, 20), ([2] * 99 + [40], 0.9, 36)],
+)
+def test_large_classes_do_not_pay_for_what_small_ones_must_give(sizes, share, large):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    _, taken = split_by_class(np.arange(len(labels)), labels, share, seed=0)
+    counts = np.bincount(labels[taken], minlength=len(sizes))
+    assert all(abs(count - large) <= 1 for count, size in zip(counts, sizes, strict=True) if size == max(sizes))
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=20), data=st.data())
+def test_a_wanted_number_of_images_is_that_number(counts, data):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    wanted = data.draw(st.integers(1, len(labels)))
+    kept, taken = split_by_class(np.arange(len(labels)), labels, wanted / len(labels), seed=0, both_sides=False)
+    assert len(taken) == wanted and len(np.union1d(kept, taken)) == len(labels)
+    given = np.bincount(labels[taken], minlength=len(counts))
+    assert all(abs(got - count * wanted / len(labels)) < 1.5 for got, count in zip(given, counts, strict=True))
+
+
 def test_a_fifth_for_the_architecture():
     labels = np.repeat(np.arange(10), 13)
     weights, arch = split_by_class(np.arange(130), labels, 0.2, seed=0)
@@ -247,6 +268,24 @@ def test_subset_of_an_image_folder_with_a_transform(pixels, labels, tmp_path):
     chosen = {theirs.samples[i][0] for i in subset.indices}
     assert chosen == {str(tmp_path / path) for path in proxy.paths}
     assert subset[0][0].shape == (3, 8, 8)
+
+
+def test_only_the_images_of_a_proxy_are_read_where_the_files_lie_as_before(pixels, labels, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    write_folder(tmp_path, pixels, labels)
+    proxy = make_proxy(load_data(DataConfig(data=str(tmp_path))), None, ProxyConfig(ratio=0.3, method="random"))
+    read, content = [], Source.content
+    monkeypatch.setattr(Source, "content", lambda source, i: read.append(i) or content(source, i))
+    subset = proxy.subset(datasets.ImageFolder(str(tmp_path / "train")))
+    assert sorted(read) == sorted(subset.indices) and len(read) == len(proxy.indices)
+
+    moved = tmp_path / proxy.paths[0]
+    moved.rename(moved.with_stem("elsewhere"))
+    again = proxy.subset(datasets.ImageFolder(str(tmp_path / "train")))
+    assert {again.dataset.samples[i][0] for i in again.indices} == {
+        str(moved.with_stem("elsewhere")), *(str(tmp_path / path) for path in proxy.paths[1:])
+    }  # fmt: skip
 
 
 class Unreadable(torch.utils.data.Dataset):

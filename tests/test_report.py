@@ -432,6 +432,31 @@ def test_runs_are_compared(searched, trained, tmp_path, cheap):
     assert "Accuracy on tiny.npz, test, against the all-in cost of the search" in labels
 
 
+def test_trainings_that_differ_in_more_than_the_seed_have_no_mean(searched, trained, tmp_path, cheap):
+    config = json.loads((trained / "config.json").read_text())
+    seed = changed(trained, tmp_path / "seed", "config.json", seed=7)
+    longer = changed(trained, tmp_path / "longer", "config.json", optim={**config["optim"], "epochs": 99})
+    found = Page(document([Record(folder) for folder in (searched, trained, seed, longer)]))
+    assert [row[0] for row in found.tables if row and row[0].startswith("mean of")] == ["mean of 2"]
+
+
+def test_data_sets_of_one_name_are_told_apart(searched, trained, tmp_path, cheap):
+    config = json.loads((trained / "config.json").read_text())
+    input = {**config["input"], "data": f"/other/{Path(config['input']['data']).name}"}
+    other = changed(trained, tmp_path / "other", "config.json", input=input, seed=7)
+    found = Page(document([Record(folder) for folder in (searched, trained, other)]))
+    names = [found.row(folder.name)[0] for folder in (trained, other)]
+    assert all(name.startswith("tiny.npz, test of /") for name in names) and len(set(names)) == 2
+    assert not [row for row in found.tables if row and row[0].startswith("mean of")]
+
+
+def test_a_search_without_a_scorer_shows_no_mixes(copy, cheap):
+    ledger = json.loads((copy / "cost.json").read_text())
+    ledger["stages"]["scorer"].update(wall_s=0.0, images_forward=0, images_backward=0)
+    (copy / "cost.json").write_text(json.dumps(ledger))
+    assert "mixes" not in {one["id"] for one in Page(document([Record(copy)])).of("section")}
+
+
 def test_accuracies_on_other_images_share_neither_axis_nor_mean(searched, trained, tmp_path, cheap):
     """One network is measured on validation images, another on other data; all have one search and differ in seed."""
     result = json.loads((trained / "result.json").read_text())

@@ -238,16 +238,16 @@ def test_a_reliability_is_put_into_words():
     assert words == ["unknown", "mostly noise", "mostly noise", "fair", "fair", "good", "good"]
 
 
-def test_reliability_predicts_the_correlation_between_two_seeds():
+@pytest.mark.parametrize(("measure", "draws", "error"), [("cv", 10, 0.05), ("mean", 5, 0.02), ("mean", 8, 0.02)])
+def test_reliability_predicts_the_correlation_between_two_seeds(measure, draws, error):
     """Stepping halves up to M draws by Spearman-Brown estimates how two independent tables of M draws agree."""
     rng = np.random.default_rng(0)
-    spread = rng.uniform(0.1, 0.5, size=(4000, 1))
-    tables = [
-        ScoreTable(np.arange(4000), np.zeros(4000, dtype=int), (2 + spread * rng.normal(size=(4000, 10))))
-        for _ in range(2)
-    ]
-    between = stats.spearmanr(tables[0].cv, tables[1].cv).statistic
-    assert tables[0].reliability() == pytest.approx(between, abs=0.05)
+    n = 20_000
+    level, spread = rng.normal(5.0, 0.3, size=(n, 1)), rng.uniform(0.1, 0.5, size=(n, 1))
+    draw = (level + spread * rng.normal(size=(n, draws)) for _ in range(2))
+    tables = [ScoreTable(np.arange(n), np.zeros(n, dtype=int), losses) for losses in draw]
+    between = stats.spearmanr(*(table.measure(measure) for table in tables)).statistic
+    assert tables[0].reliability(measure) == pytest.approx(between, abs=error)
 
 
 def test_all_zero_losses_have_a_cv_of_zero():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ def check_same_task(first: Classifier, second: Classifier) -> None:
 
 def load_images(config: InputConfig, like: Classifier, *, device: torch.device, workers: int) -> ImageData:
     """The split to analyse, at the image size and in the normalisation of `like`. Raises ValueError."""
-    data, split_seed = (located(config.data), 0) if config.data else _recorded_data(like.path)
+    recorded = recorded_input(like.path)
+    data, split_seed = (located(config.data) if config.data else _data_here(recorded, like.path)), recorded.split_seed
     split = config.split
     if split == "auto":
         split = next((name for name in ("test", "val") if name in splits_of(data)), None)
@@ -105,16 +106,29 @@ def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, SUBSET]).choice(good, size=images, replace=False))
 
 
-def _recorded_data(checkpoint: Path) -> tuple[str, int]:
-    """`--data` and `--split-seed` of the run that trained the network."""
-    record = checkpoint.parent / "config.json"
+class RecordedInput(NamedTuple):
+    """What a network was trained on, as far as the config.json beside its checkpoint tells."""
+
+    data: str | None
+    split_seed: int
+
+
+def recorded_input(checkpoint: Path) -> RecordedInput:
+    """`--data` and `--split-seed` of the run that trained the network; of that seed depend its test images."""
     try:
-        flags = files.read_json(record)["input"]
-        data, split_seed = str(flags["data"]), int(flags.get("split_seed", 0))  # which older runs lack
-    except (ValueError, KeyError, TypeError) as error:
+        flags = files.read_json(checkpoint.parent / "config.json")["input"]
+        return RecordedInput(str(flags["data"]), int(flags.get("split_seed", 0)))  # which older runs lack
+    except (ValueError, KeyError, TypeError):
+        return RecordedInput(None, 0)
+
+
+def _data_here(recorded: RecordedInput, checkpoint: Path) -> str:
+    data = recorded.data
+    if data is None:
         raise ValueError(
-            f"{record} does not say what {checkpoint.name} was trained on; give it with --data."
-        ) from error
+            f"{checkpoint.parent / 'config.json'} does not say what {checkpoint.name} was trained on; give it with "
+            "--data."
+        )
     if located(data) != data and not Path(data).exists():  # a relative path of another folder
         raise ValueError(f"{checkpoint.name} was trained on {data}, which is not here; name it with --data.")
-    return data, split_seed
+    return data

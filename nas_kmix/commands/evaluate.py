@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas_kmix.analysis.classifiers import load_classifier
+from nas_kmix.analysis.runs import recorded_input
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import pick_compute
+from nas_kmix.engine.datasets import is_flat
 from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.progress import Progress
 from nas_kmix.pipeline import network
@@ -27,6 +30,7 @@ def evaluate_checkpoint(config: Config, *, own_size: bool) -> dict[str, Any]:
     compute = pick_compute(config.device)
     with joined(compute.device) as world:
         trained = load_classifier(config.eval_only)
+        _check_split_seed(config)
         if own_size:
             trained = replace(trained, image_size=config.input.image_size)
         options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
@@ -56,3 +60,16 @@ def evaluate_checkpoint(config: Config, *, own_size: bool) -> dict[str, Any]:
             export_network(model, preparation_of(trained), examples, config.export, raw=config.export_raw)
         images = {split: part.readable(bad) for split, part in evaluated.items()}
         return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
+
+
+def _check_split_seed(config: Config) -> None:
+    """Refuse to test on images of a folder without splits that the network was trained on."""
+    data, split_seed = recorded_input(config.eval_only)
+    folder = Path(config.input.data)
+    if data is None or folder.resolve() != Path(data).resolve() or not (folder.is_dir() and is_flat(folder)):
+        return
+    if split_seed != config.input.split_seed:
+        raise ValueError(
+            f"{config.eval_only} was trained with --split-seed {split_seed}, so that with {config.input.split_seed} "
+            f"some of the test images would be its training images; add --split-seed {split_seed}."
+        )

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from darts_space import Genotype, Network, load_network
+from torch import nn
+
+from darts_space import Genotype
+from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.commands import search as search_command
 from nas_kmix.commands import train as train_command
-from nas_kmix.engine.cli import suited, with_home
+from nas_kmix.engine.children import without_main_module
+from nas_kmix.engine.cli import Invocation, suited, with_home
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.settings import configured
 from nas_kmix.engine.training import BEST
@@ -42,10 +44,10 @@ class Trained:
     result: Mapping[str, Any]
     """What result.json holds: last and best accuracies, parameters, multiply-adds, seconds."""
 
-    def network(self) -> Network:
-        """The network of a genotype with the weights of the best epoch, or of the last where none was selected."""
+    def network(self) -> nn.Module:
+        """The network, in eval mode, with the weights of the best epoch, or of the last where none was selected."""
         best = self.folder / BEST
-        return load_network(best if best.exists() else self.folder / network.FILE)
+        return load_classifier(best if best.exists() else self.folder / network.FILE).model
 
 
 def search(
@@ -53,8 +55,11 @@ def search(
 ) -> search_command.Result:
     """Run search.py's stages, from images to a genotype, and return what they made.
 
-    `on_log(stage, step, values)` hears of every row of the log.
+    `on_log(stage, step, values)` hears of every row of the log. `candidates` may be `Genotype`s, names, files or texts.
     """
+    given = settings.get("candidates")
+    if isinstance(given, list | tuple):
+        settings["candidates"] = [one.to_text() if isinstance(one, Genotype) else one for one in given]
     run = partial(search_command.run, on_log=on_log)
     return _run(run, search_command.PRESETS, "search", preset, out, settings)
 
@@ -66,6 +71,8 @@ def train(
     if isinstance(settings.get("genotype"), Genotype):
         settings["genotype"] = settings["genotype"].to_text()
     run = partial(train_command.run, on_log=on_log)
+    if settings.get("eval_only") is not None:
+        raise ValueError("eval_only trains nothing; use `python train_eval.py --eval-only FILE`, or load the file.")
     result = _run(run, train_command.PRESETS, "train", preset, out, settings)
     return Trained(Path(result["folder"]), result)
 
@@ -80,26 +87,23 @@ def _run(
 ) -> Result:
     if preset not in presets:
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(presets)}.")
-    data = settings.get("data")
-    default = suited(presets[preset], None if data is None else str(data), settings.get("device"))
+    for flag in (field.name for field in fields(Invocation)):
+        if settings.get(flag):
+            raise ValueError(f"{flag} is for the command line; a call takes its settings as keywords.")
+    data, device = (_flag(settings, *names) for names in (("input", "data"), ("device", "device")))
+    default = suited(presets[preset], None if data is None else str(data), device)
     config = with_home(configured(default, {**settings, "preset": preset}))
     try:
-        with _without_main():
+        with without_main_module():
             return run(replace(config, out=_own_folder(name, config) if out is None else Path(out).expanduser()))
     finally:
         end_workers()
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide the caller's script from child processes, each of which would run it from its beginning."""
-    main = sys.modules["__main__"]
-    known = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
-    main.__spec__ = None  # as in a notebook, which has no file either
-    try:
-        yield
-    finally:
-        vars(main).update(known)
+def _flag(settings: Mapping[str, Any], part: str, name: str) -> Any:
+    """A flag that may be given by itself or in the dict of its part."""
+    inner = settings.get(part)
+    return inner.get(name) if isinstance(inner, Mapping) else settings.get(name)
 
 
 def _own_folder(name: str, config: Any) -> Path:

@@ -108,7 +108,7 @@ class Children(Generic[Name, Task, Outcome]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _signals_for_this_process_alone(), _without_main_module():
+        with _signals_for_this_process_alone(), without_main_module():
             process.start()
         theirs.close()  # so that its end is the end of the pipe
         self._processes.append(process)
@@ -152,8 +152,8 @@ def _signals_for_this_process_alone() -> Iterator[None]:
 
 
 @contextmanager
-def _without_main_module() -> Iterator[None]:
-    """A child that is started here does not import the script that this process runs.
+def without_main_module() -> Iterator[None]:
+    """A child that is started in the block does not import the script that this process runs.
 
     Nothing of it is needed, and one without `if __name__ == "__main__"` would run again.
     """

@@ -7,6 +7,7 @@ on the level where their flags are (`{"data": "digits", "scorer": {"epochs": 5}}
 from __future__ import annotations
 
 import difflib
+import numbers
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -90,8 +91,10 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
         return str(value)
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # also numpy's
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ValueError(f"{name} cannot be {value!r}")

@@ -1,13 +1,18 @@
-"""Section `compare`: several runs side by side. Runs that differ only in their seed form a group."""
+"""Section `compare`: several runs side by side. Trainings that differ only in their seed form a group.
+
+The genotype's file does not count, but what it came from: searches of several seeds are retrained once each.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +38,7 @@ from nas_kmix.analysis.report.proxy import reliability
 from nas_kmix.analysis.report.record import Record
 
 T, K = TypeVar("T"), TypeVar("K")
+NO_SETTINGS = ("seed", "out", "fresh", "quiet", "report", "invocation", "device", "eval_only", "export", "export_raw")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class TrainedNetwork:
     """What its genotype came from: how a search's proxy was chosen, a name, or a backbone."""
     images: str
     """The images that the accuracy is of: data set and split."""
+    input: tuple[str, int, int | None]
+    """--data, --split-seed and --image-size."""
+    settings: str
+    """All settings that could make a difference, but for the seed and where the genotype lay."""
     seed: int
     genotype: Genotype | None
     accuracy: float | None
@@ -79,7 +89,7 @@ def section(records: Sequence[Record]) -> Markup:
                 searched.append(_searched(record))
         except UNREADABLE as error:
             unknown.append(missing(f"{record.name} is not compared: {reason(record, error)}"))
-    short = _short_names(records)
+    short, trained = _short_names(records), _told_apart(trained)
     verdicts = verdict_table(records, short)
     parts = [_search_table(searched, short), *([] if verdicts is None else [verdicts])]
     parts += [_network_table(trained, short), _accuracy_chart(trained)]
@@ -131,6 +141,8 @@ def _trained(record: Record, searched: Sequence[Searched]) -> TrainedNetwork:
         record,
         origin=_network_name(network, genotype) if search is None else search.proxy,
         images=f"{data_name(record)}, {_split(result.get('last'))}",
+        input=tuple(record.config.get("input", {}).get(name) for name in ("data", "split_seed", "image_size")),
+        settings=_settings(record.config),
         seed=record.config.get("seed", 0),
         genotype=genotype,
         accuracy=_accuracy(result.get("last")),
@@ -138,6 +150,25 @@ def _trained(record: Record, searched: Sequence[Searched]) -> TrainedNetwork:
         result=result,
         search_seconds=None if search is None else search.seconds,
     )
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    own = {name: value for name, value in config.items() if name not in NO_SETTINGS}
+    own["network"] = {name: value for name, value in config["network"].items() if name != "genotype"}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def _told_apart(trained: Sequence[TrainedNetwork]) -> list[TrainedNetwork]:
+    """With the whole path, the split's seed and the size where two data sets would be called the same."""
+    inputs: dict[str, set[tuple]] = defaultdict(set)
+    for run in trained:
+        inputs[run.images].add(run.input)
+
+    def named(run: TrainedNetwork) -> str:
+        data, split_seed, size = run.input
+        return f"{run.images} of {data}, split seed {split_seed or 0}, {size or 'own'} px"
+
+    return [replace(run, images=named(run)) if len(inputs[run.images]) > 1 else run for run in trained]
 
 
 def _origin(network: dict, genotype: Genotype | None, searched: Sequence[Searched]) -> Searched | None:
@@ -213,7 +244,7 @@ def _network_table(trained: Sequence[TrainedNetwork], short: dict[Path, str]) ->
     if not trained:
         return missing("No accuracy is compared: none of these runs is a training.")
     rows = []
-    for (images, origin), members in _groups(trained, lambda run: (run.images, run.origin)):
+    for (images, origin, _), members in _groups(trained, lambda run: (run.images, run.origin, run.settings)):
         for run in members:
             costs = [run.result.get(name) for name in ("params_without_aux", "macs", "train_s")]
             search = "–" if run.search_seconds is None else f"{number(run.search_seconds)} s"
@@ -249,7 +280,7 @@ def _accuracy_chart(trained: Sequence[TrainedNetwork]) -> Markup:
     for images, members in _groups(shown, lambda run: run.images):  # each on axes of its own
         series = [
             Series(origin, [run.search_seconds for run in group], [100 * run.accuracy for run in group])
-            for origin, group in _groups(members, lambda run: run.origin)
+            for (origin, _), group in _groups(members, lambda run: (run.origin, run.settings))
         ]
         title = f"Accuracy on {images}, against the all-in cost of the search"
         drawn = scatter_chart(title, series, "all-in search, seconds", "accuracy, %")

@@ -19,9 +19,10 @@ SAMPLE_STREAM, MIX_STREAM = 91, 92  # of random numbers, apart from those of the
 
 
 def applies(record: Record) -> bool:
-    """Whether images were mixed: not where they were taken as they are, nor where features were mixed."""
+    """Whether this run trained on mixed images: not where it mixed none, or features, or trained no scorer."""
     try:
-        return is_run(record) and record.mixing.mix not in ("none", "manifold_mixup")
+        trained = is_run(record) and (record.trains or record.costs["scorer"].wall_s > 0)
+        return trained and record.mixing.mix not in ("none", "manifold_mixup")
     except UNREADABLE:
         return True  # the section says what is wrong
 

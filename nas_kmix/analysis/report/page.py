@@ -156,8 +156,8 @@ def _reliability_tile(record: Record) -> tuple[str, str]:
 
 
 def _cost_tile(record: Record) -> tuple[str, str]:
-    costs = record.costs
-    return duration(sum(cost.wall_s for cost in costs.values())), f"{len(costs)} stages, all billed"
+    billed = [cost.wall_s for cost in record.costs.values() if cost.wall_s > 0]
+    return duration(sum(billed)), f"{len(billed)} stage{'s' if len(billed) != 1 else ''}, all billed"
 
 
 def _speed_tile(record: Record) -> tuple[str, str]:
