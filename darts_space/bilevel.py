@@ -190,7 +190,10 @@ class Search:
         optimizer.zero_grad(set_to_none=True)
 
     def arch_gradient(self, val_batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Validation loss and its gradient with respect to alpha and beta at the present weights; nothing moves."""
+        """Validation loss and its gradient with respect to alpha and beta at the present weights.
+
+        No parameter moves, but BatchNorm's running statistics do. With fp16 the gradient has the scale of the losses.
+        """
         return self._first_order(val_batch)
 
     def removal_losses(self, val_batches: Sequence[Batch]) -> Removal:

@@ -67,11 +67,14 @@ class Genotype:
 
     def shared_edges(self, other: Genotype) -> int:
         """Number of (cell, node, operation, input) entries that both genotypes have, 0..`GENOTYPE_EDGES`."""
-        return len(self._entries() & other._entries())
+        return len(self.entries & other.entries)
 
-    def _entries(self) -> set[tuple[str, int, str, int]]:
+    @property
+    def entries(self) -> frozenset[tuple[str, int, str, int]]:
+        """All (cell, node, operation, input). The same for two genotypes that list the inputs of a node in other order,
+        which are one network."""
         cells = (("normal", self.normal), ("reduce", self.reduce))
-        return {(cell, i // 2, *edge) for cell, edges in cells for i, edge in enumerate(edges)}
+        return frozenset((cell, i // 2, *edge) for cell, edges in cells for i, edge in enumerate(edges))
 
     def to_json(self) -> dict[str, Any]:
         """The genotype as a JSON object with its format and version."""

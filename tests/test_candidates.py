@@ -1,6 +1,7 @@
 """Candidates of the finals: which records compete, how controls are drawn, and the widths of their networks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,28 @@ def test_given_genotypes_compete_once():
     found = with_controls(searched, given, controls=2, shape=SHAPE, channels=8, seed=0)
     assert [one.origin for one in found] == ["bilevel", "given", "random", "random"]
     assert found[1].title == "given: PC_DARTS_cifar" and len({one.genotype for one in found}) == 4
+
+
+def swapped(genotype):
+    """The same network, with the inputs of every node in the other order."""
+    cells = {
+        cell: [edge for i in range(0, 8, 2) for edge in getattr(genotype, cell)[i : i + 2][::-1]]
+        for cell in ("normal", "reduce")
+    }
+    return replace(genotype, **cells)
+
+
+def test_one_network_competes_once_however_its_edges_are_listed():
+    rows = [(2, swapped(DRAWN[1])), (4, swapped(DRAWN[0])), (6, DRAWN[1]), (8, DRAWN[0])]
+    assert swapped(DRAWN[0]) != DRAWN[0] and swapped(DRAWN[0]).entries == DRAWN[0].entries
+    found = of_records([rows])
+    assert [one.arch_step for one in found] == [8, 6]
+    entered = with_controls(found, {"swapped": swapped(DRAWN[0])}, controls=2, shape=SHAPE, channels=8, seed=0)
+    assert [one.origin for one in entered] == ["bilevel", "bilevel", "random", "random"]
+    rng = np.random.default_rng(3)
+    first = random_controls(1, SHAPE.macs(DRAWN[0], 8), SHAPE, 8, rng=np.random.default_rng(3))
+    taken = [swapped(one) for one in first]
+    assert random_controls(1, SHAPE.macs(DRAWN[0], 8), SHAPE, 8, taken=taken, rng=rng) != first
 
 
 def test_widths_differ_only_beyond_a_quarter_of_the_median():

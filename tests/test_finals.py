@@ -12,6 +12,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,8 +29,10 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.children import run_in_children
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import DataConfig, load_data
-from nas_kmix.pipeline.candidates import Shape
+from nas_kmix.pipeline import finals
+from nas_kmix.pipeline.candidates import Candidate, Shape
 from nas_kmix.pipeline.finals import divide
+from nas_kmix.pipeline.halving import Halving
 from nas_kmix.pipeline.trial import FinalsConfig, Roles, Task, Trainer, train_rung
 from nas_kmix.pipeline.verdict import in_words, judge
 
@@ -124,11 +127,31 @@ def test_a_search_without_finals_is_unproved_until_they_are_added(alone, npz, tm
     assert {name for name, content in files_of(tmp_path).items() if content != before[name]} <= {"cost.json"}
 
 
-def test_candidates_that_diverge_lose_and_the_run_goes_on(npz, tmp_path):
-    ended = completed(command(npz, tmp_path, "--finals.lr", "1e30", "--jobs", 1))
+def test_where_all_diverge_nothing_is_called_a_winner(npz, tmp_path):
+    ended = main(command(npz, tmp_path, "--finals.lr", "1e30", "--jobs", 1))
+    assert ended.code == 2 and "lower --finals.lr, or use --no-finals" in ended.err
     assert "has diverged and counts as accuracy 0" in ended.out
-    assert {row["accuracy"] for row in rows_of(tmp_path)} == {0.0}
-    assert json.loads((tmp_path / "result.json").read_text())["verdict"] == "no better than random"
+    assert not (tmp_path / "genotype.json").exists() and not (tmp_path / "result.json").exists()
+    completed(command(npz, tmp_path, "--finals.lr", "1e30", "--no-finals"))
+
+
+def test_a_candidate_that_diverges_loses_and_a_control_that_does_is_no_comparison():
+    rng = np.random.default_rng(0)
+    found = [Candidate(random_genotype(rng), origin) for origin in ("bilevel", "bilevel", *["random"] * 4)]
+    accuracies = [0.0, 0.5, 0.4, 0.0, 0.3, 0.35]  # the entry and a control diverged
+    halving = Halving([0, 1], [2, 3, 4, 5], 1)
+    for number, accuracy in enumerate(accuracies):
+        halving.record((number, 0), accuracy)
+    verdicts = {number: accuracy for number, accuracy in enumerate(accuracies) if accuracy > 0}
+    turns = SimpleNamespace(entrants=SimpleNamespace(candidates=found), halving=halving, verdicts=verdicts)
+    result = finals.result_of(turns, images=100)
+    assert result["winner"]["accuracy"] == 0.5 and result["entry"]["accuracy"] == 0.0
+    assert result["random"]["n"] == 3 and result["random"]["mean"] == pytest.approx(0.35)
+    assert result["verdict"] == "worse than random"
+    for lost in (2, 4):
+        del verdicts[lost]
+    with pytest.raises(ValueError, match=r"4 of the finals' candidates have diverged"):
+        finals.result_of(turns, images=100)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +285,7 @@ def test_a_trainer_carries_weights_from_rung_to_rung(digits):
     fresh = trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, None, True))
     assert fresh.loss != last.loss
     broken = {name: array * np.nan if array.dtype == np.float32 else array for name, array in first.state.items()}
-    assert trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, broken, True))[3:] == (0.0, None)
+    assert trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, broken, True))[3:] == (None, None)
 
 
 def test_large_images_are_judged_as_in_training_networks(image_folder):

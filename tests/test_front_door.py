@@ -5,6 +5,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -206,6 +207,27 @@ def test_flags_override_a_config(searched, tmp_path):
     found = search.parse([f"--config={file}", "--seed", "5", "--scorer.epochs", "1"])
     assert (found.seed, found.scorer.optim.epochs, found.scorer.optim.batch_size) == (5, 1, 8)
     assert found.out == search.PRESETS["quick"].out, "the folder is not a setting"
+
+
+def test_files_that_a_run_wrote_besides_stay_its_own(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"export": "net.pt2", "eval_only": "last.pt"}))
+    found = train_eval.parse(["--config", str(file)])
+    assert found.export is None and found.eval_only is None
+    file.write_text(json.dumps({"export_list": "list.tsv"}))
+    assert search.parse(["--config", str(file)]).export_list is None
+
+
+def test_the_next_command_goes_on_where_a_config_would_stop(npz, tmp_path, capsys):
+    stopped = [*command(npz, tmp_path / "first"), "--stop-after", "proxy"]
+    assert search.main([word for word in stopped if word != "--no-finals"]) == 0
+    again = ["--config", str(tmp_path / "first" / "config.json"), "--out", str(tmp_path / "second")]
+    capsys.readouterr()
+    assert search.main([*again, "--scorer", str(tmp_path / "first" / "scorer.pt")]) == 0
+    following = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("-m nas_kmix search ")[2])
+    found = search.parse(following)
+    assert found.stop_after is None and found.given.scorer is None
+    assert found.given.proxy == tmp_path / "second" / "proxy.json"
 
 
 @pytest.mark.parametrize("main", [search, train_eval], ids=["search", "train"])

@@ -83,6 +83,13 @@ def test_controls_that_agree_by_chance_do_not_make_the_verdict_certain():
         judge(0.5, [0.4], 100)
 
 
+@pytest.mark.parametrize(("entry", "controls"), [(0.98, 1.0), (0.02, 0.0), (0.04, 0.0)])
+def test_controls_that_are_all_right_or_all_wrong_leave_a_doubt(entry, controls):
+    found = judge(entry, [controls] * 6, 50)
+    assert found.se > 0 and found.word == "no better than random"
+    assert judge(1.0 - controls, [controls] * 6, 50).word != "no better than random"
+
+
 CONTENDERS, CONTROLS, RUNGS, JUDGES, VERDICT = 3, 6, 3, 2500, 2500
 
 

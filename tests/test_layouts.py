@@ -9,16 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_pixels
 from PIL import Image
 
 import search
 import train_eval
+from nas_kmix.analysis.classifiers import load_classifier
+from nas_kmix.analysis.runs import InputConfig, load_images
 from nas_kmix.engine import hugging_face
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.datasets import is_flat, located, open_source, splits_of
 from nas_kmix.engine.named_sets import MEDMNIST, survives_mirroring
 from nas_kmix.engine.sources import Source
+from nas_kmix.manifest import ProxyManifest
 
 SEARCH = shlex.split(
     "--no-report --no-finals --threads 1 --device cpu -j 0 --scorer.epochs 1 --scoring.draws 4 --ratio .5 --channels 2 "
@@ -118,6 +122,57 @@ def test_tiny_imagenet_is_taken_as_it_is_unpacked(tiny_imagenet, tmp_path):
     val = load_data(DataConfig(data=str(tiny_imagenet)), split="val", like=data)
     assert val.source.paths == tuple(f"val/images/val_{i}.JPEG" for i in range(6))
     assert val.labels.tolist() == [0, 1] * 3 and val.class_names == ("n01443537", "n02123045")
+
+
+def test_a_network_is_evaluated_where_test_images_have_no_classes(tiny_imagenet, tmp_path, capsys):
+    flags = ["--data", str(tiny_imagenet), "--backbone", "tiny", *TRAIN[:7], "--epochs", "1", "--out", str(tmp_path)]
+    trained = train_eval.run(train_eval.parse(flags))
+    argv = ["--data", str(tiny_imagenet), *TRAIN[1:7], "--eval-only", str(tmp_path / "last.pt")]
+    found = train_eval.run(train_eval.parse(argv))
+    assert found["val_accuracy"] == trained["last"]["val_accuracy"] and "test_accuracy" not in found
+    assert "last.pt knows none of the classes" in capsys.readouterr().out
+
+
+def test_the_test_images_of_a_run_stay_its_own(flat, tmp_path):
+    """Whoever divides a folder without splits again takes the run's own seed."""
+    flags = ["--data", str(flat), "--split-seed", "5", "--backbone", "tiny", *TRAIN[:7], "--epochs", "1"]
+    result = train_eval.run(train_eval.parse([*flags, "--out", str(tmp_path / "run")]))
+    last = tmp_path / "run" / "last.pt"
+    own = open_source(str(flat), flat, "test", split_seed=5).paths
+    for data in (None, str(flat)):
+        images = load_images(InputConfig(data=data), load_classifier(last), device=torch.device("cpu"), workers=0)
+        assert images.source.paths == own
+    argv = ["--data", str(flat), *TRAIN[1:7], "--eval-only", str(last)]
+    with pytest.raises(ValueError, match="would be its training images; add --split-seed 5"):
+        train_eval.run(train_eval.parse(argv))
+    found = train_eval.run(train_eval.parse([*argv, "--split-seed", "5"]))
+    assert found["test_accuracy"] == result["last"]["test_accuracy"]
+
+
+def test_a_run_folder_is_no_class(flat, monkeypatch):
+    monkeypatch.chdir(flat)
+    for main, flags in ((search.main, []), (train_eval.main, ["--backbone", "tiny"])):
+        assert main(["--data", ".", *flags, "--device", "cpu"]) == 2
+    assert sorted(path.name for path in flat.iterdir()) == ["ant", "bee", "cat"]
+
+
+def test_names_as_systems_give_them_make_no_proxy_unreadable(flat, tmp_path):
+    for path in sorted(flat.rglob("*.png")):
+        path.rename(path.with_name(f"Screenshot {path.stem}\u202fPM\u3000.png"))
+    for _ in range(2):
+        argv = [*SEARCH, "--data", str(flat), "--stop-after", "proxy", "--out", str(tmp_path / "run")]
+        assert search.main([word for word in argv if word != "--no-finals"]) == 0
+    assert ProxyManifest.load(tmp_path / "run" / "proxy.json").paths[0].endswith("\u202fPM\u3000.png")
+
+
+@pytest.mark.parametrize("gigabytes", ["4", "0"])
+def test_a_class_that_cannot_be_read_is_refused(gigabytes, flat, tmp_path, capsys):
+    (flat / "dog").mkdir()
+    for i in range(2):
+        (flat / "dog" / f"{i}.png").write_bytes((flat / "ant" / "0.png").read_bytes()[:60])
+    argv = [*SEARCH, "--data", str(flat), "--max-resident-gb", gigabytes, "--out", str(tmp_path / "run")]
+    assert search.main(argv) == 2
+    assert "class 'dog' has no readable train images" in capsys.readouterr().err
 
 
 def test_an_annotation_of_an_unknown_class_is_named(tiny_imagenet):

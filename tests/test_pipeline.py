@@ -578,7 +578,7 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
     monkeypatch.setattr(SuperNet, "genotype", lambda *_: pools)
     ended = completed(command(npz, tmp_path, *proxy))
     assert "warning: the architecture moves after 2 steps on the weights, 1.0 passes over their" in ended.out
-    settled = "the 2 records before the last had 16.0 of the 16 edges of the genotype on average: it had settled"
+    settled = "the record before the last had 16.0 of the 16 edges of the genotype on average: it had settled"
     assert settled in ended.out
     assert (
         "the search has collapsed: of the normal cell's 8 operations 0 are skip connections and 8 are pools"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,17 @@ def add_drops(stages: list[list[nn.Sequential]], drop: Drop) -> None:
     """Append the layers of `drop` to the residual paths of all blocks, given stage by stage."""
     if drop == NOTHING:
         return
-    from torchvision.ops import DropBlock2d, StochasticDepth  # here: seconds to import, rarely needed
+    from torchvision.ops import DropBlock2d, StochasticDepth, drop_block2d  # here: seconds to import, rarely needed
+
+    class DropBlock(DropBlock2d):
+        def forward(self, x: Tensor) -> Tensor:
+            side = min(self.block_size, *x.shape[-2:])  # of small images, the last maps are smaller than a block
+            return drop_block2d(x, self.p, side - 1 + side % 2, self.inplace, training=self.training)
 
     paths = [path for stage in stages for path in stage]
     if drop.drop_block:
         for path in stages[-1]:
-            path.append(DropBlock2d(drop.drop_block, drop.block_size))
+            path.append(DropBlock(drop.drop_block, drop.block_size))
     if drop.stochastic_depth:
         for index, path in enumerate(paths, start=1):
             path.append(StochasticDepth(drop.stochastic_depth * index / len(paths), mode="batch"))

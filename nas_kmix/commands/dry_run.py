@@ -37,6 +37,7 @@ from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memo
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.network import NetworkTraining
+from nas_kmix.pipeline.seeds import dealt_out
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
@@ -127,7 +128,8 @@ def _scorer(config: Config, chain: Chain, found: scorer.Scorer | None) -> str:
     shape = {"num_classes": data.num_classes, "stem": data.stem}
     model = build_backbone(settings.backbone, **shape, seed=settings.seed).to(chain.compute.device)
     step = _training_step(model, settings.optim, Recipe(), chain)
-    return chain.line(scorer.NAME, *_epochs(settings.backbone, settings.optim, len(data), step))
+    images = len(scorer.divided(settings, data)[0].indices)
+    return chain.line(scorer.NAME, *_epochs(settings.backbone, settings.optim, images, step))
 
 
 def _scoring(config: Config, chain: Chain, trained: scorer.Scorer | None, found: Any) -> str:
@@ -174,6 +176,8 @@ def _search_and_finals(config: Config, chain: Chain, halves: Halves) -> Iterator
     searched = chain.find(search, config.search, halves, data) if halves.identity else None
     yield chain.line(search.NAME, "found") if searched is not None else _search(config, chain, halves)
     if roles is None:
+        if searched is not None:
+            chain.find(search.Unproved(), config.search, searched, halves, data)
         return
     given = {text: read_genotype(text) for text in config.candidates}
     if searched is not None:
@@ -220,7 +224,11 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
     resting, moving = measured(rest, supernet), measured(move, supernet)
     n = min(settings.batch_size, len(halves.weights))
     weights, arch = at(n, *resting), at(min(settings.batch_size, len(halves.arch)), *moving)
-    seconds = settings.seeds * (bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds)
+    at_once = min(settings.seeds, settings.jobs) if compute.device.type == "cpu" and chain.world.size == 1 else 1
+    if dealt_out(settings.seeds, chain.world):
+        at_once = chain.world.size
+    rounds = math.ceil(settings.seeds / at_once)
+    seconds = rounds * (bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds)
     several = f"{settings.seeds} times " if settings.seeds > 1 else ""
     steps = f"{several}{bilevel.rest_steps:,} steps on the weights, then {bilevel.arch_steps:,} on the architecture too"
     return chain.line(search.NAME, f"{steps}, {n} images", Cost(seconds, max(weights.bytes, arch.bytes)))

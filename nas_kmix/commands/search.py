@@ -23,7 +23,7 @@ from nas_kmix.commands.summary import of_images, of_search
 from nas_kmix.engine import bad_files, cli
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData, load_data
-from nas_kmix.engine.datasets import located
+from nas_kmix.engine.datasets import check_run_folder, located
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
@@ -66,6 +66,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
     check_flags(config)
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
     watched = {"on_log": on_log, "quiet": config.quiet}
+    check_run_folder(config.out, config.input.data)
     with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
         data = load_data(config.input, device=run.compute.device, workers=config.device.workers)
         check_later_stages(config, data)
@@ -170,7 +171,10 @@ def _remedy(config: Config, error: StageMismatchError) -> str:
     flag, name = REUSE.get(error.stage, ("", ""))
     given = getattr(config.given, flag) if flag else None
     earlier = given or config.out / name
-    reuse = f" --{flag} {earlier}" if flag and earlier.exists() else ""
+    usable = flag and earlier.exists() and (flag != "scores" or config.uses_scores)
+    typed = [start for start in ("scorer", "scores", "proxy") if getattr(config.given, start) and start != flag]
+    instead = f" instead of --{typed[0]}" if typed else ""
+    reuse = f" --{flag} {earlier}{instead}" if usable else ""
     return (
         f"Start over with --fresh, or keep the file and run the same command with --out {config.out}-2{reuse}"
         f"{' to reuse the stages before it' if reuse else ''}."

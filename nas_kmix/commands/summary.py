@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas_kmix.engine import files
+from nas_kmix.engine import bad_files, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.named_sets import survives_mirroring
@@ -64,7 +64,8 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
         rows["next"] = command("train", *_training_flags(config, folder))
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        rows["next"] = command("search", *rest_of(argv), "--proxy", str(path), "--out", f"{folder}-search")
+        rest = [*rest_of(argv), *_undone(config, argv)]
+        rows["next"] = command("search", *rest, "--proxy", str(path), "--out", f"{folder}-search")
     lines = [] if result.genotype is None else [result.genotype.to_text()]
     return "\n".join([*lines, *(f"{name:{MARGIN}}{text}" for name, text in rows.items())])
 
@@ -93,14 +94,24 @@ def _training_flags(config: Config, folder: Path) -> list[str]:
 
     preset = RETRAINED_WITH[config.preset]
     flags = ["--genotype", str(folder / finals.FILE)]
-    for name in ("data", "data_root", "split_seed", "image_size"):
+    for name in ("data", "data_root", "split_seed", "image_size", "max_bad_share"):
         value = getattr(config.input, name)
         if value != getattr(PRESETS[preset].input, name):
             flags += [f"--{name.replace('_', '-')}", str(value)]
     if config.augmentation.flip != survives_mirroring(config.input.data):  # else a training does the same
         flags.append("--flip" if config.augmentation.flip else "--no-flip")
+    if (folder / bad_files.FILE).exists():
+        flags.append("--skip-bad")
     chosen = ["--preset", preset] if preset != "quick" else []
     return [*chosen, *flags, "--out", f"{folder}-net"]
+
+
+def _undone(config: Config, argv: Sequence[str]) -> list[str]:
+    """Flags against what a --config would bring back: the end at the proxy, and another start of the chain."""
+    if not any(argument.partition("=")[0] == "--config" for argument in argv):
+        return []
+    starts = [name for name in ("scorer", "scores") if getattr(config.given, name) is not None]
+    return [word for name in ("stop-after", *starts) for word in (f"--{name}", "None")]
 
 
 def rest_of(argv: Sequence[str]) -> list[str]:

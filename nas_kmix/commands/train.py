@@ -30,7 +30,7 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.engine.datasets import located
+from nas_kmix.engine.datasets import check_run_folder, located
 from nas_kmix.engine.distributed import is_main, joined
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.learner import OptimConfig, Recipe
@@ -149,6 +149,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
     if config.eval_only is not None:
         return evaluate_checkpoint(config, own_size=config.input.image_size != PRESETS[config.preset].input.image_size)
     watched = {"on_log": on_log, "quiet": config.quiet}
+    check_run_folder(config.out, config.input.data)
     with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
         config.mix.check_processes(run.world.size)
         data, splits, training, evaluated = _load_images(config, run.compute)

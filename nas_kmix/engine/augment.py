@@ -34,9 +34,9 @@ class Augmentation:
 
     def __post_init__(self):
         for name in ("crop_padding", "lighting", "cutout"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}.")
-        if min(self.color_jitter) < 0.0 or self.color_jitter[3] > 0.5:
+        if not all(0.0 <= value < math.inf for value in self.color_jitter) or self.color_jitter[3] > 0.5:
             raise ValueError(
                 f"--color-jitter takes four numbers of at least 0, hue at most 0.5, not {self.color_jitter}."
             )

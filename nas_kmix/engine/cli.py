@@ -64,7 +64,8 @@ class Invocation:
     """Say what would be done, how long it would take and what would be refused, after a few steps; write nothing."""
 
 
-NOT_A_SETTING = ("out", "fresh", "invocation")  # what --config does not take from a config.json
+# What --config does not take from a config.json: where and how that run was started, and the files it wrote besides.
+NOT_A_SETTING = ("out", "fresh", "invocation", "eval_only", "export", "export_list")
 
 
 def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str | None) -> Config:

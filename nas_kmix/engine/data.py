@@ -226,9 +226,8 @@ def load_data(
         for _ in () if data.resident else augment.sampled(data, 1_000):
             pass  # those that cannot be read are found now, and not after an epoch of training
         return replace(data, mean=like.mean, std=like.std)
-    if data.resident:
-        _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {bad.first()}")
-    mean, std = source.constants or augment.measure_constants(data)
+    mean, std = source.constants or augment.measure_constants(data)  # which finds unreadable files of streamed sets
+    _refuse_empty_class(source, source.labels[data.good()], config, f"repair the files; the first is {bad.first()}")
     return replace(data, mean=mean, std=std)
 
 

@@ -138,6 +138,13 @@ def is_flat(folder: Path) -> bool:
     return not meant and any(list_images(folder, [name]).paths for name in names)
 
 
+def check_run_folder(out: Path, data: str) -> None:
+    """Raise ValueError for a run folder that would be taken for a class of --data."""
+    folder = Path(data)
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()) and is_flat(folder):
+        raise ValueError(f"--out {out} lies in --data {data}, whose folders are its classes; choose another --out.")
+
+
 def _without_splits(folder: Path, split: str, split_seed: int) -> Source:
     """`folder/CLASS/*`, of which a share of every class is the test split."""
     names, name = subfolders(folder), folder.resolve().name

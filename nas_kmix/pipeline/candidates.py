@@ -78,10 +78,10 @@ def of_records(records: Sequence[Sequence[tuple[int, Genotype]]]) -> list[Candid
 
 
 def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Without those whose genotype came before."""
-    first: dict[Genotype, Candidate] = {}
+    """Without those whose network came before."""
+    first: dict[frozenset, Candidate] = {}
     for one in candidates:
-        first.setdefault(one.genotype, one)
+        first.setdefault(one.genotype.entries, one)
     return list(first.values())
 
 
@@ -190,16 +190,18 @@ def random_controls(
 
     Where few random genotypes are as small or as large, the nearest of 10,000 take the missing places.
     """
-    drawn: dict[Genotype, float] = dict.fromkeys(taken, np.inf)
+    known = {one.entries for one in taken}
+    drawn: dict[Genotype, float] = {}
     near: list[Genotype] = []
     for _ in range(DRAWS):
         if len(near) == count:
             return near
         genotype = random_genotype(rng)
-        if genotype not in drawn:
+        if genotype.entries not in known:
+            known.add(genotype.entries)
             drawn[genotype] = abs(_sum_of_edges(shape, genotype, channels) / macs - 1)
             near += [genotype] if drawn[genotype] <= NEAR else []
-    others = sorted((one for one in drawn if one not in near and drawn[one] < np.inf), key=drawn.__getitem__)
+    others = sorted((one for one in drawn if one not in near), key=drawn.__getitem__)
     return (near + others)[:count]
 
 

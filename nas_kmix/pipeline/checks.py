@@ -10,6 +10,7 @@ import numpy as np
 from darts_space import read_genotype
 from darts_space.search_network import INPUT_MULTIPLES, check_shape
 from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.distributed import World
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.files import check_place
 from nas_kmix.engine.memory import check_fits
@@ -87,8 +88,8 @@ def without_effect(config: Config) -> list[str]:
 def check_later_stages(config: Config, data: ImageData) -> None:
     """Refuse now what a later stage would refuse after the first one has spent hours."""
     scores_anew = config.uses_scores and config.given.scores is None and config.stop_after != "scorer"
-    if scores_anew and config.scoring.k > len(data):
-        raise ValueError(f"--scoring.k {config.scoring.k} is more than the {len(data)} images of --data.")
+    if scores_anew and config.scoring.k > len(data.good()):
+        raise ValueError(f"--scoring.k {config.scoring.k} is more than the {len(data.good())} images of --data.")
     if not data.resident:
         batches = [config.scorer.optim.batch_size, EVALUATION_BATCH, IMAGES_PER_SHARD] if config.uses_scores else []
         batches += [2 * config.search.batch_size] if config.stop_after is None else []  # of each half
@@ -133,7 +134,12 @@ def check_memory(config: Config, data: ImageData, run: Run) -> None:
         model = run.compute.layout(config.search.supernet(data).to(run.compute.device))
         side = config.search.search_size or data.image_size
         options = {"flag": "--batch-size", "images": _images_of_a_half(config, data)}
-        world = None if dealt_out(config.search.seeds, run.world) else run.world
+        world = World() if dealt_out(config.search.seeds, run.world) else run.world
+        if config.search.batch_size < world.size:
+            raise ValueError(
+                f"--batch-size {config.search.batch_size} is less than one image for each of the {world.size} "
+                "processes that share a search; raise it, or start fewer."
+            )
         check_fits(model, config.search.batch_size, side, run.compute, **options, world=world)
 
 

@@ -33,7 +33,7 @@ from nas_kmix.pipeline.candidates import Candidate, Entrants, Shape
 from nas_kmix.pipeline.halving import Halving, Turn
 from nas_kmix.pipeline.stage import Key
 from nas_kmix.pipeline.trial import FinalsConfig, Outcome, Roles, State, Task, Trainer
-from nas_kmix.pipeline.verdict import judge, standard_error
+from nas_kmix.pipeline.verdict import in_words, judge, standard_error
 from nas_kmix.sampling import split_by_class
 
 NAME = "finals"
@@ -120,7 +120,10 @@ def load(
     check_key(path, provenance, key)
     if not path.with_name(RESULT).exists():
         raise ValueError(f"{path.with_name(RESULT)} is gone; remove {path} to repeat the finals and get both.")
-    return Finals(genotype, files.read_json(path.with_name(RESULT)))
+    with files.damage_named(path.with_name(RESULT), f"remove {path} to repeat the finals and get both"):
+        result = files.read_json(path.with_name(RESULT))
+        in_words(result)  # raises if it lacks something
+    return Finals(genotype, result)
 
 
 def make(
@@ -197,7 +200,7 @@ class _Turns:
         }
 
 
-DIVERGED = Outcome(0.0, math.nan, math.nan, 0.0, None)
+DIVERGED = Outcome(0.0, math.nan, math.nan, None, None)
 
 
 def _train(turns: _Turns, trainer: Trainer, run: Run) -> None:
@@ -246,10 +249,19 @@ def _all_epochs(halving: Halving, config: FinalsConfig) -> int:
 
 
 def result_of(turns: _Turns, images: int) -> dict[str, Any]:
-    """The content of `result.json`; all accuracies are of the `images` images of the verdict."""
+    """The content of `result.json`; all accuracies are of the `images` images of the verdict.
+
+    Controls that diverged are no comparison and do not count. Raises ValueError if the winner did or too many controls.
+    """
     halving, found = turns.halving, turns.verdicts
-    controls = [found[number] for number in halving.controls]
-    verdict = judge(found[halving.entry], controls, images)
+    controls = [found[number] for number in halving.controls if number in found]
+    if halving.winner not in found or len(controls) < 2:
+        raise ValueError(
+            f"{len(turns.entrants.candidates) - len(found)} of the finals' candidates have diverged or were left out, "
+            "and too few are left to compare; lower --finals.lr, or use --no-finals."
+        )
+    entry_accuracy = found.get(halving.entry, 0.0)
+    verdict = judge(entry_accuracy, controls, images)
     winner, entry = (turns.entrants.candidates[number] for number in (halving.winner, halving.entry))
     accuracy = found[halving.winner]
     return {
@@ -261,7 +273,7 @@ def result_of(turns: _Turns, images: int) -> dict[str, Any]:
             "accuracy": accuracy,
             "se": standard_error(accuracy, images),
         },
-        "entry": {"genotype": entry.genotype.to_json(), "accuracy": found[halving.entry]},
+        "entry": {"genotype": entry.genotype.to_json(), "accuracy": entry_accuracy},
         "random": {
             "best": max(controls),
             "mean": float(np.mean(controls)),

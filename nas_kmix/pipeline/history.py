@@ -67,12 +67,14 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
 
 def say_how_sure(genotype: Genotype, rows: Sequence[Row], name: str, run: Run) -> None:
     """Log how far the last records agree with the genotype, and warn of a collapse."""
-    earlier = [genotype_of(row) for row in rows[-LAST_RECORDS - 1 : -1]]
+    moved = [row for row in rows[:-1] if row["arch_step"] > 0]
+    earlier = [genotype_of(row) for row in moved[-LAST_RECORDS:]]
     if earlier:
         mean = np.mean([genotype.shared_edges(other) for other in earlier])
         settled = "it had settled" if mean >= SETTLED else "it was still changing, so trust it little"
+        which = f"the {len(earlier)} records" if len(earlier) > 1 else "the record"
         run.say(
-            f"{name}: the {len(earlier)} records before the last had {mean:.1f} of the {GENOTYPE_EDGES} edges of the "
+            f"{name}: {which} before the last had {mean:.1f} of the {GENOTYPE_EDGES} edges of the "
             f"genotype on average: {settled}"
         )
     if genotype.collapsed:

@@ -53,11 +53,11 @@ class SearchConfig:
     rest_steps: int | None = None
     """Steps that train the weights alone, before the architecture moves. Default: --frozen-epochs."""
     arch_steps: int | None = None
-    """Steps that then train weights and architecture. Default: the rest of --epochs."""
+    """Steps that then train weights and architecture. Default: --epochs less --frozen-epochs."""
     epochs: int = field(default=50, metadata=NOT_IN_KEY)  # these two act through the steps
     """Length of the search in epochs of the weights' half, unless the steps are given."""
     frozen_epochs: int | None = field(default=None, metadata=NOT_IN_KEY)
-    """First epochs, which train the weights alone; at most half of --epochs. Default: 15."""
+    """First epochs, which train the weights alone; half of --epochs if these are no more. Default: 15."""
     batch_size: int = 256
     """Images per step from each half; a smaller half is one batch."""
     search_size: int | None = None
@@ -155,8 +155,8 @@ def say_how_long(bilevel: BilevelConfig, config: SearchConfig, halves: Halves, d
     size, epoch_steps = config.search_size or data.image_size, halves.epoch_steps(config.batch_size)
     run.say(
         f"search: {bilevel.rest_steps} steps on the weights alone, then {bilevel.arch_steps} on weights and "
-        f"architecture; {config.batch_size} images of {size} px per step"
-        f"{f', shared by {run.world.size} processes' if run.world.size > 1 else ''}"
+        f"architecture; {min(config.batch_size, len(halves.weights))} images of {size} px per step"
+        f"{f', shared by {run.world.size} processes' if run.world.size > 1 and config.seeds < run.world.size else ''}"
     )
     enough = max(TURN_STEPS, TURN_PASSES * epoch_steps)
     if bilevel.arch_steps > 0 and bilevel.rest_steps < enough:

@@ -34,7 +34,7 @@ from nas_kmix.engine.training import Validation, train
 from nas_kmix.mixers import MixConfig, make_mix
 from nas_kmix.pipeline.stage import Key
 from nas_kmix.pretrained import is_published, published_scorer, scorer_of_file
-from nas_kmix.splits import divide, evaluate_all
+from nas_kmix.splits import Evaluated, Part, divide, evaluate_all
 
 NAME = "scorer"
 FILE = "scorer.pt"
@@ -95,6 +95,13 @@ def build(config: ScorerConfig, data: ImageData, compute: Compute) -> nn.Module:
     return compute.layout(build_backbone(config.backbone, **shape, seed=config.seed).to(compute.device))
 
 
+def divided(config: ScorerConfig, data: ImageData) -> tuple[Part, Evaluated]:
+    """The images to train on, and those held out to test the network on, if any."""
+    # Forgetting is counted of images that are trained on; of single images none can be held out.
+    tests = not config.forgetting and np.bincount(data.labels[data.good()]).max() > 1
+    return divide(data, {}, val_share=config.val_share if tests else 0.0, train_images=None, seed=config.seed)
+
+
 def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Key) -> Scorer:
     """Train on `data`, but for what is held out of it to test the network on, and write `path`."""
     model = build(config, data, run.compute)
@@ -103,10 +110,7 @@ def make(path: Path, config: ScorerConfig, data: ImageData, *, run: Run, key: Ke
     mix = make_mix(config.mix, data.num_classes, model)
     memory: dict[str, Tensor] = {}
 
-    # Forgetting is counted of images that are trained on; of single images none can be held out.
-    tests = not config.forgetting and np.bincount(data.labels[data.good()]).max() > 1
-    share = config.val_share if tests else 0.0
-    training, held_out = divide(data, {}, val_share=share, train_images=None, seed=config.seed)
+    training, held_out = divided(config, data)
 
     def watch(network: nn.Module) -> dict[str, float]:
         cost, metrics = run.ledger.costs[NAME], {}

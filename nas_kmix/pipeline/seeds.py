@@ -27,7 +27,7 @@ from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.keys import check_key
-from nas_kmix.engine.run import Run, checkpoint_name
+from nas_kmix.engine.run import Run, StoppedError, checkpoint_name
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.history import say_if_gone
 from nas_kmix.pipeline.one_search import SearchConfig, search_once
@@ -100,7 +100,10 @@ def search_seeds(
                 run.world.barrier()
             else:
                 searcher = _Searcher.of(halves, data, run)
-                run_in_children(searcher, open_tasks, jobs=configs[0].jobs, check=run.raise_if_stopping)
+                try:
+                    run_in_children(searcher, open_tasks, jobs=configs[0].jobs, check=run.raise_if_stopping)
+                except StoppedError as stopped:  # the children save their state once a minute
+                    raise StoppedError(stopped.signum, saved=False) from None
             bills = [_bill(task.folder) for task in tasks]
             cost.images_forward, cost.images_backward = (sum(bill[i] for bill in bills) for i in (0, 1))
         for task in tasks:

@@ -47,7 +47,9 @@ def judge(entry: float, controls: Sequence[float], images: int) -> Verdict:
     if m < 2:
         raise ValueError(f"A verdict needs at least two random controls, not {m}.")
     mean = float(np.mean(controls))
-    spread = max(float(np.std(controls, ddof=1)), standard_error(mean, images))
+    # One image more of either kind, so that controls which are all right or all wrong leave something uncertain.
+    least = standard_error((mean * images + 1) / (images + 2), images)
+    spread = max(float(np.std(controls, ddof=1)), least)
     se = spread * math.sqrt(1 + 1 / m)
     from scipy import stats  # late, since it takes half as long to import as torch
 
