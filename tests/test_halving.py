@@ -90,20 +90,25 @@ def test_controls_that_are_all_right_or_all_wrong_leave_a_doubt(entry, controls)
     assert judge(1.0 - controls, [controls] * 6, 50).word != "no better than random"
 
 
-CONTENDERS, CONTROLS, RUNGS, JUDGES, VERDICT = 3, 6, 3, 2500, 2500
+CONTENDERS, CONTROLS, RUNGS, IMAGES = 3, 6, 2, 2500
+# Of random controls in the finals of five runs of the preset cpu (studies/search_quality): mean accuracies by rung on
+# the images that judge, and at the end on those of the verdict; their standard deviations without the binomial part;
+# and the correlation between the rungs.
+MEANS, SPREADS, REPEATED = (0.156, 0.304, 0.166), (0.025, 0.031, 0.015), 0.8
 
 
 def simulated_verdict(rng):
     """A run whose candidates are all random draws: true accuracies by rung, counted on two sets of images."""
-    quality = rng.normal(0, 0.02, CONTENDERS + CONTROLS)
-    seeds = rng.normal(0, 0.01, (CONTENDERS + CONTROLS, RUNGS))
-    true = np.clip(np.array([0.12, 0.18, 0.27]) + quality[:, None] + seeds, 0.01, 0.99)
+    quality = rng.normal(size=(CONTENDERS + CONTROLS, 1))
+    own = math.sqrt(REPEATED) * quality + math.sqrt(1 - REPEATED) * rng.normal(size=(len(quality), RUNGS))
+    own = np.concatenate([own, own[:, -1:]], axis=1)  # the verdict is on the networks of the last rung
+    true = np.clip(np.array(MEANS) + own * SPREADS, 0.01, 0.99)
     halving = Halving(range(CONTENDERS), range(CONTENDERS, CONTENDERS + CONTROLS), RUNGS)
-    run_halving(halving, lambda c, r: rng.binomial(JUDGES, true[c, r]) / JUDGES)
+    run_halving(halving, lambda c, r: rng.binomial(IMAGES, true[c, r]) / IMAGES)
     last = {c for c, r in halving.accuracies if r == RUNGS - 1}
-    seen = {c: rng.binomial(VERDICT, true[c, -1]) / VERDICT for c in sorted(last)}
+    seen = {c: rng.binomial(IMAGES, true[c, -1]) / IMAGES for c in sorted(last)}
     assert halving.winner in seen
-    return judge(seen[halving.entry], [seen[c] for c in halving.controls], VERDICT)
+    return judge(seen[halving.entry], [seen[c] for c in halving.controls], IMAGES)
 
 
 def test_where_every_candidate_is_random_the_verdict_says_so_nine_times_in_ten():

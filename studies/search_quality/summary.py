@@ -15,6 +15,7 @@ from scipy import stats
 from darts_space import ARCHITECTURE_NAMES, Genotype, derive
 from darts_space.derivation import EdgesBy
 from nas_kmix.engine import files
+from nas_kmix.pipeline.verdict import pooled
 from studies.cells import mean_and_error, read_results
 from studies.search_quality.judged import genotypes, unpacked, verdict
 from studies.search_quality.pools import genotypes as pool_of
@@ -38,6 +39,8 @@ def main(results: Path) -> int:
         **(with_finals if proved else no_finals),
         "no_finals": no_finals,
         "verdicts": [{"seed": _seed(line), **_verdict(line["finals"])} for line in proved],
+        "pooled_verdict": _pooled(proved),
+        "winner_minus_entry": _winner_minus_entry(proved),
         "retraining": _retraining(_by_arm(runs, "retrain/")),
         "finals": {arm: _ranking(lines) for arm, lines in _by_arm(read_results(FOLDER / "pools.jsonl"), "").items()},
         "proxies": _proxies(_by_arm(runs, "proxies/")),
@@ -200,6 +203,23 @@ def _cost(runs: list[Line], start: str) -> dict[str, Any]:
 def _verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     """What result.json says of the entry among random architectures."""
     return {"verdict": result["verdict"], **result["entry_minus_random"]}
+
+
+def _pooled(proved: list[Line]) -> dict[str, Any]:
+    """The mean difference of entries and random controls, and its standard error from those of the runs."""
+    differences = [line["finals"]["entry_minus_random"] for line in proved]
+    if not differences:
+        return {"n": 0}
+    mean, error = pooled([one["mean"] for one in differences], [one["se"] for one in differences])
+    return {"mean": round(mean, 5), "se": round(error, 5), "n": len(differences)}
+
+
+def _winner_minus_entry(proved: list[Line]) -> dict[str, Any]:
+    """What the finals changed, by the judge: paired by run."""
+    pairs = [
+        [verdict(Genotype.from_json(line["finals"][one]["genotype"])) for one in ("winner", "entry")] for line in proved
+    ]
+    return {name: mean_and_error([winner[name] - entry[name] for winner, entry in pairs], 3) for name in NAMES if pairs}
 
 
 def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
