@@ -334,7 +334,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(npz, tmp_path, cap
     assert search.main([*command(npz, tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "tiny.npz: 96 training images of 3 classes, 16 px, mirrored at random, resident on cpu"
-    assert re.match(r"scorer    train tiny for 2 epochs of 12 steps with 8 images: about \d+ s, \d", lines[1])
+    assert re.match(r"scorer    train tiny for 2 epochs of 11 steps with 8 images: about \d+ s, \d", lines[1])
     assert re.match(r"scoring   4 losses and the EL2N of each of 96 images: about \d+ s", lines[2])
     assert lines[3] == (
         "proxy     select, 39 of 96 images, 13 to 13 of each class: 20 train the weights, 19 the architecture"

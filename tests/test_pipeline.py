@@ -720,9 +720,10 @@ def test_bad_files_found_late_are_listed_too(damaged_folder, tmp_path, monkeypat
     completed(command(folder, tmp_path / "a", "--scores", tmp_path / "run" / "scores.npz", *streamed, *TO_PROXY))
     assert (tmp_path / "a" / "bad_images.txt").read_bytes() == listed
     other = shutil.copytree(folder, tmp_path / "other")
-    (other / "train" / "0" / "000.png").rename(other / "train" / "0" / "renamed.png")  # another copy, to be matched
+    for path in list((other / "train").rglob("*.png")):  # another copy, to be matched by content
+        path.rename(path.with_stem(f"renamed-{path.stem}"))
     found = completed(command(other, tmp_path / "b", "--proxy", tmp_path / "run" / "proxy.json", *streamed, *TO_PROXY))
-    assert f"warning: {len(bad)} files" in found.out or f"warning: {len(bad) - 1} files" in found.out
+    assert f"warning: {len(bad) - 1} files" in found.out  # a JPEG file is known by its bytes, which are not decoded
 
 
 # -- no test image -----------------------------------------------------------------------------------------------------
