@@ -114,7 +114,7 @@ class RecordedInput(NamedTuple):
 
 
 def recorded_input(checkpoint: Path) -> RecordedInput:
-    """`--data` and `--split-seed` of the run that trained the network. The seed decides which images are for testing."""
+    """`--data` and `--split-seed` of the run that trained the network. The seed decides which images test."""
     try:
         flags = files.read_json(checkpoint.parent / "config.json")["input"]
         return RecordedInput(str(flags["data"]), int(flags.get("split_seed", 0)))  # which older runs lack
