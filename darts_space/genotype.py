@@ -71,8 +71,10 @@ class Genotype:
 
     @property
     def entries(self) -> frozenset[tuple[str, int, str, int]]:
-        """All (cell, node, operation, input). The same for two genotypes that list the inputs of a node in other order,
-        which are one network."""
+        """All (cell, node, operation, input).
+
+        Two genotypes that list the inputs of a node in another order have the same, and are one network.
+        """
         cells = (("normal", self.normal), ("reduce", self.reduce))
         return frozenset((cell, i // 2, *edge) for cell, edges in cells for i, edge in enumerate(edges))
 

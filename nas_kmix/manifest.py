@@ -170,12 +170,14 @@ class ProxyManifest:
 
     def _found_by_path(self, data: ImageData, relabel: Sequence[int]) -> dict[tuple[str, int], list[int]] | None:
         """The images by content and class, if all are where the manifest says; only these few are read then."""
-        depths = {len(PurePosixPath(path).parts) for path in self.paths or ()}
+        if self.paths is None or data.source.paths is None:
+            return None
+        depths = {len(PurePosixPath(path).parts) for path in self.paths}
         places = {}  # by the ends of their paths, as folders may lie elsewhere
-        for index, path in enumerate(data.source.paths or ()):
+        for index, path in enumerate(data.source.paths):
             parts = Path(path).parts
             places |= {"/".join(parts[-depth:]): index for depth in depths}
-        named = [places[path] for path in self.paths or () if path in places]
+        named = [places[path] for path in self.paths if path in places]
         if len(named) < len(self.indices):
             return None
         found = _by_content(data, np.sort(named))

@@ -30,6 +30,7 @@ from darts_space import ARCHITECTURE_NAMES, Genotype, Search, SuperNet, derive
 from nas_kmix.commands.summary import RETRAINED_WITH, _training_flags, rest_of
 from nas_kmix.engine import data as engine_data
 from nas_kmix.engine.data import DataConfig
+from nas_kmix.engine.distributed import World
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline.halves import Halves
@@ -594,7 +595,7 @@ def test_a_search_that_starts_too_early_or_collapses_says_so(finished, npz, tmp_
 )
 def test_few_steps_and_few_passes_are_both_too_early(rest_steps, images, enough):
     said = []
-    run = SimpleNamespace(say=said.append, world=SimpleNamespace(size=1))
+    run = SimpleNamespace(say=said.append, world=World())
     halves = Halves(np.arange(images), np.arange(images), identity="")
     config = SearchConfig(rest_steps=rest_steps, arch_steps=5, batch_size=32)
     bilevel = config.bilevel("off", halves.epoch_steps(32))

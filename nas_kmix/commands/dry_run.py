@@ -37,7 +37,6 @@ from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memo
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.network import NetworkTraining
-from nas_kmix.pipeline.seeds import dealt_out
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
@@ -225,7 +224,7 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
     n = min(settings.batch_size, len(halves.weights))
     weights, arch = at(n, *resting), at(min(settings.batch_size, len(halves.arch)), *moving)
     at_once = min(settings.seeds, settings.jobs) if compute.device.type == "cpu" and chain.world.size == 1 else 1
-    if dealt_out(settings.seeds, chain.world):
+    if chain.world.deals_out(settings.seeds):
         at_once = chain.world.size
     rounds = math.ceil(settings.seeds / at_once)
     seconds = rounds * (bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds)

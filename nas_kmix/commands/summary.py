@@ -64,7 +64,7 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
         rows["next"] = command("train", *_training_flags(config, folder))
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
-        rest = [*rest_of(argv), *_undone(config, argv)]
+        rest = [*rest_of(argv), *_undone(config)]
         rows["next"] = command("search", *rest, "--proxy", str(path), "--out", f"{folder}-search")
     lines = [] if result.genotype is None else [result.genotype.to_text()]
     return "\n".join([*lines, *(f"{name:{MARGIN}}{text}" for name, text in rows.items())])
@@ -106,9 +106,9 @@ def _training_flags(config: Config, folder: Path) -> list[str]:
     return [*chosen, *flags, "--out", f"{folder}-net"]
 
 
-def _undone(config: Config, argv: Sequence[str]) -> list[str]:
+def _undone(config: Config) -> list[str]:
     """Flags against what a --config would bring back: the end at the proxy, and another start of the chain."""
-    if not any(argument.partition("=")[0] == "--config" for argument in argv):
+    if config.invocation.config is None:
         return []
     starts = [name for name in ("scorer", "scores") if getattr(config.given, name) is not None]
     return [word for name in ("stop-after", *starts) for word in (f"--{name}", "None")]

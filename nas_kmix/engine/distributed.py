@@ -38,6 +38,10 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    def deals_out(self, tasks: int) -> bool:
+        """Whether several processes take whole tasks each, instead of sharing the work of every task."""
+        return 1 < self.size <= tasks
+
     def share(self, n: int) -> slice:
         """This process's slice of `n` items; the sizes of the slices differ by at most one."""
         bounds = [n * rank // self.size for rank in (self.rank, self.rank + 1)]

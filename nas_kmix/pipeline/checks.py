@@ -19,7 +19,7 @@ from nas_kmix.engine.workers import check_room
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import scorer, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, Given
-from nas_kmix.pipeline.seeds import dealt_out
+from nas_kmix.pipeline.halves import check_shared_batch
 from nas_kmix.pretrained import is_published
 from nas_kmix.proxies import published
 from nas_kmix.proxy import smallest_ratio
@@ -134,12 +134,8 @@ def check_memory(config: Config, data: ImageData, run: Run) -> None:
         model = run.compute.layout(config.search.supernet(data).to(run.compute.device))
         side = config.search.search_size or data.image_size
         options = {"flag": "--batch-size", "images": _images_of_a_half(config, data)}
-        world = World() if dealt_out(config.search.seeds, run.world) else run.world
-        if config.search.batch_size < world.size:
-            raise ValueError(
-                f"--batch-size {config.search.batch_size} is less than one image for each of the {world.size} "
-                "processes that share a search; raise it, or start fewer."
-            )
+        world = World() if run.world.deals_out(config.search.seeds) else run.world
+        check_shared_batch(config.search.batch_size, world.size)
         check_fits(model, config.search.batch_size, side, run.compute, **options, world=world)
 
 

@@ -28,12 +28,7 @@ class Halves:
 
     def check_processes(self, count: int, batch_size: int) -> None:
         """Raise ValueError where a batch has fewer images than there are processes to share it."""
-        smallest = min(batch_size, len(self.weights), len(self.arch))
-        if smallest < count:
-            raise ValueError(
-                f"A batch of the search has {smallest} images, fewer than the {count} processes that share it; start "
-                "fewer, or raise --batch-size or --ratio."
-            )
+        check_shared_batch(min(batch_size, len(self.weights), len(self.arch)), count)
 
     def epoch_steps(self, batch_size: int) -> int:
         """Steps per epoch of the weights' half."""
@@ -49,3 +44,12 @@ class Halves:
         used, _ = split_by_class(data.good(), data.labels[data.good()], SET_ASIDE, seed=seed + 1)
         weights, arch = split_by_class(used, data.labels[used], arch_share, seed=seed)
         return Halves(weights, arch, identity=f"all images but {SET_ASIDE:.0%}, arch_share {arch_share}")
+
+
+def check_shared_batch(images: int, processes: int) -> None:
+    """Raise ValueError where a batch has fewer images than there are processes to share it."""
+    if images < processes:
+        raise ValueError(
+            f"A batch of the search has {images} images, fewer than the {processes} processes that share it; start "
+            "fewer, or raise --batch-size or --ratio."
+        )

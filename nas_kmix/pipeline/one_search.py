@@ -153,10 +153,11 @@ class SearchConfig:
 def say_how_long(bilevel: BilevelConfig, config: SearchConfig, halves: Halves, data: ImageData, run: Run) -> None:
     """Log the resolved numbers of steps, and warn if the architecture moves too early."""
     size, epoch_steps = config.search_size or data.image_size, halves.epoch_steps(config.batch_size)
+    shared = run.world.size > 1 and not run.world.deals_out(config.seeds)
     run.say(
         f"search: {bilevel.rest_steps} steps on the weights alone, then {bilevel.arch_steps} on weights and "
         f"architecture; {min(config.batch_size, len(halves.weights))} images of {size} px per step"
-        f"{f', shared by {run.world.size} processes' if run.world.size > 1 and config.seeds < run.world.size else ''}"
+        f"{f', shared by {run.world.size} processes' if shared else ''}"
     )
     enough = max(TURN_STEPS, TURN_PASSES * epoch_steps)
     if bilevel.arch_steps > 0 and bilevel.rest_steps < enough:

@@ -25,7 +25,6 @@ from nas_kmix.engine.bad_files import BadFiles
 from nas_kmix.engine.children import run_in_children
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import ImageData
-from nas_kmix.engine.distributed import World
 from nas_kmix.engine.keys import check_key
 from nas_kmix.engine.run import Run, StoppedError, checkpoint_name
 from nas_kmix.pipeline.halves import Halves
@@ -71,11 +70,6 @@ class _Task(NamedTuple):
             self.search(halves, data, own)
 
 
-def dealt_out(searches: int, world: World) -> bool:
-    """Whether the processes of the world take whole searches, instead of sharing the batches of each."""
-    return 1 < world.size <= searches
-
-
 def search_seeds(
     configs: Sequence[SearchConfig], keys: Sequence[Key], halves: Halves, data: ImageData, *, run: Run
 ) -> list[Genotype]:
@@ -91,7 +85,7 @@ def search_seeds(
             run.say(f"{task.name}: {task.file} is up to date, skipped")
         else:
             open_tasks.append(task)
-    dealt = dealt_out(len(tasks), run.world)
+    dealt = run.world.deals_out(len(tasks))
     if dealt or (run.world.size == 1 and run.compute.device.type == "cpu"):
         with run.stage(STAGE) as cost:
             if dealt:

@@ -98,40 +98,43 @@ def _curve(lines: list[Line]) -> dict[str, Any]:
 
 
 def _trained(line: Line) -> list[dict[str, float]]:
-    """What may decide the turn, at the readings of a line after step 0.
+    """What may decide the turn, and z and pools with edges by alpha, at the readings of a line after step 0.
 
     gap: how far the loss of the architecture's half lies above the training loss of the steps since the last reading.
     """
     setting = line["setting"]
-    return [
-        {
-            "steps": r["step"],
-            "passes": r["step"] * setting["batch"] / setting["weight_images"],
-            "train_loss": r["loss"],
-            "held_out_loss": r["val_loss"],
-            "gap": r["val_loss"] - r["loss"],
-        }
-        for r in line["readings"]
-        if "loss" in r and "t" in r
-    ]
+    rows = []
+    for r in line["readings"]:
+        if "loss" in r and "t" in r:
+            said = verdict(genotypes(r)["alpha"])
+            rows.append(
+                {
+                    "steps": r["step"],
+                    "passes": r["step"] * setting["batch"] / setting["weight_images"],
+                    "train_loss": r["loss"],
+                    "held_out_loss": r["val_loss"],
+                    "gap": r["val_loss"] - r["loss"],
+                    "z": said["z"],
+                    "pools": said["pools_normal"],
+                }
+            )
+    return rows
 
 
 def _decided_by(lines: list[Line]) -> dict[str, Any]:
     """Over all readings of the turn: Spearman's correlation with the pools, and means of z and pools by range."""
-    places: list[dict[str, float]] = []
-    said: list[dict[str, Any]] = []
-    for line in lines:
-        if line["cell"].startswith("turn/") and (trained := _trained(line)):
-            places += trained
-            found = [genotypes(r)["alpha"] for r in line["readings"] if "loss" in r and "t" in r]
-            said += [verdict(genotype) for genotype in found]
-    pools, z = (np.array([one[name] for one in said]) for name in ("pools_normal", "z"))
-    table: dict[str, Any] = {"n": len(said), "correlation_with_pools": {}}
-    for name in places[0] if places else ():
-        values = [place[name] for place in places]
-        table["correlation_with_pools"][name] = round(float(stats.spearmanr(values, pools).statistic), 3)
+    rows = [row for line in lines if line["cell"].startswith("turn/") for row in _trained(line)]
+    if not rows:
+        return {"n": 0}
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    z, pools = columns.pop("z"), columns.pop("pools")
+    correlations = {name: stats.spearmanr(values, pools).statistic for name, values in columns.items()}
+    table: dict[str, Any] = {
+        "n": len(rows),
+        "correlation_with_pools": {name: round(float(value), 3) for name, value in correlations.items()},
+    }
     for name, ends in RANGES.items():
-        which = np.searchsorted(ends, [place[name] for place in places])
+        which = np.searchsorted(ends, columns[name])
         table[name] = [
             {
                 "to": [*ends, None][i],
@@ -318,9 +321,9 @@ def _picture(turn: Mapping[str, Any]) -> Figure:
         z_axes.plot(steps, z, **style)
         z_axes.fill_between(steps, z - error, z + error, color=color, alpha=0.15)
         pools_axes.plot(steps, curve["pools_mean"], **style)
-        trained = curve["pools_mean"][-len(curve["gap_mean"]) :] if curve["gap_mean"] else []
-        passes_axes.plot(curve["passes"][-len(trained) :] if trained else [], trained, **style)
-        gap_axes.plot(curve["gap_mean"], trained, **style)
+        first = len(steps) - len(curve["gap_mean"])  # reading after step 0
+        passes_axes.plot(curve["passes"][first:], curve["pools_mean"][first:], **style)
+        gap_axes.plot(curve["gap_mean"], curve["pools_mean"][first:], **style)
     z_axes.axhline(0.0, color="grey", linewidth=0.8)
     z_axes.set_ylabel("z among random architectures")
     for axes in (pools_axes, passes_axes, gap_axes):
