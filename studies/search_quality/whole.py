@@ -6,7 +6,7 @@
 A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record, what
 the finals said and the cost. After --minutes a cell saves its state and the program ends with code 75; the same command
 goes on from there. `proved/cpu/SEED` adds the finals to the run of `preset/cpu/SEED`. The five winners, and sixteen
-random genotypes of equal cost, are retrained: C=8, 8 layers, all training images, 15 epochs.
+random genotypes of equal cost, are retrained like the small networks of studies/transfer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ PROXY_SEEDS = range(1, 7)
 # Less of everything, but as many resting steps for one of the architecture, and as many epochs of the finals for one
 # judgement, as the preset has.
 RATES = "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.controls 2 --jobs 1 --seed 0"
-RETRAINING = "--preset cpu --batch-size 128 --val-share 0 --eval-every 5"
 RANDOM_GENOTYPES = 16
 
 
@@ -85,7 +84,7 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
             cell = f"proxies/{arm}/{seed}"
             work[cell] = partial(run, cell, command, config, scorer_seed=scorer)
     for name, genotype in _retrained(config).items():
-        trained = transfer.Cell(f"retrain/{name}", genotype, RETRAINING, config.cifar100)
+        trained = transfer.Cell(f"retrain/{name}", genotype, transfer.SMALL, config.cifar100)
         work[trained.name] = partial(transfer.run_cell, trained, config)
     return work
 
