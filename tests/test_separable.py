@@ -6,12 +6,15 @@ from tensors import draw, gradients_of
 from torch.nn import functional as F
 
 from darts_space.fast import kernels
-from darts_space.fast.separable import batch_to_space, separable_convolution, space_to_batch
+from darts_space.fast.separable import batch_to_space, depthwise_convolution, separable_convolution, space_to_batch
+from darts_space.primitives import DepthwiseConv2d
+
+SIZES = [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 7), (7, 2), (1, 1), (6, 5), (9, 10)])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("groups", [2, 12])
 @pytest.mark.parametrize("device_is_ours", [True, False])
@@ -75,6 +78,38 @@ def test_a_separable_convolution_keeps_little(copied, weights_learn, kept):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t):
         separable_convolution(x.requires_grad_(), filters, pointwise, axes=(2, 1, 3, 1) if copied else None)
     assert sum(sizes) == kept * 2 * 8 * 8 + filters.numel() + pointwise.numel()
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_depthwise_convolution_is_a_grouped_one(kernel, stride, dilation, size, training):
+    """The function in float64, and the module in the layout and the type in which it uses the function."""
+    x, filters = draw(3, 4, *size), draw(4, 1, kernel, kernel, seed=1)
+    module = DepthwiseConv2d(4, kernel, stride, dilation).train(training)
+
+    def expected_from(x, filters):
+        return F.conv2d(x, filters, None, stride, kernel // 2 * dilation, dilation, 4)
+
+    def found_from(x, filters):
+        return depthwise_convolution(x.permute(0, 2, 3, 1), filters, stride, dilation).permute(0, 3, 1, 2)
+
+    def module_from(x, filters):
+        x = x.float().contiguous(memory_format=torch.channels_last)
+        return torch.func.functional_call(module, {"weight": filters.float()}, (x,)).double()
+
+    expected = gradients_of(expected_from, x, filters)
+    for found, digits in ((found_from, 1e-11), (module_from, 1e-5)):
+        for left, right in zip(gradients_of(found, x, filters), expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=digits, atol=digits)
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_a_depthwise_convolution_can_be_differentiated_twice(stride, dilation):
+    inputs = draw(2, 4, 4, 2).requires_grad_(), draw(2, 1, 5, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *inputs: depthwise_convolution(*inputs, stride, dilation), inputs)
 
 
 def test_a_second_derivative_is_refused():

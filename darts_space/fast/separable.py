@@ -1,7 +1,8 @@
 """Separable convolutions whose backward pass is fast and keeps little memory on a CPU; elsewhere it is PyTorch's.
 
 In:  tensors (N, H, W, C), which are channels_last tensors seen from the other side, and the two convolutions' weights.
-Out: tensors of the same form, differentiable only once: create_graph=True is refused.
+Out: tensors of the same form, differentiable only once: create_graph=True is refused. `depthwise_convolution`, the
+     first of the two alone, can be differentiated twice.
 """
 
 from __future__ import annotations
@@ -30,6 +31,33 @@ def separable_convolution(
     the copies for all kernel sizes and nodes are made here, and x is all that is kept for the backward pass.
     """
     return _Separable.apply(x, depthwise.to(x.dtype), pointwise.to(x.dtype), axes, stride, dilation)
+
+
+def depthwise_convolution(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    """The depthwise convolution alone: (N, H, W, C) -> (N, H / stride, W / stride, C), in the dtype of both.
+
+    The weight is (C, 1, 3, 3) or (C, 1, 5, 5), with padding that keeps H and W apart from the stride.
+    """
+    return _DepthwiseConvolution.apply(x, weight, stride, dilation)
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    """The backward pass is a function of PyTorch's own, so that it can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.dilation = stride, dilation
+        return _depthwise(x, weight, stride, dilation)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad = grad.contiguous()
+        by_x = _by_depthwise_input(grad, x.shape, weight, ctx.stride, ctx.dilation) if needs_x else None
+        by_weight = _by_depthwise_weight(grad, x, weight, ctx.stride, ctx.dilation) if needs_weight else None
+        return by_x, by_weight, None, None
 
 
 _COPIES = (0, 2)
@@ -81,8 +109,8 @@ class _Separable(torch.autograd.Function):
 
 
 def _depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    x = x.permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, None, stride, 2 * dilation, dilation, len(weight)).permute(0, 2, 3, 1)
+    padding = weight.shape[2] // 2 * dilation
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding, dilation, len(weight)).permute(0, 2, 3, 1)
 
 
 def _by_depthwise_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride: int, dilation: int) -> Tensor:
@@ -93,9 +121,12 @@ def _by_depthwise_input(grad: Tensor, shape: torch.Size, weight: Tensor, stride:
 
 
 def _by_depthwise_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    if dilation == 1 and grad.device.type in kernels.OURS:
-        return _by_weight_in_columns(grad, x, weight, stride)
-    if dilation > 1 and grad.device.type == "cpu" and grad.dtype == torch.bfloat16:  # see primitives.DilatedConv2d
+    if weight.shape[3] == 5 and grad.device.type in kernels.OURS:
+        if dilation == 1:
+            return _by_weight_in_columns(grad, x, weight, stride)
+        if dilation == 2 and stride == 1 and x.shape[1] % 2 == x.shape[2] % 2 == 0:
+            return _by_weight_in_columns(space_to_batch(grad), space_to_batch(x), weight, stride)
+    if dilation > 1 and grad.device.type == "cpu" and grad.dtype == torch.bfloat16:  # see primitives.DepthwiseConv2d
         grad, x, weight = grad.float(), x.float(), weight.float()
         return _by_weight(grad, x, weight, (stride, stride), dilation).bfloat16()
     return _by_weight(grad, x, weight, (stride, stride), dilation)
