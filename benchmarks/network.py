@@ -1,12 +1,14 @@
-"""What the memory format and contiguous gradients are worth to a genotype's network.
+"""What the memory format, contiguous gradients and depthwise kernels are worth to a genotype's network.
 
     python -m benchmarks.network --threads 1
+    python -m benchmarks.network --genotype studies/cpu_run/genotype.json --channels 8 --batch-size 64 --threads 1
     python -m benchmarks.network --kind imagenet --input-size 224 --batch-size 4 --threads 1
 
 The layouts run in turn in one process on the same images; a speed-up is the median over the pairs of (time in NCHW /
-time in channels_last), for a training step without its optimiser and for evaluation. The gain of contiguous gradients
-(`darts_space.fast.kernels.concatenate`) is that of (time with torch.cat / time with it), both in channels_last. 1.00
-would mean that it makes no difference.
+time in channels_last), for a training step without its optimiser and for evaluation. In channels_last, the gain of
+contiguous gradients (`darts_space.fast.kernels.concatenate`) is that of (time with torch.cat / time with it), and the
+gain of `darts_space.primitives.DepthwiseConv2d` that of (time with nn.Conv2d / time with it). 1.00 would mean that it
+makes no difference.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from unittest import mock
 
 import torch
 import tyro
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.measure import command_line, report, seconds
 from darts_space import network, read_genotype
 from darts_space.network import NETWORKS, Network
+from darts_space.primitives import DepthwiseConv2d
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 
 
@@ -60,13 +64,17 @@ def main(config: Config) -> dict[str, float]:
         pairs = [[seconds(partial(step, *run), config.device) for run in runs] for _ in range(config.pairs)]
         figures[f"{mode}_images_per_second"] = config.batch_size / statistics.median(pair[1] for pair in pairs)
         figures[f"{mode}_speedup"] = statistics.median(plain / last for plain, last in pairs)
-    gaps = mock.patch.object(network, "concatenate", partial(torch.cat, dim=1))
-    pairs = []
-    for _ in range(config.pairs):
-        with gaps:
-            before = seconds(partial(train_step, *runs[1]), config.device)
-        pairs.append((before, seconds(partial(train_step, *runs[1]), config.device)))
-    figures["training_gain_without_gaps"] = statistics.median(before / after for before, after in pairs)
+    without = {
+        "gaps": mock.patch.object(network, "concatenate", partial(torch.cat, dim=1)),
+        "slow_filters": mock.patch.object(DepthwiseConv2d, "forward", nn.Conv2d.forward),
+    }
+    for name, replaced in without.items():
+        pairs = []
+        for _ in range(config.pairs):
+            with replaced:
+                before = seconds(partial(train_step, *runs[1]), config.device)
+            pairs.append((before, seconds(partial(train_step, *runs[1]), config.device)))
+        figures[f"training_gain_without_{name}"] = statistics.median(before / after for before, after in pairs)
     report(figures, config.json, config.device)
     return figures
 

@@ -13,9 +13,10 @@ Deviations from the published code, none of which changes a value at 32 or 224 p
 the auxiliary head shrinks its pool on small maps and averages over large ones, and the final pool covers any map.
 
 This is the plain form, one operation after the other. Of the optimisations measured on a CPU (benchmarks/network.py)
-two are worth having: the memory format channels_last, 1.2 to 1.8 times as fast, which is the caller's choice; and with
-it contiguous gradients for the BatchNorms (`fast.kernels.concatenate`), 1.2 times as fast in training. Sharing a
-state's ReLUs (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) are not; folding BatchNorms (1.06 to 1.16 on top of
+three are worth having: the memory format channels_last, 1.2 to 1.8 times as fast, which is the caller's choice; and
+with it, in training, contiguous gradients for the BatchNorms (`fast.kernels.concatenate`), 1.2 times as fast, and the
+gradients of `primitives.DepthwiseConv2d`, up to 1.7 times where many filters are dilated or 5x5. Sharing a state's
+ReLUs (1.02 to 1.04) and ReLUs in place (1.00 to 1.03) are not; folding BatchNorms (1.06 to 1.16 on top of
 channels_last) changes the last digits and only helps evaluation.
 """
 
