@@ -20,6 +20,7 @@ import torch
 from darts_space import ARCHITECTURE_NAMES, Genotype, derive
 from darts_space.derivation import EdgesBy
 
+NAMES = ("percentile", "percentile_equal_params", "z")  # what the tables give of a verdict
 ALPHA = ((14, 8), (14, 8), (14,), (14,))  # alphas_normal, alphas_reduce, betas_normal, betas_reduce
 REMOVAL = ((14,), (14,))  # of the normal and of the reduction cell
 

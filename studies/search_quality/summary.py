@@ -8,28 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
 from scipy import stats
 
-from darts_space import ARCHITECTURE_NAMES, Genotype, derive
-from darts_space.derivation import EdgesBy
+from darts_space import Genotype
 from nas_kmix.engine import files
 from nas_kmix.pipeline.verdict import pooled
 from studies.cells import mean_and_error, read_results
-from studies.search_quality.judged import genotypes, unpacked, verdict
+from studies.search_quality import controls, turn
+from studies.search_quality.judged import NAMES, genotypes, verdict
 from studies.search_quality.pools import genotypes as pool_of
 
 FOLDER = Path(__file__).parent
-NAMES = ("percentile", "percentile_equal_params", "z")
-DRAWS, EDGE_DRAWS = 1000, 10  # of random operations, and of random edges for every run
 Line = Mapping[str, Any]
-RANGES = {"gap": (-0.05, 0.05, 0.15, 0.25, 0.35, 0.5, 0.8), "passes": (3, 6, 9, 12, 16, 20, 25, 40)}
 
 
 def main(results: Path) -> int:
     lines, runs = read_results(results), read_results(FOLDER / "runs.jsonl")
-    turn = {arm: _curve(arm_lines) for arm, arm_lines in _by_arm(lines, "turn/").items()}
+    curves = {arm: turn.curve_of(arm_lines) for arm, arm_lines in _by_arm(lines, "turn/").items()}
     searches = {arm: _searches(arm_lines) for arm, arm_lines in _by_arm(lines, "search/").items()}
     presets = {name: [_winner(line) for line in found] for name, found in _by_arm(runs, "preset/").items()}
     proved = _by_arm(runs, "proved/").get("cpu", [])
@@ -46,13 +41,13 @@ def main(results: Path) -> int:
         "proxies": _proxies(_by_arm(runs, "proxies/")),
         "gpu": presets.get("gpu", []),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
-        "wiring": _wiring(),
-        "edges": _edges([line for line in runs if line["cell"].startswith(("preset/cpu", "proxies/"))]),
+        "wiring": controls.wiring(),
+        "edges": controls.edges([line for line in runs if line["cell"].startswith(("preset/cpu", "proxies/"))]),
     }
-    decided_by = _decided_by(lines)
-    files.write_json(FOLDER / "summary.json", {**whole, "turn": turn, "decided_by": decided_by, "searches": searches})
-    _picture(turn).savefig(FOLDER / "turn.png", dpi=110)
-    for arm, curve in turn.items():
+    turned = {"turn": curves, "decided_by": turn.decided_by(lines)}
+    files.write_json(FOLDER / "summary.json", {**whole, **turned, "searches": searches})
+    turn.picture(curves).savefig(FOLDER / "turn.png", dpi=110)
+    for arm, curve in curves.items():
         print(
             f"{arm:<18} n={curve['n']}",
             *(f"{s}:{z:+.1f}" for s, z in zip(curve["steps"], curve["z_mean"], strict=True)),
@@ -71,83 +66,6 @@ def _by_arm(lines: Iterable[Line], start: str) -> dict[str, list[Line]]:
     return dict(arms)
 
 
-def _curve(lines: list[Line]) -> dict[str, Any]:
-    """What the gradient's t statistic says at each step: mean and standard error over the seeds, with edges by alpha.
-
-    passes: over the images of the weights. gap: see `_trained`; none before the first step.
-    """
-    readings = [{r["step"]: genotypes(r) for r in line["readings"] if "t" in r} for line in lines]
-    steps = sorted(set.intersection(*(set(one) for one in readings)))
-
-    def said(rule: EdgesBy, name: str) -> np.ndarray:
-        return np.array([[verdict(one[step][rule])[name] for step in steps] for one in readings])
-
-    z = said("alpha", "z")
-    setting = lines[0]["setting"]
-    return {
-        "steps": steps,
-        "passes": [round(step * setting["batch"] / setting["weight_images"], 2) for step in steps],
-        "gap_mean": np.mean([[one["gap"] for one in _trained(line)] for line in lines], 0).round(3).tolist(),
-        "z_mean": z.mean(0).round(3).tolist(),
-        "z_se": _errors(z).round(3).tolist(),
-        "z_inputs_mean": (z_inputs := said("inputs", "z")).mean(0).round(3).tolist(),
-        "z_inputs_se": _errors(z_inputs).round(3).tolist(),
-        "pools_mean": said("alpha", "pools_normal").mean(0).round(2).tolist(),
-        "n": len(lines),
-    }
-
-
-def _trained(line: Line) -> list[dict[str, float]]:
-    """What may decide the turn, and z and pools with edges by alpha, at the readings of a line after step 0.
-
-    gap: how far the loss of the architecture's half lies above the training loss of the steps since the last reading.
-    """
-    setting = line["setting"]
-    rows = []
-    for r in line["readings"]:
-        if "loss" in r and "t" in r:
-            said = verdict(genotypes(r)["alpha"])
-            rows.append(
-                {
-                    "steps": r["step"],
-                    "passes": r["step"] * setting["batch"] / setting["weight_images"],
-                    "train_loss": r["loss"],
-                    "held_out_loss": r["val_loss"],
-                    "gap": r["val_loss"] - r["loss"],
-                    "z": said["z"],
-                    "pools": said["pools_normal"],
-                }
-            )
-    return rows
-
-
-def _decided_by(lines: list[Line]) -> dict[str, Any]:
-    """Over all readings of the turn: Spearman's correlation with the pools, and means of z and pools by range."""
-    rows = [row for line in lines if line["cell"].startswith("turn/") for row in _trained(line)]
-    if not rows:
-        return {"n": 0}
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    z, pools = columns.pop("z"), columns.pop("pools")
-    correlations = {name: stats.spearmanr(values, pools).statistic for name, values in columns.items()}
-    table: dict[str, Any] = {
-        "n": len(rows),
-        "correlation_with_pools": {name: round(float(value), 3) for name, value in correlations.items()},
-    }
-    for name, ends in RANGES.items():
-        which = np.searchsorted(ends, columns[name])
-        table[name] = [
-            {
-                "to": [*ends, None][i],
-                "pools": round(float(pools[which == i].mean()), 2),
-                "z": round(float(z[which == i].mean()), 2),
-                "n": int((which == i).sum()),
-            }
-            for i in range(len(ends) + 1)
-            if (which == i).any()
-        ]
-    return table
-
-
 def _searches(lines: list[Line]) -> list[dict[str, Any]]:
     """Bilevel searches by length of the rest, rate, architecture steps and choice of edges."""
     groups = defaultdict(list)
@@ -162,7 +80,7 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
         row = {"rest_steps": rest, "arch_lr": rate, "arch_steps": arch_step, "edges_by": edges_by, "n": len(found)}
         for name in NAMES:
             values = np.array([one[name] for one in found], dtype=float)[:, None]
-            row |= {name: round(float(values.mean()), 2), f"{name}_se": round(float(_errors(values)[0]), 2)}
+            row |= {name: round(float(values.mean()), 2), f"{name}_se": round(float(turn.errors(values)[0]), 2)}
         rows.append(row)
     return rows
 
@@ -268,70 +186,3 @@ def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
             differences = [by_seed[seed] - random[seed] for seed in both]
             table[arm]["minus_random"] = mean_and_error(differences, 3)
     return table
-
-
-def _wiring() -> dict[str, Any]:
-    """Random operations on the wiring that `--edges-by inputs` prescribes."""
-    rng = np.random.default_rng(0)
-    tables = {name: torch.zeros(14, 8) if name.startswith("alpha") else torch.zeros(14) for name in ARCHITECTURE_NAMES}
-    said = []
-    for _ in range(DRAWS):
-        for name in ("alphas_normal", "alphas_reduce"):
-            tables[name] = torch.from_numpy(rng.random((14, 8)))
-        said.append(verdict(derive(**tables, edges_by="inputs")))
-    # Few random architectures are as large as some of them, so that they have no percentile among those.
-    return {name: mean_and_error([one[name] for one in said if one[name] is not None], 3) for name in NAMES}
-
-
-def _edges(runs: list[Line]) -> dict[str, Any]:
-    """What other choices of edges would have made of the last records; alpha chooses the operations in all of them.
-
-    less_random: the difference from edges drawn at random, paired by run.
-    """
-    rng = np.random.default_rng(0)
-    z: dict[str, list[float]] = defaultdict(list)
-    for line in runs:
-        last = line["records"][-1]
-        for rule, found in genotypes(last).items():
-            z[rule].append(verdict(found)["z"])
-        tables = dict(zip(ARCHITECTURE_NAMES, unpacked(last["alpha"]), strict=True))
-        draws = [(torch.from_numpy(rng.random(14)), torch.from_numpy(rng.random(14))) for _ in range(EDGE_DRAWS)]
-        random = [verdict(derive(**tables, edges_by="removal", removal=edges))["z"] for edges in draws]
-        z["random"].append(float(np.mean(random)))
-    table: dict[str, Any] = {rule: mean_and_error(values, 3) for rule, values in z.items()}
-    for rule in z.keys() - {"random"}:
-        if len(z[rule]) == len(z["random"]):
-            table[rule]["less_random"] = mean_and_error(np.subtract(z[rule], z["random"]).tolist(), 3)
-    return table
-
-
-def _errors(values: np.ndarray) -> np.ndarray:
-    """Standard errors over the first axis; 0 for a single row."""
-    return values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
-
-
-def _picture(turn: Mapping[str, Any]) -> Figure:
-    """z and pools against steps, and pools against passes and the gap, an arm a line."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    (z_axes, pools_axes), (passes_axes, gap_axes) = figure.subplots(2, 2)
-    for number, (arm, curve) in enumerate(turn.items()):
-        z, error, steps = (np.array(curve[name]) for name in ("z_mean", "z_se", "steps"))
-        color = f"C{number % 10}"
-        style = {"marker": "os"[number // 10], "markersize": 3, "color": color, "label": f"{arm} ({curve['n']})"}
-        z_axes.plot(steps, z, **style)
-        z_axes.fill_between(steps, z - error, z + error, color=color, alpha=0.15)
-        pools_axes.plot(steps, curve["pools_mean"], **style)
-        first = len(steps) - len(curve["gap_mean"])  # reading after step 0
-        passes_axes.plot(curve["passes"][first:], curve["pools_mean"][first:], **style)
-        gap_axes.plot(curve["gap_mean"], curve["pools_mean"][first:], **style)
-    z_axes.axhline(0.0, color="grey", linewidth=0.8)
-    z_axes.set_ylabel("z among random architectures")
-    for axes in (pools_axes, passes_axes, gap_axes):
-        axes.set_ylabel("pools among 8 operations")
-    for axes in (z_axes, pools_axes):
-        axes.set_xlabel("steps of the weights")
-    passes_axes.set_xlabel("passes over the images of the weights")
-    passes_axes.set_xscale("log")
-    gap_axes.set_xlabel("held-out loss less training loss")
-    z_axes.legend(fontsize=8, ncols=3)
-    return figure
