@@ -144,17 +144,27 @@ def _winner_minus_entry(proved: list[Line]) -> dict[str, Any]:
 
 
 def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
-    """Test accuracies after the last epoch of the winners and of random genotypes of equal cost."""
-    found = {
-        name: [{"macs": line["macs"], "accuracy": line["last"]["test_accuracy"]} for line in lines]
-        for name, lines in arms.items()
-    }
+    """Test accuracies after the last epoch of the winners and of random genotypes of equal cost, beside the judge's z.
+
+    spearman: of accuracy and z, over all of them and over the random ones alone, with p values.
+    """
+    found = {arm: sorted(map(_retrained, lines), key=lambda one: one["seed"]) for arm, lines in arms.items()}
     winners, random = ([one["accuracy"] for one in found.get(name, [])] for name in ("winner", "random"))
     if min(len(winners), len(random)) < 2:
         return {"n": 0}
     error = np.sqrt(np.var(winners, ddof=1) / len(winners) + np.var(random, ddof=1) / len(random))
     difference = {"mean": float(np.mean(winners) - np.mean(random)), "se": float(error), "n": len(winners)}
-    return {"winners": found["winner"], "random": found["random"], "difference": difference}
+    spearman = {}
+    for name, which in (("all", [*found["winner"], *found["random"]]), ("random", found["random"])):
+        rank = stats.spearmanr([one["accuracy"] for one in which], [one["z"] for one in which])
+        spearman[name] = {"value": round(rank.statistic, 3), "p": round(rank.pvalue, 4), "n": len(which)}
+    return {"winners": found["winner"], "random": found["random"], "difference": difference, "spearman": spearman}
+
+
+def _retrained(line: Line) -> dict[str, Any]:
+    text = line["command"][line["command"].index("--genotype") + 1]
+    z = round(verdict(Genotype.from_text(text))["z"], 3)
+    return {"seed": _seed(line), "macs": line["macs"], "accuracy": line["last"]["test_accuracy"], "z": z}
 
 
 def _ranking(lines: list[Line]) -> dict[str, Any]:
