@@ -158,6 +158,14 @@ def test_two_processes_train_the_scorer_and_agree_on_it(npz, tmp_path):
     assert bill["scorer"]["images_backward"] == 27 and bill["scoring"]["skipped"]
 
 
+@pytest.mark.slow
+def test_more_processes_than_seeds_share_each_search(npz, tmp_path):
+    flags = [*SEARCH, "--data", npz, "--method", "random", "--seeds", 2, "--out", tmp_path / "run"]
+    process = torchrun(tmp_path / "log", ROOT / "search.py", *flags, processes=3)
+    assert ended(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert sorted(path.name for path in (tmp_path / "run").glob("seed-*")) == ["seed-0", "seed-1"]
+
+
 # -- train_eval.py -----------------------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,8 @@ class ImageData:
         kept = self._loaders.get(crops) if persistent else None
         plan, loader = kept or self._loader(crops, persistent)
         plan.batches = [[(index, epoch) for index in indices.tolist()] for indices in index_batches]
-        check_room(max(map(len, plan.batches), default=0), self.image_size, self.workers)
+        # Other processes on the machine may hold theirs already, and check for themselves.
+        check_room(max(map(len, plan.batches), default=0), self.image_size, self.workers, processes=1)
         for images, indices, failures in read(loader):
             self.bad.add(failures)
             images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from PIL import Image
 from nas_kmix.engine.pixels import to_rgb
 from nas_kmix.engine.sources import Source
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".download.lock"
 # The constants that the published training scripts use.
 CIFAR_CONSTANTS = {
     "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
@@ -42,7 +50,21 @@ def open_named(data: str, root: Path, split: str, *, download: bool) -> Source:
         raise ValueError(f"--data {data} has the splits train and test, not {split!r}.")
     if data == "digits":
         return _digits(split)
-    return _cifar(data, root, split, download) if data in CIFAR_CONSTANTS else _medmnist(data, root, split, download)
+    with _one_at_a_time(root) if download else nullcontext():
+        reader = _cifar if data in CIFAR_CONSTANTS else _medmnist
+        return reader(data, root, split, download)
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Let one process download at a time: those of torchrun start together, and so may commands of several seeds."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that cannot be written to, or locked
+            root.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(root / LOCK, "w"))
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def survives_mirroring(data: str) -> bool:

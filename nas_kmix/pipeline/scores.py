@@ -61,6 +61,8 @@ def make(path: Path, config: ScoringConfig, scorer: Scorer, data: ImageData, *, 
             tables = [ScoreTable(*rows, key, dict(state["bad"]), columns).checked()]
             done = tables[0].index
             data.bad.add(state["bad"])
+    for theirs in run.world.gather(dict(data.bad)):  # of a streamed set each process has read a part
+        data.bad.add(theirs)
     wanted = np.setdiff1d(data.good(), done)
     progress = run.progress(NAME, len(done) + len(wanted), done=len(done), unit="image")
 

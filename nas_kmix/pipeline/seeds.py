@@ -105,6 +105,7 @@ def search_seeds(
     else:
         for task in open_tasks:
             task.search(halves, data, run)
+        run.world.barrier()  # rank 0 alone writes the last genotype
     return [task.load(run) for task in tasks]
 
 
