@@ -3,7 +3,8 @@
 In:  a PIL image, or uint8 pixels (3, H, W) or (N, 3, H, W), of any size.
 Out: float32 (3, S, S) or (N, 3, S, S): resized, the centre cropped, and normalised as in evaluation.
 
-`Preparation.transforms` is the one place of this package that needs torchvision, and imports it when it is called.
+`Preparation.transforms` is the one place of this package that needs torchvision and Pillow, and imports them when it is
+called.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ALPHA_MODES = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,14 @@ class Preparation:
 
 
 def _rgb_pixels(image: Any) -> Tensor:
-    """A PIL image as uint8 (3, H, W); a tensor as it is."""
+    """A PIL image as uint8 (3, H, W), transparent pixels on white, as in training; a tensor as it is."""
     if not isinstance(image, Tensor):
+        from PIL import Image
         from torchvision.transforms.v2 import functional as TF
 
+        if image.mode in ALPHA_MODES or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = TF.pil_to_tensor(image.convert("RGB"))
     if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(

@@ -17,11 +17,12 @@ import search
 import train_eval
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.analysis.runs import InputConfig, load_images
-from nas_kmix.engine import hugging_face
+from nas_kmix.commands import evaluate
+from nas_kmix.engine import hugging_face, named_sets
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.datasets import is_flat, located, open_source, splits_of
 from nas_kmix.engine.named_sets import MEDMNIST, survives_mirroring
-from nas_kmix.engine.sources import Source
+from nas_kmix.engine.sources import BadImageError, Source
 from nas_kmix.manifest import ProxyManifest
 
 SEARCH = shlex.split(
@@ -221,6 +222,21 @@ def test_medmnist_is_known_by_name_and_trains_at_28_px(medmnist, tmp_path, monke
     assert load_data(DataConfig(data="pneumoniamnist", data_root=medmnist)).class_names == ("normal", "pneumonia")
 
 
+def test_processes_download_one_after_another(medmnist, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    held = []
+
+    def watched(*given, read=named_sets._medmnist):
+        with open(medmnist / named_sets.LOCK) as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(False)
+        return read(*given)
+
+    monkeypatch.setattr(named_sets, "_medmnist", watched)
+    assert len(open_source("pneumoniamnist", medmnist, "train").labels) == 24 and held == []
+    assert len(open_source("pneumoniamnist", medmnist, "train").labels) == 24, "the lock is given back"
+
+
 def test_without_its_package_medmnist_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "medmnist", None)
     with pytest.raises(ValueError, match="pip install medmnist"):
@@ -289,6 +305,19 @@ def test_a_hugging_face_set_without_splits_is_divided(saved):
     assert set(parts["train"].encoded) | set(parts["test"].encoded) == whole
 
 
+def test_the_test_images_of_a_divided_hugging_face_set_stay_its_own(flat, tmp_path):
+    """`datasets` is not needed to refuse: a folder with state.json is what it divides."""
+    flags = ["--data", str(flat), "--split-seed", "5", "--backbone", "tiny", *TRAIN[:7], "--epochs", "1"]
+    train_eval.run(train_eval.parse([*flags, "--out", str(tmp_path / "run")]))
+    (flat / "state.json").touch()
+    recorded = tmp_path / "run" / "config.json"
+    recorded.write_text(recorded.read_text().replace(str(flat), f"hf:{flat}"))
+    argv = ["--data", f"hf:{flat}", *TRAIN[1:7], "--eval-only", str(tmp_path / "run" / "last.pt")]
+    with pytest.raises(ValueError, match="would be its training images; add --split-seed 5"):
+        evaluate._check_split_seed(train_eval.parse(argv))
+    evaluate._check_split_seed(train_eval.parse([*argv, "--split-seed", "5"]))
+
+
 def test_what_is_no_hugging_face_set_is_refused(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="save_to_disk"):
         splits_of(f"hf:{tmp_path / 'nowhere'}")
@@ -316,6 +345,16 @@ def test_encoded_images_are_read_hashed_and_measured_like_files(tmp_path):
     with pytest.raises(Exception, match=r"2\.png"):
         held.read(2)
     assert np.array_equal(held.part(np.array([1])).read(0), on_disk.read(1))
+
+
+def test_a_row_without_an_image_counts_as_unreadable(tmp_path):
+    column = [{"image": None}, {"image": {"bytes": None, "path": str(tmp_path / "gone.jpg")}}]
+    held = hugging_face.Encoded(column, np.arange(2))
+    paths = tuple(f"{i}{hugging_face._suffix(held, i)}" for i in range(2))
+    source = Source("set", "train", np.zeros(2, dtype=np.int64), ("a",), folder=tmp_path, paths=paths, encoded=held)
+    for index in range(2):
+        with pytest.raises(BadImageError, match=paths[index]):
+            source.read(index)
 
 
 # -- mirroring and sizes -----------------------------------------------------------------------------------------------

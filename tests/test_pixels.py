@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_pixels
 from PIL import Image
 
+from darts_space import Preparation
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.pixels import rgb_of
 
@@ -33,6 +35,11 @@ def test_a_transparent_colour_of_a_palette_or_of_rgb_is_white():
     keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
     keyed.info["transparency"] = (1, 2, 3)
     assert rgb_of(keyed).tolist() == [[[255, 255, 255], [4, 5, 6]]]
+
+
+def test_the_transforms_of_a_network_lay_them_on_white_too():
+    transforms = Preparation(("a", "b"), 4, 4, (0.5,) * 3, (0.25,) * 3).transforms()
+    assert torch.equal(transforms(Image.new("RGBA", (4, 4), (9, 9, 9, 0))), torch.full((3, 4, 4), 2.0))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "HSV", "YCbCr"])

@@ -391,6 +391,17 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
     assert list(compare._short_names([Record(f) for f in folders[1:]]).values()) == ["run", "other"]
 
 
+def test_a_genotype_of_another_search_in_its_folder_is_not_its_own(searched, trained):
+    """As after search.py --fresh in the folder that the network's genotype was read from."""
+    (search,) = [compare._searched(Record(searched))]
+    found = compare._trained(Record(trained), [search])
+    assert found.search_seconds == search.seconds and found.origin == search.proxy
+    other = replace(search, genotype=GENOTYPES["PC_DARTS_cifar"])
+    network = Record(trained).config["network"]
+    assert compare._origin({"genotype": str(searched / "g.json")}, GENOTYPES["DARTS_V2"], [other]) is None
+    assert compare._origin(network, GENOTYPES["PC_DARTS_cifar"], [other]) is other
+
+
 # -- several runs ------------------------------------------------------------------------------------------------------
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas_kmix.analysis.classifiers import load_classifier
 from nas_kmix.analysis.runs import recorded_input
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import pick_compute
-from nas_kmix.engine.datasets import is_flat
+from nas_kmix.engine.datasets import HUGGING_FACE, is_divided
 from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.progress import Progress
 from nas_kmix.pipeline import network
@@ -72,13 +72,17 @@ def evaluate_checkpoint(config: Config, *, own_size: bool) -> dict[str, Any]:
 
 
 def _check_split_seed(config: Config) -> None:
-    """Refuse to test on images of a folder without splits that the network was trained on."""
+    """Refuse to test on images of a set without splits that the network was trained on."""
     data, split_seed = recorded_input(config.eval_only)
-    folder = Path(config.input.data)
-    if data is None or folder.resolve() != Path(data).resolve() or not (folder.is_dir() and is_flat(folder)):
+    if data is None or not is_divided(config.input.data) or not _same_place(data, config.input.data):
         return
     if split_seed != config.input.split_seed:
         raise ValueError(
             f"{config.eval_only} was trained with --split-seed {split_seed}, so that with {config.input.split_seed} "
             f"some of the test images would be its training images; add --split-seed {split_seed}."
         )
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two --data are one folder, by whatever links they name it."""
+    return os.path.realpath(one.removeprefix(HUGGING_FACE)) == os.path.realpath(other.removeprefix(HUGGING_FACE))

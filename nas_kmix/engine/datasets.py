@@ -64,6 +64,13 @@ def located(data: str) -> str:
     return kind + os.path.abspath(os.path.expanduser(data.removeprefix(kind)))
 
 
+def is_divided(data: str) -> bool:
+    """Whether --data is there without splits, so that `split_seed` divides it."""
+    if data.startswith(HUGGING_FACE):
+        return hugging_face.is_single(Path(data.removeprefix(HUGGING_FACE)))
+    return not is_named(data) and Path(data).is_dir() and is_flat(Path(data))
+
+
 def splits_of(data: str) -> tuple[str, ...]:
     """Which of train, val and test `--data` has, as far as names tell; `open_source` says what is wrong with it.
 

@@ -33,12 +33,19 @@ class Encoded(Sequence[bytes]):
         if isinstance(index, np.ndarray):
             return Encoded(self._table, self._rows[index])
         (image,) = self._table[int(self._rows[index])].values()
+        if image is None:
+            return b""  # which cannot be decoded
         return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def is_single(folder: Path) -> bool:
+    """Whether the data set is a single split, which is then divided."""
+    return (folder / "state.json").is_file()
 
 
 def splits_of(folder: Path) -> tuple[str, ...]:
     """Those of train, val and test that the data set has, or that it is divided into."""
-    if (folder / "state.json").is_file():  # of a single split
+    if is_single(folder):
         return ("train", "test")
     try:
         there = files.read_json(folder / "dataset_dict.json")["splits"]
@@ -80,13 +87,17 @@ def _source(datasets: Any, table: Any, folder: Path, split: str) -> Source:
         raise SplitFolderError(f"hf:{folder}: the {split} images have no labels.")
     files_alone = table.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
     encoded = Encoded(files_alone, np.arange(len(classes)))
-    paths = tuple(f"{split}-{index:06}{_suffix(file)}" for index, file in enumerate(encoded))
+    paths = tuple(f"{split}-{index:06}{_suffix(encoded, index)}" for index in range(len(encoded)))
     options = {"folder": folder, "paths": paths, "encoded": encoded}
     return Source(folder.resolve().name, split, classes, tuple(features[labels[0]].names), **options)
 
 
-def _suffix(file: bytes) -> str:
+def _suffix(encoded: Encoded, index: int) -> str:
     """By what the file holds: whether its format is lossy tells how it is recognised."""
+    try:
+        file = encoded[index]
+    except OSError:  # said when the image is read
+        return ".png"
     if file[:2] == b"\xff\xd8":
         return ".jpg"
     return ".webp" if file[8:12] == b"WEBP" else ".png"

@@ -176,12 +176,12 @@ def _origin(network: dict, genotype: Genotype | None, searched: Sequence[Searche
     if genotype is None or not network.get("genotype"):
         return None
     folder = Path(str(network["genotype"])).parent
-    for search in searched:
+    same = [search for search in searched if search.genotype == genotype]
+    for search in same:
         if search.record.folder.resolve() == folder.resolve():
             return search
     outside = Record(folder)
     known = _or_none(lambda: not outside.trains and outside.genotype == genotype)
-    same = [search for search in searched if search.genotype == genotype]
     return _searched(outside) if known else same[0] if same else None
 
 
