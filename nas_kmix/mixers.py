@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -31,6 +32,14 @@ class MixConfig:
     """Concentration of the shares' distribution: Dirichlet for K images, Beta for two."""
     mix_prob: float = 1.0
     """Probability that a batch is mixed."""
+
+    def __post_init__(self):
+        if self.mix_k < 2:
+            raise ValueError(f"--mix-k must be at least 2, not {self.mix_k}.")
+        if not 0.0 < self.mix_alpha < math.inf:
+            raise ValueError(f"--mix-alpha must be positive, not {self.mix_alpha}.")
+        if not 0.0 <= self.mix_prob <= 1.0:
+            raise ValueError(f"--mix-prob must lie in [0, 1], not {self.mix_prob}.")
 
     def check_processes(self, count: int) -> None:
         """Raise ValueError where `count` processes cannot share a batch that is mixed like this."""

@@ -265,6 +265,16 @@ def test_forgetting_counts_are_those_of_a_loop():
     assert {0, 1, 2, 6} <= set(expected)
 
 
+def test_a_scorer_without_counts_is_refused_before_it_scores(npz, tmp_path, capsys):
+    argv = [*command(npz, tmp_path / "run"), "--stop-after", "scorer"]
+    assert search.main(argv) == 0
+    given = ["--scorer", str(tmp_path / "run" / "scorer.pt"), "--measure", "forgetting", "--stop-after", "proxy"]
+    for more in ([], ["--dry-run"]):
+        assert search.main([*command(npz, tmp_path / "more"), *given, *more]) == 2
+        assert "leave it out, and add --scorer.forgetting" in capsys.readouterr().err
+    assert not (tmp_path / "more" / "scores.npz").exists()
+
+
 def test_a_scorer_counts_what_it_forgets_over_a_stop(npz, tmp_path, monkeypatch):
     """The same counts, and weights, in one go and after a stop between two epochs; and weights as without counting."""
     flags = ["--stop-after", "scorer", "--scorer.epochs", "4", "--scorer.dropout", "0.5", "--scorer.val-share", "0"]

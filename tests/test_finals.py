@@ -121,7 +121,7 @@ def test_a_search_without_finals_is_unproved_until_they_are_added(alone, npz, tm
     assert "\nsearch: 7 steps\n" not in ended.out
     for name in PROVED:
         assert (tmp_path / name).read_bytes() == (alone[0] / name).read_bytes(), name
-    refused(command(npz, tmp_path, "--no-finals"), "is the winner of finals", "leave out --no-finals")
+    refused(command(npz, tmp_path, "--no-finals"), "is the winner of finals", "add --finals")
     before = files_of(tmp_path)
     refused(command(npz, tmp_path, "--finals.lr", ".2"), "lr was 0.1, now 0.2", "Remove that file")
     assert {name for name, content in files_of(tmp_path).items() if content != before[name]} <= {"cost.json"}
@@ -159,6 +159,7 @@ def test_a_candidate_that_diverges_loses_and_a_control_that_does_is_no_compariso
     [
         (["--finals.controls", 1], "--finals.controls must be at least 2"),
         (["--finals.channels", 3], "--finals.channels must be even"),
+        (["--finals.weight-decay", -1], "--finals.weight-decay must be 0 or more"),
         (["--finals.images", 70], "--finals.images 70 is more than"),
         (["--ratio", 1], "none is left for the verdict"),
         (["--candidates", "nowhere.json"], "nowhere.json"),
@@ -170,6 +171,12 @@ def test_finals_that_cannot_be_are_refused_before_the_search(flags, words, npz, 
     ended = main(command(npz, tmp_path / "run", *flags))
     assert ended.code == 2 and words in ended.err and "Traceback" not in ended.err
     assert not (tmp_path / "run" / "genotypes.jsonl").exists()
+
+
+def test_more_images_than_can_train_are_refused_before_the_scorer(npz, tmp_path):
+    ended = main(command(npz, tmp_path / "run", "--finals.images", 1000))
+    assert ended.code == 2 and "--finals.images 1000 is more than" in ended.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_report_shows_who_came_from_where_and_the_verdicts_of_several_runs(alone, npz, tmp_path):

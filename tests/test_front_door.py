@@ -385,7 +385,24 @@ def test_a_dry_run_of_a_training(tmp_path, capsys):
     assert lines[1].startswith("train     train 3 cells of 2 channels for 2 epochs of 5 steps with 8 images: about ")
     assert lines[3] == "validation: 4 images held out of the training images (--val-share 0.1)"
     assert not (tmp_path / "run").exists()
+    assert train_eval.main([*argv, "--limit-steps", "2"]) == 0
+    assert "for 2 epochs of 2 steps with 8 images" in capsys.readouterr().out
     assert train_eval.main([*argv, "--eval-only", str(path)]) == 2
+
+
+def test_a_dry_run_of_a_training_tells_what_is_there(tmp_path, capsys):
+    path, out = tmp_path / "set.npz", tmp_path / "run"
+    np.savez(path, train_images=draw_pixels(40, 16, 16, 3), train_labels=np.arange(40) % 4)
+    argv = ["--data", str(path), "--out", str(out), "--backbone", "tiny", "-j", "0", "--no-report", "--epochs", "1"]
+    argv += ["--batch-size", "8", "--device", "cpu"]
+    assert train_eval.main(argv) == train_eval.main([*argv, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "train     found"
+    assert train_eval.main([*argv, "--lr", ".3"]) == train_eval.main([*argv, "--lr", ".3", "--dry-run"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0] == said[1] and "lr was" in said[0]
+    assert train_eval.main([*argv, "--lr", ".3", "--fresh", "--dry-run"]) == 0
+    assert search.main(["--data", str(path), "--out", str(out), "--device", "cpu", "--dry-run"]) == 2
+    assert "holds the run of another command" in capsys.readouterr().err
 
 
 def test_the_estimate_is_near_the_truth(npz, tmp_path):

@@ -23,6 +23,7 @@ FORMS = {
     "tensor": torch.tensor(LABELS, dtype=torch.int32),
     "one-hot": torch.tensor(ONE_HOT, dtype=torch.float32),
     "one-hot integers": ONE_HOT.astype(int),
+    "one-hot bools": ONE_HOT.astype(bool),
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
+from nas_kmix.mixers import MixConfig
 
 N, CLASSES = 12, 5
 CONFIG = OptimConfig(lr=0.3, weight_decay=1e-2, momentum=0.8)
@@ -157,6 +158,7 @@ def test_the_loss_is_taken_in_the_labels_precision():
     [
         ({"drop_path": 1.0}, "--drop-path"),
         ({"label_smoothing": -0.1}, "--label-smoothing"),
+        ({"auxiliary_weight": float("nan")}, "--auxiliary-weight"),
         ({"grad_clip": 0.0}, "--grad-clip"),
         ({"ema": 1.0}, "--ema"),
         ({"accumulate": 0}, "--accumulate"),
@@ -166,3 +168,17 @@ def test_the_loss_is_taken_in_the_labels_precision():
 def test_values_that_make_no_sense_are_refused(fields, named):
     with pytest.raises(ValueError, match=named):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("milestones", [(150.0, 225.0), (0.0,), (float("nan"),)])
+def test_milestones_are_fractions_not_epochs(milestones):
+    with pytest.raises(ValueError, match="--milestones are fractions"):
+        OptimConfig(milestones=milestones)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"), [({"mix_k": 1}, "k"), ({"mix_alpha": -1.0}, "alpha"), ({"mix_prob": 2.0}, "prob")]
+)
+def test_a_mix_that_cannot_be_is_refused_with_its_flag(fields, named):
+    with pytest.raises(ValueError, match=f"--mix-{named} must"):
+        MixConfig(**fields)

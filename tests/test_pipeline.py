@@ -866,7 +866,7 @@ def test_the_first_loss_that_is_not_finite_is_the_one_named(finished, npz, tmp_p
     step.calls = 0
     monkeypatch.setattr(Search, "step", step)
     argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json")
-    refused(argv, "search: the loss was not finite at step 1 of epoch 1", code=1)
+    refused(argv, "search: the loss was not finite at step 1 of epoch 1", "lower --lr or --arch-lr", code=1)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -879,7 +879,7 @@ def test_the_first_loss_that_is_not_finite_is_the_one_named(finished, npz, tmp_p
         ("--arch-share 1", "--arch-share"), ("--scoring.draws 1", "--scoring.draws"), ("--nonsense 3", "--nonsense"),
         ("--scoring.phi-anchor 1", "--scoring.phi-anchor"), ("--crop-padding -1", "--crop-padding"),
         ("--scorer.batch-size 0", "batch size"), ("--scorer.epochs -1", "epoch"), ("--epochs x", "--epochs"),
-        ("--preset huge", "huge"),
+        ("--preset huge", "huge"), ("--scorer.mix-k 1", "--mix-k must be at least 2"),
     ],
 )  # fmt: skip
 def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_path):
@@ -896,7 +896,7 @@ def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_p
         ("--channels 3", "channels"), ("--search-size 18", "--search-size 16"), ("--seed -1", "--seed"),
         ("--search-size 32", "larger than the images"), ("--cuda-graphs --unrolled", "the steps of --unrolled"),
         ("--epochs 9", "no effect beside --rest-steps and --arch-steps"),
-        ("--scorer.backbone huge", "backbone"), ("--scorer.mix-k 1", "at least 2"),
+        ("--scorer.backbone huge", "backbone"),
         ("--amp fp16", "fp16"), ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),
         ("--scores nowhere.npz", "no such file"), ("--scorer nowhere.pt", "no such file"),
     ],

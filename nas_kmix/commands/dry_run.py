@@ -24,7 +24,7 @@ from nas_kmix.backbones import build_backbone
 from nas_kmix.commands.summary import of_images
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
-from nas_kmix.engine.datasets import located
+from nas_kmix.engine.datasets import check_run_folder, located
 from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.forecast import Cost, at, gigabytes, measured
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
@@ -33,13 +33,15 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import finals, network, proxy, scorer, scores, search
 from nas_kmix.pipeline.candidates import CHECKPOINTS
-from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memory
+from nas_kmix.pipeline.checks import check_flags, check_forgetting, check_later_stages, check_memory
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.network import NetworkTraining
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
+
+RECIPE = Recipe()
 
 
 @dataclass
@@ -90,6 +92,7 @@ def of_search(config: Config) -> Iterator[str]:
     """What search.py would do."""
     check_flags(config)
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
+    check_run_folder(config.out, config.input.data)
     compute, given, until = pick_compute(config.device), config.given, config.stop_after
     data = load_data(config.input, device=compute.device, workers=config.device.workers)
     check_later_stages(config, data)
@@ -104,6 +107,8 @@ def of_search(config: Config) -> Iterator[str]:
         if given.scores is None:
             trained = scorer.from_elsewhere(given.scorer, config.scorer, data, run=chain.run)
             trained = trained or chain.find(scorer, config.scorer, data, given=given.scorer)
+            if trained is not None:
+                check_forgetting(config, trained)
             yield _scorer(config, chain, trained)
         if until != "scorer":
             if trained is not None or given.scores is not None:
@@ -236,14 +241,18 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
 # -- train_eval.py -----------------------------------------------------------------------------------------------------
 
 
-def of_training(name: str, model: nn.Module, settings: NetworkTraining, images: int, chain: Chain) -> Iterator[str]:
+def of_training(
+    name: str, model: nn.Module, settings: NetworkTraining, images: int, chain: Chain, is_found: bool
+) -> Iterator[str]:
     """What train_eval.py would do with this network, on so many images."""
-    optim, recipe = settings.optim, settings.recipe
     yield of_images(chain.data, images, settings.augmentation)
+    if is_found:
+        yield chain.line(network.NAME, "found")
+        return
     if not chain.fresh and (chain.folder / network.FILE).exists():
         yield f"{chain.folder / network.FILE} is there: training goes on after its last epoch"
-    step = _training_step(model.to(chain.compute.device), optim, recipe, chain)
-    yield chain.line(network.NAME, *_epochs(name, optim, images, step))
+    step = _training_step(model.to(chain.compute.device), settings.optim, settings.recipe, chain)
+    yield chain.line(network.NAME, *_epochs(name, settings.optim, images, step, settings.recipe))
     yield from chain.end()
 
 
@@ -256,12 +265,16 @@ def _training_step(model: nn.Module, optim: OptimConfig, recipe: Recipe, chain: 
     return measured(lambda n: learner.step(*_random_images(n, size, data)), model)
 
 
-def _epochs(name: str, optim: OptimConfig, images: int, step: tuple[Cost, Cost]) -> tuple[str, Cost]:
+def _epochs(
+    name: str, optim: OptimConfig, images: int, step: tuple[Cost, Cost], recipe: Recipe = RECIPE
+) -> tuple[str, Cost]:
     """A line on a training, and its cost."""
     steps, n = math.ceil(images / optim.batch_size), min(optim.batch_size, images)
-    whole = at(n, *step)
+    if recipe.limit_steps is not None and recipe.limit_steps < steps:
+        steps, images = recipe.limit_steps, recipe.limit_steps * n
     said = f"train {name} for {optim.epochs} epochs of {steps:,} steps with {n} images"
-    return said, Cost(optim.epochs * images / n * whole.seconds, whole.bytes)
+    part = at(math.ceil(n / recipe.accumulate), *step)  # all that is in memory at once
+    return said, Cost(optim.epochs * images / n * at(n, *step).seconds, part.bytes)
 
 
 def _random_images(n: int, size: int, data: ImageData) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
-from nas_kmix.pipeline.checks import check_flags, check_later_stages, check_memory, without_effect
+from nas_kmix.pipeline.checks import check_flags, check_forgetting, check_later_stages, check_memory, without_effect
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxies import locate
@@ -98,6 +98,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
         if given.scores is None:
             trained = scorer.from_elsewhere(given.scorer, config.scorer, data, run=run)
             trained = trained or obtain(scorer, config.scorer, data, run=run, given=given.scorer)
+            check_forgetting(config, trained)
         if config.stop_after == "scorer":
             return result
         table = obtain(scores, config.scoring, trained, data, run=run, given=given.scores)
@@ -194,6 +195,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
         nonlocal config
         config = parse(argv, description)
         if config.invocation.dry_run:
+            Run(config.out, **OPENED).check_folder()
             said = "\n".join(dry_run.of_search(config))
             if is_main():
                 print(said)

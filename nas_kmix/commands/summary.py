@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RETRAINED_WITH = {"quick": "quick", "cpu": "cpu", "gpu": "cifar", "paper": "cifar", "imagenet": "imagenet"}
 """The preset of train_eval.py for the genotype that a preset of search.py finds."""
 UNPROVED = [
-    "none: with --no-finals nothing was proved. The same command without it trains random architectures beside."
+    "none: without finals nothing was proved. The same command with --finals trains random architectures beside."
 ]
 ORDER = {"mostly noise": "a very different order", "fair": "a similar order", "good": "nearly the same order"}
 MARGIN = 13  # columns of the words on the left

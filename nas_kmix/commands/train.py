@@ -31,7 +31,7 @@ from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.datasets import check_run_folder, located
-from nas_kmix.engine.distributed import is_main, joined
+from nas_kmix.engine.distributed import World, is_main, joined
 from nas_kmix.engine.evaluation import EVALUATION_BATCH
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.log import OnLog
@@ -164,7 +164,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         run.say(of_images(data, len(training.indices), config.augmentation))
         run.say(f"network: {result['params_without_aux']:,} parameters, {result['macs']:,} multiply-adds")
         run.say(where_validation_comes_from(config.input.data, splits, evaluated, config.val_share))
-        settings = replace(config, sync_batchnorm=config.sync_batchnorm and run.world.size > 1)
+        settings = _in_world(config, run.world)
         if settings.sync_batchnorm and run.compute.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the same, in fewer kernels
         elif settings.sync_batchnorm:
@@ -193,6 +193,8 @@ def dry_run(config: Config) -> Iterator[str]:
     if config.eval_only is not None:
         raise ValueError("--eval-only trains nothing and takes no time to speak of; leave out --dry-run.")
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
+    check_run_folder(config.out, config.input.data)
+    Run(config.out, **OPENED).check_folder()
     compute = pick_compute(config.device)
     data, splits, training, evaluated = _load_images(config, compute)
     model = network.build(config.network, data, seed=config.seed)
@@ -201,7 +203,9 @@ def dry_run(config: Config) -> Iterator[str]:
         config.mix.check_processes(world.size)
         chain = forecast.Chain(data, compute, config.out, config.fresh, world)
         _check_machine(config, data, model, training, chain.run)
-    yield from forecast.of_training(name, model, config, len(training.indices), chain)
+        bad = BadFileList((training.data, *(part.data for part in evaluated.values())), world)
+        found = chain.find(network, _in_world(config, world), model, training, evaluated, bad)
+    yield from forecast.of_training(name, model, config, len(training.indices), chain, found is not None)
     yield where_validation_comes_from(config.input.data, splits, evaluated, config.val_share)
 
 
@@ -213,6 +217,11 @@ def _load_images(config: Config, compute: Compute) -> tuple[ImageData, Evaluated
     splits = other_splits(config.input, data, **options)
     shares = {"val_share": config.val_share, "train_images": config.train_images}
     return data, splits, *divide(data, splits, **shares, seed=config.seed)
+
+
+def _in_world(config: Config, world: World) -> Config:
+    """The settings that take effect: a single process has no batches to synchronise."""
+    return replace(config, sync_batchnorm=config.sync_batchnorm and world.size > 1)
 
 
 def _speed(run: Run) -> dict[str, float]:
@@ -261,6 +270,7 @@ def _check_flags(config: Config) -> None:
 def _check_machine(config: Config, data: ImageData, model: nn.Module, training: Part, run: Run) -> None:
     """Refuse a batch that does not fit into memory, or into the shared memory of the workers that read it."""
     if not data.resident:
+        run.world.barrier()  # no process reads now, so that the free memory is all there is
         largest = min(max(config.optim.batch_size // run.world.size, EVALUATION_BATCH), len(data))
         check_room(largest, data.image_size, data.workers)
     if config.fresh or not run.path(network.FILE).exists():

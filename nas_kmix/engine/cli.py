@@ -65,7 +65,7 @@ class Invocation:
 
 
 # What --config does not take from a config.json: where and how that run was started, and the files it wrote besides.
-NOT_A_SETTING = ("out", "fresh", "invocation", "eval_only", "export", "export_list")
+NOT_A_SETTING = ("out", "fresh", "invocation", "eval_only", "export", "export_raw", "export_list")
 
 
 def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str | None) -> Config:

@@ -28,7 +28,7 @@ def class_indices(labels: Any, *, device: torch.device | str | None = None) -> T
         looked_at = labels.device.type == "cpu"
         if looked_at and not (((labels == 0) | (labels == 1)).all() and (labels.sum(dim=1) == 1).all()):
             raise ValueError("labels (N, classes) must be one-hot: mixing starts from one class per image.")
-        return labels.argmax(dim=1)
+        return labels.int().argmax(dim=1)  # bool has no argmax
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"labels must be class indices, one per image, or one-hot, not {labels.dtype} {tuple(labels.shape)}."

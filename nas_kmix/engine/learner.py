@@ -52,6 +52,10 @@ class OptimConfig:
                 f"--momentum must lie in [0, 1) and --weight-decay be 0 or more, not {self.momentum} and "
                 f"{self.weight_decay}."
             )
+        if not all(0.0 < share <= 1.0 for share in self.milestones):
+            raise ValueError(
+                f"--milestones are fractions of the epochs, such as .5 .75, not {' '.join(map(str, self.milestones))}."
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Recipe:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"--{_flag(name)} must be at least 0 and below 1, not {getattr(self, name)}.")
         for name in ("warmup_epochs", "auxiliary_weight"):
-            if getattr(self, name) < 0:
+            if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{_flag(name)} must be 0 or more, not {getattr(self, name)}.")
         if self.grad_clip is not None and not self.grad_clip > 0.0:
             raise ValueError(f"--grad-clip must be above 0, not {self.grad_clip}; None does not clip.")

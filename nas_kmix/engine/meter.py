@@ -9,6 +9,8 @@ from torch import Tensor
 
 from nas_kmix.engine.distributed import World
 
+REMEDY = "Start again with --fresh and a lower learning rate, or with --amp off."
+REMEDIES = {"search": "Run it again with a lower --lr or --arch-lr, or with --amp off; what came before is kept."}
 STEPS_BETWEEN_CHECKS = 50  # reading a value waits for the device
 
 
@@ -44,8 +46,7 @@ class Meter:
         step = int(self._first_bad)
         if step >= 0:
             raise NonFiniteLossError(
-                f"{stage}: the loss was not finite at step {step} of epoch {epoch}. "
-                f"Start again with --fresh and a lower learning rate, or with --amp off."
+                f"{stage}: the loss was not finite at step {step} of epoch {epoch}. {REMEDIES.get(stage, REMEDY)}"
             )
 
     def gather(self, world: World) -> None:
@@ -75,6 +76,6 @@ class Meter:
         return {"sums": dict(self._sums), "counts": dict(self._counts), "first_bad": self._first_bad}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._sums = {name: value.to(self._dtype).to(self._device) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
         self._first_bad = state["first_bad"].to(self._device)

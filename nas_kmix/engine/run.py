@@ -93,7 +93,8 @@ class Run:
 
     # -- the folder ----------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Run:
+    def check_folder(self) -> None:
+        """Raise ValueError for a folder with another command's run, or with files that no run seems to have written."""
         if foreign := self.ledger.foreign_stages():
             raise ValueError(
                 f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)} in "
@@ -104,6 +105,9 @@ class Run:
                 f"--out {self.folder} holds {theirs[0].relative_to(self.folder)}, but it seems that no run has written "
                 f"it: there is neither {' nor '.join(MARKS)}. Choose another folder, so that it is kept."
             )
+
+    def __enter__(self) -> Run:
+        self.check_folder()
         if self.world.main:
             self._take_folder()
         self.world.barrier()

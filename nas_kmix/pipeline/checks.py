@@ -19,7 +19,9 @@ from nas_kmix.engine.workers import check_room
 from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline import scorer, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, Given
+from nas_kmix.pipeline.finals import VERDICT_IMAGES
 from nas_kmix.pipeline.halves import check_shared_batch
+from nas_kmix.pipeline.scorer import Scorer
 from nas_kmix.pretrained import is_published
 from nas_kmix.proxies import published
 from nas_kmix.proxy import smallest_ratio
@@ -67,7 +69,7 @@ def check_flags(config: Config) -> None:
             flags = " and ".join(f"--{step.replace('_', '-')}" for step in steps)
             raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flags}; change those, or leave it out.")
     if config.candidates and not config.with_finals:
-        raise ValueError("--candidates compete in the finals, so they have no effect with --no-finals; leave one out.")
+        raise ValueError("--candidates compete in the finals, which are off here; add --finals.")
     for text in config.candidates:
         read_genotype(text)
     if config.jobs < 1:
@@ -110,13 +112,25 @@ def check_later_stages(config: Config, data: ImageData) -> None:
             f"use {flag} {nearest}."
         )
     if size > data.image_size:
-        raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; leave it out.")
+        fitting = data.image_size // multiple * multiple
+        remedy = f"--search-size {fitting}" if fitting else f"--image-size {size}"
+        raise ValueError(f"--search-size {size} is larger than the images, {data.image_size} px; use {remedy}.")
     search.bilevel(config.device.amp, epoch_steps=1)  # checks its values
     if search.edges_by == "removal" and not search.edge_normalisation:
         raise ValueError("--edges-by removal needs beta to remove an edge; add --edge-normalisation or use alpha.")
     if search.cuda_graphs and (search.unrolled or config.device.amp == "fp16"):
         flag = "--unrolled" if search.unrolled else "--amp fp16"
-        raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; leave one of them out.")
+        raise ValueError(f"--cuda-graphs cannot record the steps of {flag}; add --no-cuda-graphs.")
+
+
+def check_forgetting(config: Config, trained: Scorer) -> None:
+    """Refuse, before anything is scored, to rank by counts that a given scorer does not bring."""
+    ranks = config.stop_after not in ("scorer", "scores") and config.selection.method != "random"
+    if ranks and config.selection.measure == "forgetting" and trained.forgetting is None:
+        raise ValueError(
+            f"--measure forgetting: --scorer {config.given.scorer} has no counts of these images, which are made while "
+            "it trains; leave it out, and add --scorer.forgetting."
+        )
 
 
 def check_memory(config: Config, data: ImageData, run: Run) -> None:
@@ -175,3 +189,11 @@ def _check_halves(config: Config, data: ImageData) -> None:
             f"--ratio {selection.ratio:g} takes every image, so none is left for the verdict of the finals; lower it, "
             "or use --no-finals."
         )
+    if config.with_finals and config.given.proxy is None and config.finals.images is not None:
+        selected = selection.ratio * counts.sum()
+        most = int(counts.sum() - selection.arch_share * selected - min(VERDICT_IMAGES, counts.sum() - selected))
+        if config.finals.images > most + len(counts):  # classes are rounded
+            raise ValueError(
+                f"--finals.images {config.finals.images} is more than the {most} or so images that may train: those "
+                "that judge, and those of the verdict, may not."
+            )

@@ -85,7 +85,7 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
 
 def _of_earlier_version(path: Path, arch_steps: int, key: Key) -> Genotype | None:
     """What a finished search of this key ended with, if it has its history but no candidates yet."""
-    if not path.exists():
+    if not all(path.with_name(name).exists() for name in (path.name, *history.FILES)):
         return None
     genotype, made_with = Genotype.load(path), files.read_json(path).get("provenance")
     last = history.read_history(path.parent)[-1:]
@@ -117,7 +117,7 @@ class Unproved:
     def load(path: Path, config: SearchConfig, *inputs: Any, run: Run, key: Key | None) -> Genotype:
         genotype, provenance = Genotype.load(path), files.read_json(path).get("provenance")
         if isinstance(provenance, dict) and provenance.get("stage") == "finals":
-            raise ValueError(f"{path} is the winner of finals; leave out --no-finals, or choose another --out.")
+            raise ValueError(f"{path} is the winner of finals; add --finals, or choose another --out.")
         check_key(path, provenance, key)
         return genotype
 

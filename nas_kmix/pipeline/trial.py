@@ -73,11 +73,13 @@ class FinalsConfig:
                 raise ValueError(f"--finals.{name} must be at least {least}, not {value}.")
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"--finals.channels must be even and at least 2, not {self.channels}.")
-        if self.batch_size < 2 or not self.lr > 0.0:
+        if self.batch_size < 2 or not 0.0 < self.lr < math.inf:
             raise ValueError(
                 f"The finals need a batch size of at least 2 and a positive learning rate, not {self.batch_size} and "
                 f"{self.lr}."
             )
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--finals.weight-decay must be 0 or more, not {self.weight_decay}.")
 
     def epochs_of(self, rung: int) -> int:
         return self.epochs * 2**rung
