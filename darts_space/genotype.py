@@ -230,7 +230,7 @@ def random_genotype(rng: Any) -> Genotype:
 def find_genotype(text: str) -> Genotype:
     """The one genotype of a text: JSON, lines of JSON, legacy text, or a longer text such as a log that has one.
 
-    Raises ValueError where there is none, or several that differ.
+    Raises ValueError where there is none, one that cannot be read, or several that differ.
     """
     if text.lstrip().startswith("{"):
         try:
@@ -241,19 +241,21 @@ def find_genotype(text: str) -> Genotype:
                 raise ValueError(f"It is not valid JSON ({error}); write it with Genotype.save.") from error
         if len(documents) == 1 and isinstance(documents[0], dict) and "format" in documents[0]:
             return Genotype.from_json(documents[0])
-        found = {f"genotype {i}": Genotype(**one) for i, one in enumerate(fields_in(documents), start=1)}
+        try:
+            fields = fields_in(documents)
+        except RecursionError as error:
+            raise ValueError("The JSON is nested too deeply; write it with Genotype.save.") from error
+        found = {f"genotype {i}": Genotype(**one) for i, one in enumerate(fields, start=1)}
         if not found:
             return Genotype.from_json(documents[0])  # which says what it lacks
     else:
-        found, first_error = {}, None
+        found = {}
         for place, call in calls_in(text):
             try:
                 found[place] = Genotype.from_text(call)
-            except ValueError as error:
-                first_error = first_error or error
+            except ValueError as error:  # it may be the one that is meant
+                raise ValueError(f"{place}: {error}") from error
         if not found:
-            if first_error is not None:
-                raise first_error
             return Genotype.from_text(text)  # which says what there is instead
     if len(set(found.values())) > 1:
         places = ", ".join(list(found)[:6]) + (", ..." if len(found) > 6 else "")

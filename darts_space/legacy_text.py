@@ -48,9 +48,14 @@ def parse_call(text: str) -> dict[str, Any]:
 
 
 def calls_in(text: str) -> Iterator[tuple[str, str]]:
-    """Every `Genotype(...)` in a longer text, such as a log: where it is, and its text up to the closing bracket."""
+    """Every `Genotype(...)` in a longer text, such as a log: where it is, and its text up to the closing bracket.
+
+    One that is not closed comes with what follows it.
+    """
     for match in re.finditer(r"(?:\b(\w+)\s*=\s*)?(?<!\w)Genotype\(", text):
         start = match.end() - len("Genotype(")
+        line = f"line {text.count(chr(10), 0, start) + 1}"
+        place = f"{match[1]} ({line})" if match[1] else line
         depth, quote = 0, ""
         for position, character in enumerate(text[start : start + _MAX_CHARACTERS], start):
             if quote:
@@ -60,9 +65,10 @@ def calls_in(text: str) -> Iterator[tuple[str, str]]:
             elif character in "([":
                 depth += 1
             elif character in ")]" and (depth := depth - 1) == 0:
-                line = f"line {text.count(chr(10), 0, start) + 1}"
-                yield f"{match[1]} ({line})" if match[1] else line, text[start : position + 1]
+                yield place, text[start : position + 1]
                 break
+        else:
+            yield place, text[start : start + _MAX_CHARACTERS]
 
 
 def lines_of_json(text: str) -> list[Any]:

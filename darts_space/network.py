@@ -198,26 +198,26 @@ class Network(nn.Module):
         return (torch.rand(self.layers, 2 * NODES, batch_size, generator=generator, device="cpu") < keep) / keep
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes in the order of the logits. Raises ValueError where they are not known."""
-        return self._known_preparation().class_names
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes in the order of the logits; None where its `preparation` is not known."""
+        return None if self.preparation is None else self.preparation.class_names
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that it was trained on. Raises ValueError where it is not known."""
-        return self._known_preparation().image_size
+    def image_size(self) -> int | None:
+        """Side in pixels of the images that it was trained on; None where its `preparation` is not known."""
+        return None if self.preparation is None else self.preparation.image_size
 
     def transforms(self) -> Callable[[Any], Tensor]:
-        """PIL image, or uint8 pixels (3, H, W), to the input (3, S, S), as in evaluation; needs torchvision."""
-        return self._known_preparation().transforms()
+        """PIL image, or uint8 pixels (3, H, W), to the input (3, S, S), as in evaluation; needs torchvision.
 
-    def _known_preparation(self) -> Preparation:
+        Raises ValueError where the `preparation` is not known.
+        """
         if self.preparation is None:
             raise ValueError(
                 "This network does not know how its images were prepared: set its `preparation`, or load a checkpoint "
                 "that holds it."
             )
-        return self.preparation
+        return self.preparation.transforms()
 
     def description(self) -> dict[str, Any]:
         """The network without its weights as plain data, from which `build_network` builds it again."""

@@ -36,8 +36,8 @@ class Preparation:
     """Per channel, in [0, 1]; positive."""
 
     def __post_init__(self):
-        if len(set(self.class_names)) < len(self.class_names) or not all(
-            isinstance(name, str) for name in self.class_names
+        if not all(isinstance(name, str) for name in self.class_names) or len(set(self.class_names)) < len(
+            self.class_names
         ):
             raise ValueError("class_names must be strings, each for one class.")
         if type(self.image_size) is not int or type(self.resize) is not int or not 1 <= self.image_size <= self.resize:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from darts_space.cell import PRIMITIVES
+from darts_space.fast.kernels import in_channels_last
 from darts_space.fast.separable import depthwise_convolution
 
 
@@ -73,7 +74,7 @@ class FactorizedReduce(nn.Module):
 
 def _every_second_pixel(x: Tensor, first: int) -> Tensor:
     """x[:, :, first::2, first::2] with a gradient in channels_last where x is; the plain slice's is contiguous."""
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if in_channels_last(x):
         return x.permute(0, 2, 3, 1)[:, first::2, first::2].permute(0, 3, 1, 2)
     return x[:, :, first::2, first::2]
 
@@ -99,13 +100,14 @@ class DepthwiseConv2d(nn.Conv2d):
         padding = dilation * (self.kernel_size[0] // 2)
         if x.device.type != "cpu":
             return F.conv2d(x, self.weight, None, stride, padding, dilation, self.groups)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
         if dtype == torch.bfloat16 and dilation > 1:
             with torch.autocast("cpu", enabled=False):
                 return F.conv2d(x.float(), self.weight.float(), None, stride, padding, dilation, self.groups).to(dtype)
         slow = self.training and (self.kernel_size[0] == 5 or dilation > 1)
-        if slow and x.dtype == dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
-            return depthwise_convolution(x.permute(0, 2, 3, 1), self.weight, stride, dilation).permute(0, 3, 1, 2)
+        if slow and x.dtype == dtype == torch.float32 and in_channels_last(x):
+            return depthwise_convolution(x, self.weight, stride, dilation)
         return F.conv2d(x, self.weight, None, stride, padding, dilation, self.groups)
 
 

@@ -197,6 +197,10 @@ def _weights_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
+TRANSFORMING = ("googlenet", "inception_v3")
+"""Networks of torchvision whose weights want inputs that the network itself normalises once more."""
+
+
 # -- the libraries -----------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +230,8 @@ def _torchvision(name: str, network: str, weights_name: str) -> Published:
 
     def build(outputs: int | None = None) -> nn.Module:
         if outputs is not None:
-            return models.get_model(network, weights=None, num_classes=outputs)
+            options = {"transform_input": True} if network in TRANSFORMING else {}
+            return models.get_model(network, weights=None, num_classes=outputs, **options)
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
         try:
             return models.get_model(network, weights=weights)

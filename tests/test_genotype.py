@@ -216,6 +216,13 @@ def test_several_genotypes_are_a_question():
         read_genotype("\n".join(json.dumps({"genotype": one.to_json()}) for one in others))
 
 
+@pytest.mark.parametrize("spoil", [lambda text: text.replace("sep_conv_3x3", "sep_conv3x3"), lambda text: text[:-9]])
+def test_one_that_cannot_be_read_is_not_passed_over(spoil):
+    text = f"FIRST = {PUBLISHED.to_text()}\nMINE = {spoil(PUBLISHED.to_text())}"
+    with pytest.raises(ValueError, match=r"MINE \(line 2\)"):
+        read_genotype(text)
+
+
 def test_a_run_folder_and_the_names_of_the_published_code(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds no genotype\.json; name a run folder"):
         read_genotype(str(tmp_path))

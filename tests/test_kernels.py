@@ -82,6 +82,12 @@ def test_a_joint_norm_is_that_of_the_whole_batch(parts, server, tmp_path):
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-12)
 
 
+def test_an_empty_batch_moves_no_statistics():
+    mean, var = torch.full((3,), 2.0), torch.full((3,), 3.0)
+    assert batch_norm(torch.ones(0, 3, 4, 4), mean, var, training=True).shape == (0, 3, 4, 4)
+    assert mean.tolist() == [2.0] * 3 and var.tolist() == [3.0] * 3
+
+
 def test_a_single_pixel_is_refused_while_training():
     with pytest.raises(ValueError, match="single pixel"):
         batch_norm(torch.zeros(1, 3, 1, 1), torch.zeros(3), torch.ones(3), training=True)

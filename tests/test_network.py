@@ -536,3 +536,23 @@ def test_a_resumed_training_ends_with_the_same_bits():
     new_optimizer.load_state_dict(optimizer.state_dict())
     train(resumed, new_optimizer, range(2, 4))
     assert same(resumed.state_dict(), straight.state_dict())
+
+
+def test_gradients_of_single_images_by_vmap_are_those_of_each():
+    """As zero-cost scores of architectures take them, in the layout and the type of the depthwise kernels."""
+    network = CifarNetwork(EVERY, 4, 3, 3, False).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(network, parameters, (image[None],)).logsumexp(1).sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        for name, gradient in torch.func.grad(loss)(parameters, image).items():
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_can_be_looked_through_without_a_preparation():
+    network = CifarNetwork(EVERY, 4, 3, 3)
+    assert (network.class_names, network.image_size) == (None, None)

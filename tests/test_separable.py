@@ -94,7 +94,7 @@ def test_a_depthwise_convolution_is_a_grouped_one(kernel, stride, dilation, size
         return F.conv2d(x, filters, None, stride, kernel // 2 * dilation, dilation, 4)
 
     def found_from(x, filters):
-        return depthwise_convolution(x.permute(0, 2, 3, 1), filters, stride, dilation).permute(0, 3, 1, 2)
+        return depthwise_convolution(x, filters, stride, dilation)
 
     def module_from(x, filters):
         x = x.float().contiguous(memory_format=torch.channels_last)
@@ -108,8 +108,14 @@ def test_a_depthwise_convolution_is_a_grouped_one(kernel, stride, dilation, size
 
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 def test_a_depthwise_convolution_can_be_differentiated_twice(stride, dilation):
-    inputs = draw(2, 4, 4, 2).requires_grad_(), draw(2, 1, 5, 5, seed=1).requires_grad_()
+    inputs = draw(2, 2, 4, 4).requires_grad_(), draw(2, 1, 5, 5, seed=1).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda *inputs: depthwise_convolution(*inputs, stride, dilation), inputs)
+
+
+def test_dilated_filters_leave_float64_alone_under_autocast():
+    module = DepthwiseConv2d(2, 3, 1, dilation=2).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(draw(2, 2, 5, 5)).dtype == torch.float64
 
 
 def test_a_second_derivative_is_refused():

@@ -104,6 +104,8 @@ def test_state_dicts_convert_both_ways():
     back = to_plain(converted)
     assert back.keys() == state.keys()
     assert all(torch.equal(value, back[name]) for name, value in state.items())
+    gradients = to_plain(dict(fast.named_parameters()))  # any tensors of these names and shapes
+    assert gradients.keys() == dict(plain.named_parameters()).keys()
 
 
 @pytest.mark.slow

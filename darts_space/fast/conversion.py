@@ -44,7 +44,6 @@ def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     result = {name: value for name, value in state.items() if "edges." not in name}
     for cell in _cells(state):
-        batches = state[f"{cell}preprocess1.2.num_batches_tracked"]  # every norm has seen the same
         for group, states in enumerate(STATES):
             for edge, row in enumerate(edge_rows(states)):
                 for name, index, plain_name in _correspondence(edge, states):
@@ -54,6 +53,7 @@ def to_plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
                     plain = f"{cell}edges.{row}.operations.{plain_name}"
                     result[plain] = stacked[index].clone()
                     if name.endswith("_var"):
+                        batches = state[f"{cell}preprocess1.2.num_batches_tracked"]  # every norm has seen the same
                         result[plain.replace("running_var", "num_batches_tracked")] = batches.clone()
     return result
 

@@ -83,6 +83,14 @@ def summed(x: Tensor, axes: tuple[int, ...], gone: tuple[int, ...]) -> Tensor:
     return x.flatten(3)
 
 
+def in_channels_last(x: Tensor) -> bool:
+    """Whether x (N, C, H, W) is laid out so; False inside torch.vmap, which does not tell."""
+    try:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:
+        return False
+
+
 def concatenate(tensors: list[Tensor]) -> Tensor:
     """torch.cat of tensors (N, C, H, W) along their channels, with contiguous gradients in the output's layout.
 
@@ -95,6 +103,8 @@ def concatenate(tensors: list[Tensor]) -> Tensor:
 
 
 class _Concatenation(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*tensors: Tensor) -> Tensor:
         return torch.cat(tensors, dim=1)
@@ -102,8 +112,7 @@ class _Concatenation(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.sizes = [tensor.shape[1] for tensor in inputs]
-        last = output.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        ctx.layout = torch.channels_last if in_channels_last(output) else torch.contiguous_format
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 In:  tensors (N, H, W, C), which are channels_last tensors seen from the other side, and the two convolutions' weights.
 Out: tensors of the same form, differentiable only once: create_graph=True is refused. `depthwise_convolution`, the
-     first of the two alone, can be differentiated twice.
+     first of the two alone, takes (N, C, H, W) and can be differentiated twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def separable_convolution(
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
-    """The depthwise convolution alone: (N, H, W, C) -> (N, H / stride, W / stride, C), in the dtype of both.
+    """The depthwise convolution alone: (N, C, H, W) -> (N, C, H / stride, W / stride), in channels_last.
 
     The weight is (C, 1, 3, 3) or (C, 1, 5, 5), with padding that keeps H and W apart from the stride.
     """
@@ -44,19 +44,27 @@ def depthwise_convolution(x: Tensor, weight: Tensor, stride: int = 1, dilation: 
 class _DepthwiseConvolution(torch.autograd.Function):
     """The backward pass is a function of PyTorch's own, so that it can be differentiated again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+        return F.conv2d(x, weight, None, stride, weight.shape[2] // 2 * dilation, dilation, len(weight))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+        x, weight, ctx.stride, ctx.dilation = inputs
         ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.dilation = stride, dilation
-        return _depthwise(x, weight, stride, dilation)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        grad = grad.contiguous()
-        by_x = _by_depthwise_input(grad, x.shape, weight, ctx.stride, ctx.dilation) if needs_x else None
-        by_weight = _by_depthwise_weight(grad, x, weight, ctx.stride, ctx.dilation) if needs_weight else None
+        grad, x = grad.permute(0, 2, 3, 1).contiguous(), x.permute(0, 2, 3, 1)
+        by_x = by_weight = None
+        if needs_x:
+            by_x = _by_depthwise_input(grad, x.shape, weight, ctx.stride, ctx.dilation).permute(0, 3, 1, 2)
+        if needs_weight:
+            by_weight = _by_depthwise_weight(grad, x, weight, ctx.stride, ctx.dilation)
         return by_x, by_weight, None, None
 
 

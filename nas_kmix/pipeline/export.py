@@ -85,7 +85,7 @@ def _onnx(model: nn.Module, images: Tensor, about: dict[str, object]) -> Written
     )
     proto = program.model_proto
     for name, value in about.items():
-        proto.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
+        proto.metadata_props.add(key=name, value=json.dumps(value))
     payload = proto.SerializeToString()
     try:
         import onnxruntime
