@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from darts_space import ARCHITECTURE_NAMES, derive
+from darts_space.cell import PRIMITIVES
 from studies.cells import mean_and_error
 from studies.search_quality.judged import NAMES, genotypes, unpacked, verdict
 
 DRAWS, EDGE_DRAWS = 1000, 10  # of random operations, and of random edges for every run
+CONVOLUTIONS = tuple(name for name in PRIMITIVES if "conv" in name)
 Line = Mapping[str, Any]
 
 
-def wiring() -> dict[str, Any]:
-    """Random operations on the wiring that `--edges-by inputs` prescribes."""
+def wiring(operations: Sequence[str] = PRIMITIVES) -> dict[str, Any]:
+    """Random ones of these operations on the wiring that `--edges-by inputs` prescribes."""
     rng = np.random.default_rng(0)
     tables = {name: torch.zeros(14, 8) if name.startswith("alpha") else torch.zeros(14) for name in ARCHITECTURE_NAMES}
+    allowed = np.isin(PRIMITIVES, operations)
     said = []
     for _ in range(DRAWS):
         for name in ("alphas_normal", "alphas_reduce"):
-            tables[name] = torch.from_numpy(rng.random((14, 8)))
+            tables[name] = torch.from_numpy(rng.random((14, 8)) * allowed)
         said.append(verdict(derive(**tables, edges_by="inputs")))
     # Few random architectures are as large as some of them, so that they have no percentile among those.
     return {name: mean_and_error([one[name] for one in said if one[name] is not None], 3) for name in NAMES}

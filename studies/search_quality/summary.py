@@ -42,6 +42,7 @@ def main(results: Path) -> int:
         "gpu": presets.get("gpu", []),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
         "wiring": controls.wiring(),
+        "wiring_with_convolutions": controls.wiring(controls.CONVOLUTIONS),
         "edges": controls.edges([line for line in runs if line["cell"].startswith(("preset/cpu", "proxies/"))]),
     }
     turned = {"turn": curves, "decided_by": turn.decided_by(lines)}
@@ -144,21 +145,30 @@ def _winner_minus_entry(proved: list[Line]) -> dict[str, Any]:
 
 
 def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
-    """Test accuracies after the last epoch of the winners and of random genotypes of equal cost, beside the judge's z.
+    """Test accuracies after the last epoch of the winners and of controls of equal cost, beside the judge's z.
 
-    spearman: of accuracy and z, over all of them and over the random ones alone, with p values.
+    The controls are random genotypes, and random convolutions on the winners' wiring. spearman: of accuracy and z, over
+    all of them and over the random ones alone, with p values.
     """
     found = {arm: sorted(map(_retrained, lines), key=lambda one: one["seed"]) for arm, lines in arms.items()}
-    winners, random = ([one["accuracy"] for one in found.get(name, [])] for name in ("winner", "random"))
+    winners, random, wired = (found.get(name, []) for name in ("winner", "random", "wired"))
     if min(len(winners), len(random)) < 2:
         return {"n": 0}
-    error = np.sqrt(np.var(winners, ddof=1) / len(winners) + np.var(random, ddof=1) / len(random))
-    difference = {"mean": float(np.mean(winners) - np.mean(random)), "se": float(error), "n": len(winners)}
+    table: dict[str, Any] = {"winners": winners, "random": random, "difference": _difference(winners, random)}
+    if len(wired) > 1:
+        table |= {"wired": wired, "winners_minus_wired": _difference(winners, wired)}
     spearman = {}
-    for name, which in (("all", [*found["winner"], *found["random"]]), ("random", found["random"])):
+    for name, which in (("all", [*winners, *random, *wired]), ("random", random)):
         rank = stats.spearmanr([one["accuracy"] for one in which], [one["z"] for one in which])
         spearman[name] = {"value": round(rank.statistic, 3), "p": round(rank.pvalue, 4), "n": len(which)}
-    return {"winners": found["winner"], "random": found["random"], "difference": difference, "spearman": spearman}
+    return {**table, "spearman": spearman}
+
+
+def _difference(some: list[Line], others: list[Line]) -> dict[str, Any]:
+    """Of the mean accuracies, with the standard error of two independent samples."""
+    one, other = ([line["accuracy"] for line in lines] for lines in (some, others))
+    error = np.sqrt(np.var(one, ddof=1) / len(one) + np.var(other, ddof=1) / len(other))
+    return {"mean": round(float(np.mean(one) - np.mean(other)), 5), "se": round(float(error), 5), "n": len(one)}
 
 
 def _retrained(line: Line) -> dict[str, Any]:

@@ -5,8 +5,9 @@
 
 A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record, what
 the finals said and the cost. After --minutes a cell saves its state and the program ends with code 75; the same command
-goes on from there. `proved/cpu/SEED` adds the finals to the run of `preset/cpu/SEED`. The five winners, and sixteen
-random genotypes of equal cost, are retrained like the small networks of studies/transfer.
+goes on from there. `proved/cpu/SEED` adds the finals to the run of `preset/cpu/SEED`. The five winners, sixteen random
+genotypes of equal cost, and eight of random convolutions on the winners' wiring are retrained like the small networks
+of studies/transfer.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import torch
 import tyro
 
 from darts_space import ARCHITECTURE_NAMES, Genotype
+from darts_space.cell import CONCAT, NODES
 from nas_kmix.engine import files
 from nas_kmix.pipeline.history import REMOVAL_NAMES
 from studies.cells import CellConfig, read_results, run_cells, search_once
+from studies.search_quality.controls import CONVOLUTIONS
 from studies.search_quality.training import packed
 from studies.transfer import __main__ as transfer
 
@@ -53,7 +56,7 @@ PROXY_SEEDS = range(1, 7)
 # Less of everything, but as many resting steps for one of the architecture, and as many epochs of the finals for one
 # judgement, as the preset has.
 RATES = "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.controls 2 --jobs 1 --seed 0"
-RANDOM_GENOTYPES = 16
+RANDOM_GENOTYPES, WIRED_GENOTYPES = 16, 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,20 @@ def _retrained(config: Config) -> dict[str, Genotype]:
     winners = {f"winner/{seed}": Genotype.from_json(lines[cell]["genotype"]) for seed, cell in cells.items()}
     target = float(np.mean([transfer.macs(genotype) for genotype in winners.values()]))
     random = transfer.random_genotypes(RANDOM_GENOTYPES, target)
-    return winners | {f"random/{number:02}": genotype for number, genotype in enumerate(random)}
+    wired = _wired_genotypes(WIRED_GENOTYPES, target)
+    controls = {"random": random, "wired": wired}
+    return winners | {f"{kind}/{i:02}": one for kind, drawn in controls.items() for i, one in enumerate(drawn)}
+
+
+def _wired_genotypes(count: int, target: float) -> list[Genotype]:
+    """Random convolutions on the wiring of `--edges-by inputs`, within a tenth of `target` multiply-adds."""
+    rng, found = np.random.default_rng(0), []
+    while len(found) < count:
+        cells = [[(str(rng.choice(CONVOLUTIONS)), source) for _ in range(NODES) for source in (0, 1)] for _ in range(2)]
+        genotype = Genotype(cells[0], CONCAT, cells[1], CONCAT)
+        if abs(transfer.macs(genotype) / target - 1.0) <= 0.1:
+            found.append(genotype)
+    return found
 
 
 def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None) -> dict[str, Any]:
