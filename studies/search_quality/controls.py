@@ -19,15 +19,15 @@ CONVOLUTIONS = tuple(name for name in PRIMITIVES if "conv" in name)
 Line = Mapping[str, Any]
 
 
-def wiring(operations: Sequence[str] = PRIMITIVES) -> dict[str, Any]:
-    """Random ones of these operations on the wiring that `--edges-by inputs` prescribes."""
+def wiring(normal: Sequence[str] = PRIMITIVES, reduce: Sequence[str] = PRIMITIVES) -> dict[str, Any]:
+    """Random ones of each cell's operations on the wiring that `--edges-by inputs` prescribes."""
     rng = np.random.default_rng(0)
     tables = {name: torch.zeros(14, 8) if name.startswith("alpha") else torch.zeros(14) for name in ARCHITECTURE_NAMES}
-    allowed = np.isin(PRIMITIVES, operations)
+    allowed = {"alphas_normal": np.isin(PRIMITIVES, normal), "alphas_reduce": np.isin(PRIMITIVES, reduce)}
     said = []
     for _ in range(DRAWS):
-        for name in ("alphas_normal", "alphas_reduce"):
-            tables[name] = torch.from_numpy(rng.random((14, 8)) * allowed)
+        for name, those in allowed.items():
+            tables[name] = torch.from_numpy(rng.random((14, 8)) * those)
         said.append(verdict(derive(**tables, edges_by="inputs")))
     # Few random architectures are as large as some of them, so that they have no percentile among those.
     return {name: mean_and_error([one[name] for one in said if one[name] is not None], 3) for name in NAMES}

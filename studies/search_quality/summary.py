@@ -42,7 +42,8 @@ def main(results: Path) -> int:
         "gpu": presets.get("gpu", []),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
         "wiring": controls.wiring(),
-        "wiring_with_convolutions": controls.wiring(controls.CONVOLUTIONS),
+        "wiring_with_convolutions": controls.wiring(controls.CONVOLUTIONS, controls.CONVOLUTIONS),
+        "wiring_with_convolutions_in_normal": controls.wiring(controls.CONVOLUTIONS),
         "edges": controls.edges([line for line in runs if line["cell"].startswith(("preset/cpu", "proxies/"))]),
     }
     turned = {"turn": curves, "decided_by": turn.decided_by(lines)}
