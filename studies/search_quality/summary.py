@@ -40,6 +40,10 @@ def main(results: Path) -> int:
         "finals": {arm: _ranking(lines) for arm, lines in _by_arm(read_results(FOLDER / "pools.jsonl"), "").items()},
         "proxies": _proxies(_by_arm(runs, "proxies/")),
         "gpu": presets.get("gpu", []),
+        "presets": {
+            name: {column: mean_and_error([one[column] for one in found], 3) for column in NAMES}
+            for name, found in presets.items()
+        },
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
         "wiring": controls.wiring(),
         "wiring_with_convolutions": controls.wiring(controls.CONVOLUTIONS, controls.CONVOLUTIONS),
