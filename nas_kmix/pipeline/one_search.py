@@ -57,8 +57,8 @@ class SearchConfig:
     epochs: int = field(default=50, metadata=NOT_IN_KEY)  # these two act through the steps
     """Length of the search in epochs of the weights' half, unless the steps are given."""
     frozen_epochs: int | None = field(default=None, metadata=NOT_IN_KEY)
-    """First epochs, which train the weights alone; half of --epochs if these are no more. Default: 15,
-    but at most half of --epochs."""
+    """First epochs, which train the weights alone; half of --epochs where that leaves none. Default: 15, or half of
+    --epochs if that is less."""
     batch_size: int = 256
     """Images per step from each half; a smaller half is one batch."""
     search_size: int | None = None
