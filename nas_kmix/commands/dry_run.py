@@ -41,8 +41,6 @@ from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
 
-RECIPE = Recipe()
-
 
 @dataclass
 class Chain:
@@ -131,9 +129,10 @@ def _scorer(config: Config, chain: Chain, found: scorer.Scorer | None) -> str:
     settings, data = config.scorer, chain.data
     shape = {"num_classes": data.num_classes, "stem": data.stem}
     model = build_backbone(settings.backbone, **shape, seed=settings.seed).to(chain.compute.device)
-    step = _training_step(model, settings.optim, Recipe(), chain)
+    recipe = Recipe()
+    step = _training_step(model, settings.optim, recipe, chain)
     images = len(scorer.divided(settings, data)[0].indices)
-    return chain.line(scorer.NAME, *_epochs(settings.backbone, settings.optim, images, step))
+    return chain.line(scorer.NAME, *_epochs(settings.backbone, settings.optim, recipe, images, step))
 
 
 def _scoring(config: Config, chain: Chain, trained: scorer.Scorer | None, found: Any) -> str:
@@ -252,7 +251,7 @@ def of_training(
     if not chain.fresh and (chain.folder / network.FILE).exists():
         yield f"{chain.folder / network.FILE} is there: training goes on after its last epoch"
     step = _training_step(model.to(chain.compute.device), settings.optim, settings.recipe, chain)
-    yield chain.line(network.NAME, *_epochs(name, settings.optim, images, step, settings.recipe))
+    yield chain.line(network.NAME, *_epochs(name, settings.optim, settings.recipe, images, step))
     yield from chain.end()
 
 
@@ -265,9 +264,7 @@ def _training_step(model: nn.Module, optim: OptimConfig, recipe: Recipe, chain: 
     return measured(lambda n: learner.step(*_random_images(n, size, data)), model)
 
 
-def _epochs(
-    name: str, optim: OptimConfig, images: int, step: tuple[Cost, Cost], recipe: Recipe = RECIPE
-) -> tuple[str, Cost]:
+def _epochs(name: str, optim: OptimConfig, recipe: Recipe, images: int, step: tuple[Cost, Cost]) -> tuple[str, Cost]:
     """A line on a training, and its cost."""
     steps, n = math.ceil(images / optim.batch_size), min(optim.batch_size, images)
     if recipe.limit_steps is not None and recipe.limit_steps < steps:

@@ -164,7 +164,10 @@ def _images_of_a_half(config: Config, data: ImageData) -> int:
 
 
 def _check_halves(config: Config, data: ImageData) -> None:
-    """Refuse where no image would be left to train the architecture: classes and ratio tell that without any score."""
+    """Refuse where too few images would be left for the architecture or the finals.
+
+    Classes and ratio tell that without any score.
+    """
     if config.given.proxy not in (None, ALL_IMAGES):
         return
     selection = config.selection
