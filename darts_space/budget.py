@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from darts_space.fast.supernet import SuperNet
 from darts_space.genotype import Genotype
 from darts_space.network import NETWORKS
 
@@ -83,8 +84,11 @@ def cost(model: nn.Module, input_size: int) -> dict[str, int]:
     - macs: multiply-adds of the convolutions and linear layers.
     - macs_published: macs + 2 * BatchNorm outputs + ReLU outputs, which gives the 586 M and 597 M of the paper.
 
-    The model itself is neither run nor changed: a copy on the same device evaluates a blank image.
+    The model itself is neither run nor changed: a copy on the same device evaluates a blank image. Raises ValueError
+    for a `SuperNet`, whose edges share convolutions.
     """
+    if isinstance(model, SuperNet):
+        raise ValueError("A SuperNet computes several edges at once; count the PlainSuperNet of its settings.")
     twin = copy.deepcopy(model).eval()
     macs = extra = 0
 

@@ -87,6 +87,10 @@ def _rgb_pixels(image: Any) -> Tensor:
         from PIL import Image
         from torchvision.transforms.v2 import functional as TF
 
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise ValueError(
+                f"The transforms take images of 8 bits per channel, not of Pillow's mode {image.mode}; convert them."
+            )
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -40,18 +40,25 @@ def removal_losses(model: SearchNetwork, loss: Callable[[Batch], Tensor], batche
     model.train()
 
     def mean_loss() -> Tensor:
-        return torch.stack([loss(batch) for batch in batches]).double().mean()
+        return torch.stack([loss(batch) for batch in batches]).cpu().double().mean()  # MPS lacks float64
 
-    whole, rises = mean_loss(), []
-    for betas in (model.betas_normal, model.betas_reduce):
-        rise = torch.zeros(EDGES, dtype=torch.float64)
-        for row in range(len(node_rows(0)), EDGES):
-            kept = betas[row].clone()
-            betas[row] = -torch.inf
-            rise[row] = mean_loss() - whole
+    def rise_without(betas: Tensor, row: int) -> Tensor:
+        kept = betas[row].clone()
+        betas[row] = -torch.inf
+        try:
+            return mean_loss() - whole
+        finally:
             betas[row] = kept
-        rises.append(rise)
-    model.train(was_training)
-    for buffer, value in zip(model.buffers(), before, strict=True):
-        buffer.copy_(value)
+
+    try:
+        whole, rises = mean_loss(), []
+        for betas in (model.betas_normal, model.betas_reduce):
+            rise = torch.zeros(EDGES, dtype=torch.float64)
+            for row in range(len(node_rows(0)), EDGES):
+                rise[row] = rise_without(betas, row)
+            rises.append(rise)
+    finally:
+        model.train(was_training)
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
     return rises[0], rises[1]

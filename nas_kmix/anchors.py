@@ -98,8 +98,8 @@ def draw(indices: np.ndarray, pool_rows: np.ndarray, size: tuple[int, int], conf
     for m in range(config.draws):
         sticks[:, m, 1:] = uniforms(PHI, m, indices, free - 1, config)
         boxes[:, m] = uniforms(BOXES, m, indices, 2 * free, config).reshape(n, free, 2)
-        draw = 0 if config.partners == "fixed" else m
-        partners[:, m] = draw_partners(uniforms(PARTNERS, draw, indices, free + 1, config), indices, pool_rows)
+        drawn = 0 if config.partners == "fixed" else m
+        partners[:, m] = draw_partners(uniforms(PARTNERS, drawn, indices, free + 1, config), indices, pool_rows)
     # The anchor breaks its share off the stick. Of the rest, a Dirichlet over K - 1 partners breaks off pieces of
     # Beta(a, (K-1-k) a), drawn by inverting their distribution functions: that takes a fixed number of uniforms.
     sticks[:, :, 0] = config.phi_anchor
@@ -124,16 +124,16 @@ def uniforms(stream: int, draw: int, indices: np.ndarray, count: int, config: Sc
     return block[indices - first, :count]
 
 
-def draw_partners(uniforms: np.ndarray, indices: np.ndarray, pool_rows: np.ndarray) -> np.ndarray:
-    """K - 1 different rows of the pool per anchor, never the anchor's own: uniforms (N, K) to int64 (N, K-1).
+def draw_partners(numbers: np.ndarray, indices: np.ndarray, pool_rows: np.ndarray) -> np.ndarray:
+    """K - 1 different rows of the pool per anchor, never the anchor's own: uniform numbers (N, K) to int64 (N, K-1).
 
     K different rows are drawn; the last is a spare, used where the anchor itself comes up. With common uniforms, all
     other anchors therefore get the same partners.
     """
-    rows = np.empty(uniforms.shape, dtype=np.int64)
-    for k in range(uniforms.shape[1]):
+    rows = np.empty(numbers.shape, dtype=np.int64)
+    for k in range(numbers.shape[1]):
         free = len(pool_rows) - k
-        rows[:, k] = np.minimum((uniforms[:, k] * free).astype(np.int64), free - 1)
+        rows[:, k] = np.minimum((numbers[:, k] * free).astype(np.int64), free - 1)
         for taken in np.sort(rows[:, :k], axis=1).T:  # step over the rows already taken, in ascending order
             rows[:, k] += rows[:, k] >= taken
     return np.where(pool_rows[rows[:, :-1]] == indices[:, None], rows[:, -1:], rows[:, :-1])

@@ -112,7 +112,7 @@ def pick_order(features: Tensor) -> np.ndarray:
 def note_forgetting(
     memory: dict[str, Tensor], model: nn.Module, data: ImageData, *, compute: Compute | None = None
 ) -> float:
-    """Note which images of `data` the model tells now; returns their share, the accuracy on the training images.
+    """Record which images of `data` the model classifies correctly; returns their share, the training accuracy.
 
     Called after each epoch with one `memory`, which holds, on the CPU, bool (N,) `right` and `learned` and int64 (N,)
     `forgotten`. Augmentation is off and the model in eval mode, and put back.
@@ -134,9 +134,9 @@ def note_forgetting(
 
 
 def forgetting_counts(memory: Mapping[str, Tensor], epochs: int) -> Tensor:
-    """How often each image was told after one epoch and not after the next (Toneva et al., ICLR 2019): int64 (N,).
+    """How often each image was classified correctly after one epoch and wrongly after the next: int64 (N,).
 
-    An image that was never told counts `epochs`, more than any other.
+    One that was never classified correctly counts `epochs`, more than any other (Toneva et al., ICLR 2019).
     """
     return memory["forgotten"].where(memory["learned"], epochs)
 

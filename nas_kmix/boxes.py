@@ -104,7 +104,7 @@ def pixel_shares(sides: np.ndarray, size: Size) -> np.ndarray:
 
 
 def check_mix(k: int, alpha: float) -> None:
-    if k < 2:
-        raise ValueError(f"k is the number of images to mix and must be at least 2, not {k}.")
+    if not 2 <= k <= 256:  # a byte tells which image a pixel shows
+        raise ValueError(f"k is the number of images to mix and must lie in [2, 256], not {k}.")
     if not 0.0 < alpha < float("inf"):
         raise ValueError(f"alpha is the Dirichlet concentration and must be positive and finite, not {alpha}.")

@@ -136,7 +136,7 @@ def apply_plan(images: Tensor, labels: Tensor, plan: MixPlan, num_classes: int) 
 class Mixer:
     """The call that all mixers share; it follows torchvision's contract for CutMix and MixUp.
 
-    A mixer draws in `plan` what goes where.
+    A subclass implements `plan`, which draws what goes where, or overrides `mix`.
     """
 
     num_classes: int

@@ -30,7 +30,7 @@ WNIDS = tuple(Path(__file__).with_name("imagenet_wnids.txt").read_text(encoding=
 """The WordNet ids of ImageNet's 1,000 classes, in the order of all published classifiers' outputs."""
 
 
-class Preparation(NamedTuple):
+class Wanted(NamedTuple):
     """How a network wants its images: side in pixels, the shorter side before the centre is cropped, normalisation."""
 
     size: int
@@ -44,7 +44,7 @@ class Published:
     """A network of a library. `build(outputs)` makes it without weights; without `outputs`, with the published ones."""
 
     name: str
-    preparation: Preparation
+    wanted: Wanted
     classes: tuple[str, ...]
     build: Callable[..., nn.Module]
 
@@ -62,7 +62,7 @@ def published_scorer(name: str, data: ImageData) -> tuple[nn.Module, ImageData]:
     """
     found = _published(name)
     outputs = class_outputs(data.class_names, found.classes, name)
-    return _prepared(found.build(), outputs, found.preparation, data, name)
+    return _prepared(found.build(), outputs, found.wanted, data, name)
 
 
 def scorer_of_file(path: Path, state: Mapping[str, Any], backbone: str, data: ImageData) -> tuple[nn.Module, ImageData]:
@@ -72,20 +72,25 @@ def scorer_of_file(path: Path, state: Mapping[str, Any], backbone: str, data: Im
     classes in their order. Raises ValueError for weights of another network or number of classes.
     """
     weights = _weights_of(path, state)
-    count = next(reversed(weights.values())).shape[0]
     if is_published(backbone):
         found = _published(backbone)
-        network, preparation = found.build(count), found.preparation
+        build, wanted = found.build, found.wanted
     else:
-        network = build_backbone(backbone, num_classes=count, stem=data.stem)
-        preparation = Preparation(data.image_size, data.resize or data.image_size, data.mean, data.std)
+        wanted = Wanted(data.image_size, data.resize or data.image_size, data.mean, data.std)
+
+        def build(count: int) -> nn.Module:
+            return build_backbone(backbone, num_classes=count, stem=data.stem)
+
     try:
+        count = len(weights[_head_of(build)])
+        network = build(count)
         network.load_state_dict(weights)
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         first = next(line.strip() for line in [*str(error).splitlines()[1:], str(error)])
+        reason = f"it has no {first}" if isinstance(error, KeyError) else first[:200]
         names = f"{', '.join(BACKBONES)}, torchvision:NAME or timm:NAME"
         raise ValueError(
-            f"--scorer {path} holds the weights of another network than --scorer.backbone {backbone} ({first[:200]}); "
+            f"--scorer {path} holds the weights of another network than --scorer.backbone {backbone} ({reason}); "
             f"choose one of {names}."
         ) from error
     if count == len(WNIDS) and (count != data.num_classes or all(map(_wnid, data.class_names))):
@@ -97,7 +102,15 @@ def scorer_of_file(path: Path, state: Mapping[str, Any], backbone: str, data: Im
             f"--scorer {path} tells {count} classes apart, but --data has {data.num_classes}; give weights that were "
             "trained on these classes or on ImageNet's 1,000."
         )
-    return _prepared(network, outputs, preparation, data, str(path))
+    return _prepared(network, outputs, wanted, data, str(path))
+
+
+def _head_of(build: Callable[[int], nn.Module]) -> str:
+    """The name of the weights that turn features into logits."""
+    with torch.device("meta"):  # no number is drawn or stored
+        network = build(len(WNIDS))
+    head = last_linear(network)
+    return next(f"{name}.weight" for name, module in network.named_modules() if module is head)
 
 
 def class_outputs(names: Sequence[str], classes: Sequence[str], scorer: str) -> list[int]:
@@ -134,12 +147,12 @@ def class_outputs(names: Sequence[str], classes: Sequence[str], scorer: str) -> 
 class Resized(nn.Module):
     """A network behind a resize of its images to the side that it wants."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation):
+    def __init__(self, network: nn.Module, wanted: Wanted):
         super().__init__()
         self.network = network
         # In the state dict, so that the scores' key tells different preparations apart.
-        self.register_buffer("sides", torch.tensor([preparation.size, preparation.resize]))
-        self._size = preparation.size
+        self.register_buffer("sides", torch.tensor([wanted.size, wanted.resize]))
+        self._size = wanted.size
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, S, S) to logits."""
@@ -149,19 +162,19 @@ class Resized(nn.Module):
 
 
 def _prepared(
-    network: nn.Module, outputs: list[int], preparation: Preparation, data: ImageData, name: str
+    network: nn.Module, outputs: list[int], wanted: Wanted, data: ImageData, name: str
 ) -> tuple[nn.Module, ImageData]:
     _keep_outputs(network, outputs, name)
-    model = Resized(network, preparation).eval()
+    model = Resized(network, wanted).eval()
     try:
         with torch.no_grad():
-            shape = tuple(model(torch.zeros(1, 3, preparation.size, preparation.size)).shape)
+            shape = tuple(model(torch.zeros(1, 3, wanted.size, wanted.size)).shape)
     except RuntimeError as error:
         raise ValueError(f"The network of {name} cannot score: {str(error).splitlines()[0]}") from error
     if shape != (1, len(outputs)):
         raise ValueError(f"The network of {name} gives {shape} for an image instead of one logit per class.")
-    view = replace(data, mean=preparation.mean, std=preparation.std)
-    resize = round(data.image_size * preparation.resize / preparation.size)
+    view = replace(data, mean=wanted.mean, std=wanted.std)
+    resize = round(data.image_size * wanted.resize / wanted.size)
     if data.stem == "imagenet" and resize != (data.resize or data.image_size):
         view = replace(view, resize=resize)
         if data.resident:
@@ -188,11 +201,7 @@ def _weights_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state.get(name), Mapping):
             state = state[name]
     weights = {str(name).removeprefix("module."): value for name, value in state.items()}
-    if (
-        not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-        or not next(reversed(weights.values())).dim()
-    ):
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"--scorer {path} is neither the scorer.pt of a search nor a state dict, names and tensors.")
     return weights
 
@@ -226,7 +235,7 @@ def _torchvision(name: str, network: str, weights_name: str) -> Published:
         )
     weights = every[weights_name or "DEFAULT"]
     wants = weights.transforms()
-    preparation = Preparation(wants.crop_size[0], wants.resize_size[0], tuple(wants.mean), tuple(wants.std))
+    wanted = Wanted(wants.crop_size[0], wants.resize_size[0], tuple(wants.mean), tuple(wants.std))
 
     def build(outputs: int | None = None) -> nn.Module:
         if outputs is not None:
@@ -241,7 +250,7 @@ def _torchvision(name: str, network: str, weights_name: str) -> Published:
                 f"a network, and put it at {file}."
             ) from error
 
-    return Published(name, preparation, tuple(weights.meta["categories"]), build)
+    return Published(name, wanted, tuple(weights.meta["categories"]), build)
 
 
 def _timm(name: str, network: str) -> Published:
@@ -254,12 +263,18 @@ def _timm(name: str, network: str) -> Published:
         raise ValueError(
             f"timm has no network {network!r} (--scorer {name}){'; the nearest: ' if near else ''}{', '.join(near)}."
         )
-    config = timm.get_pretrained_cfg(network)
+    try:
+        config = timm.get_pretrained_cfg(network)
+    except RuntimeError as error:
+        raise ValueError(
+            f"timm's {network.partition('.')[0]} has no weights of that name (--scorer {name}); it has "
+            f"{', '.join(timm.list_pretrained(network.partition('.')[0] + '.*')) or 'none'}."
+        ) from error
     if config is None or config.num_classes != len(WNIDS):
         raise ValueError(f"timm's {network} has no weights for ImageNet's 1,000 classes (--scorer {name}).")
     size = config.input_size[-1]
     resize = round(size / (config.crop_pct or 1.0))
-    preparation = Preparation(size, resize, tuple(config.mean), tuple(config.std))
+    wanted = Wanted(size, resize, tuple(config.mean), tuple(config.std))
 
     def build(outputs: int | None = None) -> nn.Module:
         if outputs is not None:
@@ -272,7 +287,7 @@ def _timm(name: str, network: str) -> Published:
                 f"a network, or give them as a file: --scorer FILE --scorer.backbone {name}."
             ) from error
 
-    return Published(name, preparation, imagenet_classes(), build)
+    return Published(name, wanted, imagenet_classes(), build)
 
 
 @cache

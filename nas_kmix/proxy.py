@@ -66,7 +66,7 @@ class ProxyConfig:
 
 
 def smallest_ratio(counts: np.ndarray, *, balanced: bool) -> float | None:
-    """The least `ratio`, to six digits, at which both halves of the proxy surely have an image; None: there is none.
+    """The smallest ratio, in millionths, that is sure to leave an image in each half, or None if no ratio is.
 
     `counts` are the images of each class. The only image of a class goes to the weights, so that two of one class must
     be selected; unbalanced, whatever the scores are, one more than there are classes.

@@ -31,6 +31,9 @@ from nas_kmix.engine.meter import NonFiniteLossError
 from nas_kmix.mixing import MixPlan, box_plan, mix_labels, paste
 from nas_kmix.scores import ScoreTable
 
+Scores = tuple[np.ndarray, dict[str, np.ndarray]]
+"""Losses float32 (N, M) and further columns (N,)."""
+
 IMAGES_PER_SHARD = 512
 BYTES_IN_CACHE = 400_000  # of mixed images: 130 at 32 px
 
@@ -65,28 +68,13 @@ def score_dataset(
     was_training = model.training
     model.eval()
     try:
-        none = {name: np.empty(0) for name in ("el2n", *(["mixed_entropy"] if config.baselines else []))}
-        losses = np.empty((0, config.draws), dtype=np.float32)
-        tables = [ScoreTable(wanted[:0], wanted[:0], losses, key, data.bad, none)]
+        losses, columns = none = _no_scores(config)
+        tables = [ScoreTable(wanted[:0], wanted[:0], losses, key, data.bad, columns)]
         for shard, batch in zip(shards, data.batches(shards), strict=True):
-            losses, columns = tables[0].losses, none
+            losses, columns = none
             if len(batch.indices):  # else not one file of it can be read
                 sources.take_anchors(batch)
-                draws = draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
-                parts = draws.batches(config.batch_size)
-                parts = zip(*(_score(model, data, sources, part, config, compute) for part in parts), strict=True)
-                losses, predicted = (torch.cat(part).unflatten(0, (-1, config.draws)) for part in parts)
-                losses = losses.cpu().numpy()
-                columns = {"el2n": _el2n(model, data, batch, config, compute)}
-                if config.baselines:  # of the mean prediction, eqs. (6) and (7)
-                    columns["mixed_entropy"] = entropy(predicted.mean(dim=1)).cpu().double().numpy()
-            finite = np.isfinite(losses).all(axis=1) & np.isfinite(columns["el2n"])
-            if not finite.all():
-                bad = batch.indices[~finite][0]
-                raise NonFiniteLossError(
-                    f"scoring: the loss of image {bad} is not finite, so the scorer has diverged; train another one "
-                    f"with a lower --scorer.lr."
-                )
+                losses, columns = _score_anchors(model, data, sources, batch, config, compute)
             bad = {index: data.bad[index] for index in shard.tolist() if index in data.bad}
             own = ScoreTable(batch.indices, data.labels[batch.indices], losses, key, bad, columns)
             tables.append(ScoreTable.merge(world.gather(own)))  # the same bits as from a single process
@@ -121,7 +109,35 @@ def redraw(table: ScoreTable, data: ImageData, index: int) -> tuple[Tensor, Tens
     return paste(batch.images, plan), mix_labels(batch.labels, plan.partners, plan.weights, data.num_classes)
 
 
-def _score(model, data, sources: _Sources, draws: Draws, config, compute: Compute) -> tuple[Tensor, Tensor]:
+def _no_scores(config: ScoringConfig) -> Scores:
+    """The scores of no image."""
+    names = ("el2n", "mixed_entropy") if config.baselines else ("el2n",)
+    return np.empty((0, config.draws), dtype=np.float32), {name: np.empty(0) for name in names}
+
+
+def _score_anchors(
+    model: nn.Module, data: ImageData, sources: _Sources, batch: Batch, config: ScoringConfig, compute: Compute
+) -> Scores:
+    """The scores of the images in `batch`, the current anchors of `sources`. Raises NonFiniteLossError."""
+    draws = draw(batch.indices, sources.pool, (data.image_size,) * 2, config)
+    parts = [_score_mixes(model, data, sources, part, config, compute) for part in draws.batches(config.batch_size)]
+    losses, predicted = (torch.cat(part).unflatten(0, (-1, config.draws)) for part in zip(*parts, strict=True))
+    losses = losses.cpu().numpy()
+    columns = {"el2n": _el2n(model, data, batch, config, compute)}
+    if config.baselines:  # of the mean prediction, eqs. (6) and (7)
+        columns["mixed_entropy"] = entropy(predicted.mean(dim=1)).cpu().double().numpy()
+    finite = np.isfinite(losses).all(axis=1) & np.isfinite(columns["el2n"])
+    if not finite.all():
+        raise NonFiniteLossError(
+            f"scoring: the scorer's logits of image {batch.indices[~finite][0]}, or of a mix of it, are not finite; "
+            f"score without --amp, or with another scorer."
+        )
+    return losses, columns
+
+
+def _score_mixes(
+    model: nn.Module, data: ImageData, sources: _Sources, draws: Draws, config: ScoringConfig, compute: Compute
+) -> tuple[Tensor, Tensor]:
     """Losses float32 (R,) of the given mixes, and the predicted probabilities (R, classes), no columns if unwanted."""
     anchors = sources.anchor_rows[draws.anchor]
     partners = np.column_stack([anchors, sources.first_partner + draws.partners])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from darts_space import GENOTYPES, cost, parse_macs, random_genotype, widest
+from darts_space import GENOTYPES, PlainSuperNet, SuperNet, cost, parse_macs, random_genotype, widest
 from darts_space.network import NETWORKS
 
 SHAPES = {
@@ -56,6 +56,12 @@ def test_a_budget_that_nothing_fits_is_refused():
         ValueError, match=r"costs [\d,]+ multiply-adds \(strict\) with only 2 channels, more than the 999 "
     ):
         widest(GENOTYPE, 999, kind="cifar", **SHAPES["cifar"])
+
+
+def test_a_supernet_is_counted_in_its_plain_form():
+    with pytest.raises(ValueError, match="count the PlainSuperNet"):
+        cost(SuperNet(4, 5, 3), 16)
+    assert cost(PlainSuperNet(4, 5, 3), 16)["macs"] > 0
 
 
 def test_the_published_network_is_the_widest_of_the_mobile_setting():

@@ -691,7 +691,7 @@ def test_a_gpu_makes_the_mix_of_a_cpu(mixer):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        *(("k", value) for value in (1, 0)),
+        *(("k", value) for value in (1, 0, 257)),
         *(("alpha", value) for value in (0.0, -1.0, float("nan"), float("inf"))),
         *(("p", value) for value in (-0.1, 1.1, float("nan"))),
     ],

@@ -1,6 +1,7 @@
 """How much a supernet needs an edge: against a plain supernet in float64 that never had it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -83,6 +84,22 @@ def test_the_model_is_as_it_was_and_counted_by_passes():
     after = search.state_dict()["model"]
     assert all(torch.equal(value, after[name]) for name, value in before["model"].items())
     assert all(parameter.grad is None for parameter in fast.parameters())
+
+
+def test_the_model_is_as_it_was_after_an_error():
+    _, fast = nets()
+    fast.eval()
+    before, calls = copy.deepcopy(fast.state_dict()), itertools.count()
+
+    def loss(batch):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return fast(batch[0]).sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        removal_losses(fast, loss, batches(1))
+    assert next(calls) == 4 and not fast.training
+    assert all(torch.equal(value, before[name]) for name, value in fast.state_dict().items())
 
 
 def test_edges_follow_the_removal_and_operations_alpha():
