@@ -100,7 +100,8 @@ def where_validation_comes_from(data: str, evaluated: Evaluated, own: Evaluated,
     if "val" in evaluated:
         part = own["val"]
         lacking = part.data.num_classes - len(np.unique(part.data.labels[part.indices]))
-        return f"validation: {count} images of the split val{f', none of {lacking} classes' if lacking else ''}"
+        lacks = f", which lacks {lacking} of the {part.data.num_classes} classes" if lacking else ""
+        return f"validation: {count} images of the split val{lacks}"
     return f"validation: {count} images held out of the training images (--val-share {val_share:g}){meant}"
 
 

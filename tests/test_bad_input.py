@@ -498,3 +498,7 @@ def test_names_that_no_file_of_ours_could_hold_are_refused(tmp_path):
         pytest.skip("this file system has no such names")
     with pytest.raises(ValueError, match="a name that is not Unicode text; rename"):
         load_data(DataConfig(str(tmp_path)))
+    shutil.rmtree(os.fsencode(tmp_path / "train" / os.fsdecode(b"\xff")))
+    (tmp_path / "train" / "a" / "x.png").rename(tmp_path / "train" / "a" / "x\t.png")
+    with pytest.raises(ValueError, match="a name with a control character; rename"):
+        load_data(DataConfig(str(tmp_path)))

@@ -309,6 +309,25 @@ def test_a_file_system_without_fsync_can_be_written_to(tmp_path, write, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_that_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
+    files.save_tensors(tmp_path / "state.pt", {"a": torch.zeros(2)})
+    files.write_npz(tmp_path / "set.npz", {"a": np.zeros(2)})
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.zipfile, "ZipFile", refuse)
+    for path, read in ((tmp_path / "state.pt", files.load_tensors), (tmp_path / "set.npz", files.read_npz)):
+        with pytest.raises(ValueError, match=rf"{path.name} cannot be read: Permission denied\.$"):
+            read(path)
+
+
+def test_a_machine_without_memory_is_no_damage_of_a_file(tmp_path):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(error)), files.damage_named(tmp_path / "state.pt", "remove it"):
+            raise error
+
+
 def test_nobody_is_told_to_remove_a_file_of_his_own(tmp_path):
     """A foreign checkpoint or data set is not a leftover of a run."""
     foreign = tmp_path / "resnet50.pth"

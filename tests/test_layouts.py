@@ -104,6 +104,9 @@ def test_a_folder_with_a_split_is_not_flat(flat, name):
     assert is_flat(flat) and splits_of(str(flat)) == ("train", "test")
     (flat / "ant").rename(flat / name)
     assert not is_flat(flat)
+    if name == "train":  # as among photographs of vehicles
+        with pytest.raises(ValueError, match="a class called train needs another name"):
+            open_source(str(flat), flat, "train")
 
 
 def test_a_flat_folder_has_no_val_split(flat):
@@ -176,6 +179,17 @@ def test_a_class_that_cannot_be_read_is_refused(gigabytes, flat, tmp_path, capsy
     assert "class 'dog' has no readable train images" in capsys.readouterr().err
 
 
+def test_a_tiny_imagenet_whose_val_images_were_moved_to_class_folders(tiny_imagenet):
+    """The usual script leaves the list behind."""
+    val = tiny_imagenet / "val"
+    for line in (val / "val_annotations.txt").read_text().splitlines():
+        name, label, *_ = line.split("\t")
+        (val / label).mkdir(exist_ok=True)
+        (val / "images" / name).rename(val / label / name)
+    (val / "images").rmdir()
+    assert open_source(str(tiny_imagenet), tiny_imagenet, "val").labels.tolist() == [0] * 3 + [1] * 3
+
+
 def test_an_annotation_of_an_unknown_class_is_named(tiny_imagenet):
     listing = tiny_imagenet / "val" / "val_annotations.txt"
     listing.write_text(listing.read_text().replace("n02123045", "n99999999"))
@@ -183,6 +197,9 @@ def test_an_annotation_of_an_unknown_class_is_named(tiny_imagenet):
         open_source(str(tiny_imagenet), tiny_imagenet, "val")
     listing.write_text("val_0.JPEG n01443537\n")
     with pytest.raises(ValueError, match=r"val_annotations\.txt must hold lines of a file name, a tab and a class"):
+        open_source(str(tiny_imagenet), tiny_imagenet, "val")
+    listing.write_bytes(b"val_0.JPEG\tn\xff\n")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt is not UTF-8 text"):
         open_source(str(tiny_imagenet), tiny_imagenet, "val")
 
 

@@ -126,4 +126,4 @@ def test_a_val_split_that_lacks_classes_says_so(image_folder, tmp_path, capsys):
     folder = image_folder(splits=("train", "val"), per_class=6, sizes=((32, 32),))
     shutil.rmtree(folder / "val/ant")
     assert train_eval.main([*TRAIN, "--data", str(folder), "--out", str(tmp_path / "run")]) == 0
-    assert "validation: 6 images of the split val, none of 1 classes" in capsys.readouterr().out
+    assert "validation: 6 images of the split val, which lacks 1 of the 2 classes" in capsys.readouterr().out

@@ -316,6 +316,13 @@ def test_differing_settings_are_named():
     assert "lr" not in message and "a" * 30 not in message
 
 
+def test_long_settings_are_told_whole_and_hashes_are_not():
+    wanted = stage_key("scorer", {"backbone": "torchvision:mobilenet_v3_large"}, {"data": "f" * 64})
+    found = stage_key("scorer", {"backbone": "torchvision:mobilenet_v3_small"}, {"data": "e" * 64})
+    with pytest.raises(StageMismatchError, match=r"small, now torchvision:mobilenet_v3_large; data was e{12}…, now f"):
+        check_key(Path("x.pt"), found, wanted)
+
+
 @pytest.mark.parametrize("found", [None, [], "text", {}, {"stage": "search"}, {**KEY, "stage": "search"}])
 def test_a_file_of_another_stage_is_refused(found):
     with pytest.raises(StageMismatchError, match=r"x\.pt was not made by the stage 'scorer'"):

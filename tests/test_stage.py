@@ -184,7 +184,7 @@ def test_a_checkpoint_that_a_kill_left_beside_the_result_goes(alone, tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"toy: the loss was not finite at step 1 of epoch 0\..*--fresh"):
+    with pytest.raises(NonFiniteLossError, match=r"toy: the loss was not finite at step 2 of epoch 1\..*--fresh"):
         obtained(tmp_path, Settings(lr=1e200))
     assert not (tmp_path / "checkpoints").exists()
 

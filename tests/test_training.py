@@ -102,6 +102,12 @@ def uninterrupted(tmp_path_factory):
 def test_step_schedule_is_the_papers():
     rates = [learning_rate(OptimConfig(), epoch) for epoch in range(300)]
     np.testing.assert_allclose(rates, [0.25] * 225 + [0.025] * 45 + [0.0025] * 30)
+    assert learning_rate(OptimConfig(epochs=1, milestones=(0.5, 0.75)), 0) == 0.25, "every training begins at its rate"
+
+
+def test_a_warm_up_leaves_half_of_a_short_training():
+    rates = [learning_rate(OptimConfig(epochs=5, lr=1.0, milestones=()), epoch, warmup_epochs=9) for epoch in range(5)]
+    assert rates == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_cosine_schedule_begins_at_the_rate_and_would_end_at_zero():
@@ -276,7 +282,7 @@ def poison_at(step):
 
 
 @pytest.mark.parametrize(
-    ("call", "named"), [(0, "step 0 of epoch 0"), (4, "step 1 of epoch 1"), (8, "step 2 of epoch 2")]
+    ("call", "named"), [(0, "step 1 of epoch 1"), (4, "step 2 of epoch 2"), (8, "step 3 of epoch 3")]
 )
 def test_a_loss_that_is_not_finite_stops_with_its_step_named(tmp_path, uninterrupted, call, named):
     with pytest.raises(NonFiniteLossError, match=rf"scorer: the loss was not finite at {named}\. .*--amp off"):
@@ -287,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_named(tmp_path, uninterru
 
 def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setattr(Run, "checkpoint_due", lambda run: True)
-    with pytest.raises(NonFiniteLossError, match="step 1 of epoch 1"):
+    with pytest.raises(NonFiniteLossError, match="step 2 of epoch 2"):
         run_training(tmp_path, mix=poison_at(4))
     state = files.load_tensors(tmp_path / "checkpoints" / "scorer.pt")
     assert (state["epoch"], state["step"]) == (1, 1) and all(v.isfinite().all() for v in state["model"].values())
@@ -297,7 +303,7 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path, uninterrupte
 
 def test_long_epochs_stop_within_fifty_steps(tmp_path):
     poisoned, calls = poison_at(10), itertools.count()
-    with pytest.raises(NonFiniteLossError, match="step 10 of epoch 0"):
+    with pytest.raises(NonFiniteLossError, match="step 11 of epoch 1"):
         run_training(
             tmp_path,
             data=make_data(120),
@@ -318,7 +324,7 @@ def test_meter_means_and_its_first_bad_step():
     copy.load_state_dict(meter.state_dict())
     for step, loss in ((2, math.inf), (3, math.nan)):
         copy.add(step, 1, loss=torch.tensor(loss))
-    with pytest.raises(NonFiniteLossError, match=r"search: .* step 2 of epoch 7"):
+    with pytest.raises(NonFiniteLossError, match=r"search: .* step 3 of epoch 8"):
         copy.check("search", 7)
     assert meter.means()["loss"] == 1.5
 

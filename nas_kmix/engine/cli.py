@@ -74,12 +74,12 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str], description: str |
     `--preset` (default: `quick`) and `--config` are read first and set the defaults, and `--data` that of `--flip`,
     which is off for digits, letters and SVHN; the flips of a `--config` hold for the data of its run alone.
     """
-    preset, file = _value_of("--preset", argv), _value_of("--config", argv)
+    preset, file = value_of("--preset", argv), value_of("--config", argv)
     # An unknown preset is refused later, with its name.
     default = presets.get(preset or "quick", presets["quick"])
-    data = _value_of("--data", argv)
+    data = value_of("--data", argv)
     if file is None:
-        default = suited(default, data, _value_of("--device", argv))
+        default = suited(default, data, value_of("--device", argv))
     else:
         default = _of_file(_expanded(Path(file)), presets, preset)
         if data is not None and located(data) != located(default.input.data):
@@ -108,14 +108,17 @@ def parse_flags(kind: type[Config], argv: Sequence[str] | None, description: str
     return with_home(tyro.cli(kind, args=argv, description=description, **default))
 
 
-def _value_of(flag: str, argv: Sequence[str]) -> str | None:
-    """The last value of a flag, before all flags are parsed."""
+def value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """The last value that a command gives to a flag, or None."""
     found = None
     for i, argument in enumerate(argv):
-        if argument == flag and i + 1 < len(argv):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") != flag:  # tyro takes both
+            continue
+        if equals:
+            found = value
+        elif i + 1 < len(argv):
             found = argv[i + 1]
-        elif argument.startswith(f"{flag}="):
-            found = argument.split("=", 1)[1]
     return found
 
 
@@ -140,7 +143,7 @@ def _of_file(path: Path, presets: Mapping[str, Config], preset: str | None) -> C
 def with_home(config: Config) -> Config:
     """The same, with ~ in its paths expanded, which shells leave as it is in --out=~/run; also in parts of it.
 
-    Raises ValueError for a name that no file of ours could tell of.
+    Raises ValueError for a name that is not valid Unicode.
     """
     changed = {}
     for item in fields(config):
@@ -256,7 +259,4 @@ def _out_of_memory(error: BaseException, batch_sizes: str) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         gpu = re.search(r"GPU (\d+)", str(error))
         return f"Out of memory on {f'cuda:{gpu[1]}' if gpu else 'the GPU'}: {remedy}."
-    no_room = isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", str(error))
-    if isinstance(error, MemoryError) or no_room:
-        return f"Out of memory: {remedy}."
-    return None
+    return f"Out of memory: {remedy}." if files.lacks_memory(error) else None

@@ -119,7 +119,8 @@ def _npz(path: Path, split: str) -> Source:
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"--data {path}: {split}_labels must lie in [0, {classes}), the number of "
-            f"{'different labels' if names is None else 'class_names'}; they run from {labels.min()} to {labels.max()}."
+            f"{'different labels' if names is None else 'class_names'}; they run from {labels.min()} to {labels.max()}"
+            f"{'. If some classes have no image here, add an array class_names' if names is None else ''}."
         )
     names = tuple(map(str, range(classes))) if names is None else names
     return Source(path.name, split, labels, names, arrays=to_rgb(images))

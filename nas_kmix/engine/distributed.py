@@ -20,7 +20,7 @@ from torch import distributed, nn
 
 from nas_kmix.engine.signals import waiting
 
-PATIENCE = timedelta(minutes=30)  # torch's own; torchrun ends the others long before where one has failed
+PATIENCE = timedelta(minutes=30)  # gloo's default; torchrun ends the others long before where one has failed
 LONGEST_WAIT = timedelta(days=365)  # at a barrier, where another process may have work of its own
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -143,16 +143,16 @@ def unused_part(store: distributed.Store, rank: int, size: int) -> distributed.S
         name = store.get(f"nas_kmix/answers/{word}").decode()
         store.set(f"nas_kmix/knows/{name}/{rank}", "")
         return distributed.PrefixStore(name, store)
-    name, waiting = uuid.uuid4().hex, set(range(1, size))
+    name, absent = uuid.uuid4().hex, set(range(1, size))
     deadline = time.monotonic() + PATIENCE.total_seconds()
-    while waiting:
+    while absent:
         if time.monotonic() > deadline:
-            raise distributed.DistStoreError(f"process {min(waiting)} has not come within {PATIENCE}")
-        for other in tuple(waiting):
+            raise distributed.DistStoreError(f"process {min(absent)} has not come within {PATIENCE}")
+        for other in tuple(absent):
             if store.check([f"nas_kmix/asks/{other}"]):  # the word may be one of an earlier start: ask again
                 store.set(f"nas_kmix/answers/{store.get(f'nas_kmix/asks/{other}').decode()}", name)
             if store.check([f"nas_kmix/knows/{name}/{other}"]):
-                waiting.remove(other)
+                absent.remove(other)
         time.sleep(0.02)
     return distributed.PrefixStore(name, store)
 

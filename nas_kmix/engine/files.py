@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -136,6 +137,7 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
     except MemoryError as error:
         raise OSError(f"{path} does not fit into memory ({error}).") from error
     except Exception as error:  # a damaged archive may raise nearly anything
+        _raise_if_unreadable(path, error)
         reason = str(error) or type(error).__name__
         if "Object arrays" in reason:
             reason = "it holds Python objects; save plain arrays with numpy.savez"
@@ -172,9 +174,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu", *, remedy: str 
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
-    except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
-        raise
     except Exception as error:  # a damaged pickle may raise nearly anything
+        if lacks_memory(error):
+            raise
+        _raise_if_unreadable(path, error)
         raise ValueError(
             f"{path} is cut short or not a checkpoint of ours ({type(error).__name__}); {remedy}."
         ) from error
@@ -188,11 +191,24 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
     """Turn errors of the block, which uses the content of `path`, into a ValueError that names the file."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the file
-        raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError) as error:
+        if lacks_memory(error):  # no fault of the file
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}); {remedy}.") from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the error says that a GPU or the machine has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("not enough memory|can't allocate memory", str(error)))
+
+
+def _raise_if_unreadable(path: Path, error: Exception) -> None:
+    """Raise ValueError if the system could not read the file, e.g. for want of permission; its content may be right."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # as seeking by a damaged index gives
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _refuse_bomb(archive: zipfile.ZipFile, size: int) -> None:

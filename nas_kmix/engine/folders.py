@@ -6,6 +6,7 @@ Hidden entries and what operating systems leave in folders are ignored at every 
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ class SplitFolderError(ValueError):
 
 @dataclass(frozen=True)
 class Listing:
-    """paths: images, sorted, relative to the data's folder; labels: int64, one for each; left_out: says what is not."""
+    """paths: images, sorted, relative to the data's folder; labels: int64, one for each; left_out: counts of
+    the other files, e.g. `8 files: 5 .gif, 3 without suffix`, or empty.
+    """
 
     paths: tuple[str, ...]
     labels: np.ndarray
@@ -55,8 +58,10 @@ def list_images(folder: Path, classes: Iterable[str]) -> Listing:
         paths += [path.as_posix() for path in found]
         labels += [label] * len(found)
     for path in paths:
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in path):  # how Python shows bytes that are no UTF-8
-            raise ValueError(f"{folder} holds {path!a}, a name that is not Unicode text; rename that file or folder.")
+        kinds = set() if path.isprintable() else set(map(unicodedata.category, path))
+        if kinds & {"Cs", "Cc"}:  # surrogates are how Python shows bytes that are no UTF-8
+            reason = "that is not Unicode text" if "Cs" in kinds else "with a control character"
+            raise ValueError(f"{folder} holds {path!a}, a name {reason}; rename that file or folder.")
     for parent in sorted({(folder / name).parent for name in classes}):
         if count := len(loose_images(parent)):
             others["images beside the class folders"] += count
@@ -66,12 +71,16 @@ def list_images(folder: Path, classes: Iterable[str]) -> Listing:
 def annotated(folder: Path, split: str) -> dict[str, str]:
     """The images of `folder/val/images` and their classes, if `folder/val/val_annotations.txt` lists them.
 
-    By paths below `folder`, sorted; so Tiny-ImageNet has its validation images. Empty without such a list.
+    By paths below `folder`, sorted; so Tiny-ImageNet has its validation images. Empty without such a list, or where the
+    images have been moved to class folders.
     """
     listing = folder / split / f"{split}_annotations.txt"
-    if not listing.is_file():
+    if not listing.is_file() or not (folder / split / "images").is_dir():
         return {}
-    rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise SplitFolderError(f"{listing} is not UTF-8 text ({error}); save it as such.") from error
     if not rows or any(len(row) < 2 for row in rows):
         raise SplitFolderError(f"{listing} must hold lines of a file name, a tab and a class.")
     return {f"{split}/images/{name}": label for name, label, *_ in sorted(rows)}
@@ -100,7 +109,8 @@ def unusable(split: Path, left_out: str = "") -> SplitFolderError:
         return SplitFolderError(f"{split} holds no images: there is no such folder{meant}.")
     if loose := loose_images(split):
         return SplitFolderError(
-            f"{split} has images but not in class folders, e.g. {loose[0].name}; images belong in {split}/CLASS/."
+            f"{split} has images but not in class folders, e.g. {loose[0].name}; images belong in {split}/CLASS/"
+            f"{f', and a class called {split.name} needs another name' if split.name in LOOK_ALIKES else ''}."
         )
     if not subfolders(split):
         return SplitFolderError(f"{split} has no class folders; images belong in {split}/CLASS/.")

@@ -82,7 +82,8 @@ def _source(datasets: Any, table: Any, folder: Path, split: str) -> Source:
             f"--data hf:{folder}: one column of images and one of class labels are needed, not {', '.join(features)}; "
             f"cast them with cast_column to datasets.Image and datasets.ClassLabel."
         )
-    classes = np.asarray(table[labels[0]], dtype=np.int64)
+    found = list(table[labels[0]])
+    classes = np.array([-1 if label is None else label for label in found], dtype=np.int64)
     if classes.min(initial=0) < 0:
         raise SplitFolderError(f"hf:{folder}: the {split} images have no labels.")
     files_alone = table.select_columns(images).cast_column(images[0], datasets.Image(decode=False))

@@ -149,7 +149,7 @@ class Learner:
         Returns the mean loss and the number of hits, on the device. A hit is an image for which the network predicts
         the class with the largest share of the label.
         `drop_path` (layers, edges, N) is a draw of the network's own. `weight` is the weight of these images when the
-        gradients of all processes are averaged: 1 if all have equally many. Joint norms take no images, too.
+        gradients of all processes are averaged: 1 if all have equally many. With joint norms, a process may have none.
         """
         total = images.new_zeros((), dtype=soft_labels.dtype)
         hits = torch.zeros((), dtype=torch.int64, device=images.device)

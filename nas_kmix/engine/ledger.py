@@ -132,7 +132,7 @@ class Ledger:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory of the GPU that this process has held so far; without a GPU, of the machine."""
+    """The most memory of the GPU that this process has held so far; without a GPU, the most main memory."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 

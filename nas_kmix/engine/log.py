@@ -30,7 +30,7 @@ class Log:
     """The log in `folder`; unless it `writes`, it ignores what it is given.
 
     `compared_by` names the scalars by which TensorBoard compares runs, e.g. "search/val_loss". `on_log` hears of every
-    row that is added; of one that a resumed run repeats, again.
+    row that is added, and again of a row that a resumed run repeats.
     """
 
     def __init__(

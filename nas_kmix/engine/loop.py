@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from nas_kmix.engine.ledger import peak_memory_bytes
-from nas_kmix.engine.meter import Meter
+from nas_kmix.engine.meter import REMEDY, Meter
 from nas_kmix.engine.progress import measures
 from nas_kmix.engine.run import Run, checkpoint_name
 
@@ -57,16 +57,24 @@ class Task(Protocol):
 
 
 def run_loop(
-    task: Task, periods: Sequence[int], *, name: str, key: Mapping[str, Any], run: Run, checkpoint: str | None = None
+    task: Task,
+    periods: Sequence[int],
+    *,
+    name: str,
+    key: Mapping[str, Any],
+    run: Run,
+    checkpoint: str | None = None,
+    remedy: str = REMEDY,
 ) -> None:
     """Run `periods`, given by their steps, from the start or from the run's checkpoint.
 
     `name` appears in messages; the part before its slash is the stage that is billed. The state is saved in the file
-    `checkpoint`, and only a task with the same `key` resumes from it. Raises StoppedError (the state is saved),
+    `checkpoint`, and only a task with the same `key` resumes from it. `remedy` says what to do about a loss that is not
+    finite. Raises StoppedError (the state is saved),
     NonFiniteLossError, StageMismatchError, and ValueError for a damaged checkpoint.
     """
     checkpoint = checkpoint or checkpoint_name(name)
-    meter = Meter(run.compute.device)
+    meter = Meter(run.compute.device, remedy)
     first_period = first_step = 0
     with run.resumed(checkpoint, key) as state:
         if state is not None:
@@ -109,7 +117,7 @@ def run_loop(
             if "step" in ended.values:
                 at = f"step {ended.values['step']}/{progress.total}"
             progress.tell(f"{at}, {measures(ended.values)}, {speed:,.0f} images/s", always=ended.evaluated)
-            meter, first_step = Meter(run.compute.device), 0
+            meter, first_step = Meter(run.compute.device, remedy), 0
             for file in (*ended.files, checkpoint):
                 save(file, period + 1, 0)
             run.raise_if_stopping()

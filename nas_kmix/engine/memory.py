@@ -38,8 +38,8 @@ def check_fits(
 ) -> None:
     """Raise ValueError, with a batch size that fits, where a step of `model` on `batch_size` of the images cannot.
 
-    There are as many as `images`, with `side` pixels. The processes of the `world` divide a batch, and each computes
-    its share in `parts` parts. The model is left as it is.
+    images: size of the set, which caps a batch; side: their side in pixels. The processes of the `world` divide a
+    batch, and each computes its share in `parts` parts. The model is left as it is.
     """
     world = world or World()
     divided = parts * world.size

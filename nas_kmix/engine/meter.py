@@ -10,7 +10,6 @@ from torch import Tensor
 from nas_kmix.engine.distributed import World
 
 REMEDY = "Start again with --fresh and a lower learning rate, or with --amp off."
-REMEDIES = {"search": "Run it again with a lower --lr or --arch-lr, or with --amp off; what came before is kept."}
 STEPS_BETWEEN_CHECKS = 50  # reading a value waits for the device
 
 
@@ -21,11 +20,12 @@ class NonFiniteLossError(Exception):
 class Meter:
     """Means of named per-batch sums over an epoch, with the first step whose loss was not finite.
 
-    Nothing here waits for the device except `check`, `means` and `state_dict`.
+    Nothing here waits for the device except `check`, `means` and `state_dict`. `remedy` ends the message of a loss that
+    is not finite.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, remedy: str = REMEDY):
+        self._device, self._remedy = device, remedy
         self._dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -36,7 +36,7 @@ class Meter:
         """Add sums over `n` images of step `step`."""
         for name, value in sums.items():
             value = value.detach().to(self._dtype)
-            self._sums[name] = self._sums.get(name, torch.zeros((), dtype=self._dtype, device=self._device)) + value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + n
             newly_bad = (self._first_bad < 0) & ~torch.isfinite(value)
             self._first_bad = torch.where(newly_bad, step, self._first_bad)
@@ -46,7 +46,7 @@ class Meter:
         step = int(self._first_bad)
         if step >= 0:
             raise NonFiniteLossError(
-                f"{stage}: the loss was not finite at step {step} of epoch {epoch}. {REMEDIES.get(stage, REMEDY)}"
+                f"{stage}: the loss was not finite at step {step + 1} of epoch {epoch + 1}. {self._remedy}"
             )
 
     def gather(self, world: World) -> None:

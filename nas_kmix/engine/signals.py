@@ -1,6 +1,7 @@
-"""The wish to stop: which signal has asked this process to end.
+"""Requests to stop, by SIGINT or SIGTERM.
 
-Whoever works in steps looks at it after each. Who waits for other processes says so, and is not left waiting.
+A loop checks for one after each step. Code that waits for other processes does so inside `waiting()`, which ends the
+wait.
 """
 
 from __future__ import annotations

@@ -30,7 +30,11 @@ LINEAR_TAIL = 5  # last epochs of the linear schedule, at a fifth of its slope
 
 
 def learning_rate(config: OptimConfig, epoch: int, warmup_epochs: int = 0) -> float:
-    """The learning rate of `epoch`, counted from 0. It rises to `config.lr` over the first `warmup_epochs` epochs."""
+    """The learning rate of `epoch`, counted from 0.
+
+    It rises to `config.lr` over the first `warmup_epochs` epochs, but at most half of all.
+    """
+    warmup_epochs = min(warmup_epochs, config.epochs // 2)
     if epoch < warmup_epochs:
         return config.lr * (epoch + 1) / warmup_epochs
     if config.schedule == "cosine":
@@ -41,7 +45,7 @@ def learning_rate(config: OptimConfig, epoch: int, warmup_epochs: int = 0) -> fl
         if epoch < steep:
             return config.lr * (steep - epoch) / steep
         return config.lr * (config.epochs - epoch) / (steep * tail)
-    return config.lr * 0.1 ** sum(epoch >= round(share * config.epochs) for share in config.milestones)
+    return config.lr * 0.1 ** sum(epoch >= max(1, round(share * config.epochs)) for share in config.milestones)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def train(
 ) -> Trained:
     """Train `model` in place on `indices` of `data` (default: all good images), resuming from the run's checkpoint.
 
-    The loss is the cross-entropy against the soft labels of `mix`. `seed` fixes the order of the batches, the
+    The loss is that of `recipe`, against the soft labels of `mix`. `seed` fixes the order of the batches, the
     augmentation and the mixing. Bills and logs to `run` under the name `stage`. Training resumes from the file
     `checkpoint` (default: the stage's own), which also holds `content` and the state of `bad`. If `validation` selects
     an epoch, best.pt is a checkpoint of the same kind. For `photographs` see `Feed`, for `joint_norms` see `Learner`.

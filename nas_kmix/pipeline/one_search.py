@@ -41,6 +41,10 @@ from nas_kmix.pipeline.stage import Key
 
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
+NOT_FINITE = (
+    "Run it again with --amp off; or, in another --out, with --proxy and the proxy.json of this run, and with a "
+    "lower --lr or --arch-lr."
+)
 TURN_STEPS, TURN_PASSES = 350, 10
 """Steps on the weights, and passes over the images that train them, before which the gradient of alpha favours pools
 (studies/search_quality). So few steps are enough for the smallest supernet alone, that of the preset quick."""
@@ -188,7 +192,7 @@ def search_once(
     every = config.record_every or epoch_steps
     periods = [*_periods(bilevel.rest_steps, every), *_periods(bilevel.arch_steps, every)]
     task = _Searching(name, folder, search, periods, config, halves, data, run)
-    run_loop(task, periods, name=name, key=key, run=run)
+    run_loop(task, periods, name=name, key=key, run=run, remedy=NOT_FINITE)
     genotype = history.genotype_of(task.rows[-1])
     history.say_how_sure(genotype, task.rows, name, run)
     return genotype
