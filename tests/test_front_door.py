@@ -286,12 +286,20 @@ def test_a_notebook_searches_and_trains_in_folders_of_its_own(npz, searched, tmp
     again = nas_kmix.search(data=npz, **{**SETTINGS, "threads": 2})  # how to compute makes no other run
     assert again.folder == found.folder and again.genotype == found.genotype
     assert (found.folder / "genotype.json").stat().st_mtime_ns == before, "it is there already"
+    assert nas_kmix.search(data=npz, **SETTINGS, stop_after="proxy").folder == found.folder  # nor does how far to go
     assert nas_kmix.search(data=npz, **{**SETTINGS, "seed": 1}, stop_after="scorer").folder != found.folder
 
     arguments = {"data": npz, "image_size": 32, "epochs": 1, "channels": 2, "layers": 3, "workers": 0, "report": False}
     trained = nas_kmix.train(genotype=found.genotype, **arguments, threads=1)
     assert trained.result["best"]["val_accuracy"] == trained.result["last"]["val_accuracy"]
     assert trained.network().class_names == ("0", "1", "2") and trained.network().genotype == found.genotype
+
+
+def test_a_flag_may_be_given_beside_the_dict_of_its_part():
+    for settings in ({"data": "a", "input": {"split_seed": 1}}, {"input": {"data": "a"}}, {"data": "a"}):
+        assert notebook._flag(settings, "input", "data") == "a"
+    assert notebook._flag({"device": {"threads": 1}}, "device", "device") is None
+    assert notebook._flag({"device": "cpu"}, "device", "device") == "cpu"
 
 
 def test_what_a_notebook_says_wrongly_is_a_value_error(npz, tmp_path):
@@ -366,6 +374,12 @@ def test_a_dry_run_tells_what_is_there_from_what_is_missing(npz, searched, tmp_p
     assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert search.main([*argv, "--ratio", ".5"]) == 2
     assert "ratio was 0.4, now 0.5" in capsys.readouterr().err
+
+
+def test_a_dry_run_up_to_a_proxy_needs_no_halves(npz, tmp_path, capsys):
+    argv = [*command(npz, tmp_path / "run"), "--method", "random", "--ratio", ".03", "--stop-after", "proxy"]
+    assert search.main([*argv, "--dry-run"]) == 0
+    assert "3 train the weights, 0 the architecture" in capsys.readouterr().out
 
 
 def test_a_dry_run_refuses_one_image_a_class_at_once(image_folder, tmp_path, capsys):

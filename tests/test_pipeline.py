@@ -33,6 +33,7 @@ from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.distributed import World
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.run import Run
+from nas_kmix.pipeline.checks import without_effect
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.one_search import SearchConfig, say_how_long
 from nas_kmix.proxy import ProxyManifest
@@ -468,6 +469,26 @@ def test_no_proxy_searches_on_every_image(npz, tmp_path):
     refused(command(npz, tmp_path, "--ratio", ".2", "--proxy", "none", "--arch-share", ".25", *ONE_STEP), "proxy was")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--method random --scorer.epochs 9 --scoring.draws 5", "method random these flags have no effect: --scorer"),
+        ("--no-finals --finals.controls 9", "without --finals these flags have no effect: --finals.controls"),
+        ("--scores {} --scorer.lr 1", "scores.npz these flags have no effect: --scorer.epochs, --scorer.lr"),
+    ],
+)
+def test_flags_of_stages_that_are_not_run_are_named(flags, words, finished, npz, tmp_path):
+    config = search.parse([*map(str, command(npz, tmp_path)), *flags.format(finished[0] / "scores.npz").split()])
+    assert words in " ".join(without_effect(config)).replace("optim.", "")
+
+
+def test_a_candidate_is_not_removed_before_it_is_read(copy, npz):
+    genotype = copy / "genotype.json"
+    argv = command(npz, copy, "--finals", "--candidates", genotype, "--fresh")
+    refused(argv, "--fresh would remove the file of --candidates")
+    assert genotype.exists()
+
+
 def test_a_command_that_only_skips_leaves_the_records_of_the_results(copy, finished, npz, tmp_path):
     """Otherwise config.json would list steps that nobody took."""
     before = {name: (copy / name).read_bytes() for name in ("config.json", "env.json")}
@@ -849,7 +870,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(flag, stage, finished, np
     argv = command(npz, tmp_path, *part, flag, "1e30")
     message = refused(argv, f"{stage}: ", code=1)
     step, epoch = map(int, re.search(r"not finite at step (\d+) of epoch (\d+)", message).groups())
-    assert (step, epoch) != (0, 0)  # the very first loss is still that of the initial weights
+    assert (step, epoch) != (1, 1)  # the very first loss is still that of the initial weights
     assert not results_of(tmp_path) & {"scorer.pt", "genotype.json"}
     assert refused(argv, code=1) == message  # what is saved is from before that step
     assert costs_of(tmp_path)[stage]["wall_s"] > 0
@@ -866,7 +887,7 @@ def test_the_first_loss_that_is_not_finite_is_the_one_named(finished, npz, tmp_p
     step.calls = 0
     monkeypatch.setattr(Search, "step", step)
     argv = command(npz, tmp_path, "--proxy", finished[0] / "proxy.json")
-    refused(argv, "search: the loss was not finite at step 1 of epoch 1", "lower --lr or --arch-lr", code=1)
+    refused(argv, "search: the loss was not finite at step 2 of epoch 2", "lower --lr or --arch-lr", code=1)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -896,6 +917,7 @@ def test_a_bad_flag_is_named_before_anything_is_written(flags, words, npz, tmp_p
         ("--channels 3", "channels"), ("--search-size 18", "--search-size 16"), ("--seed -1", "--seed"),
         ("--search-size 32", "larger than the images"), ("--cuda-graphs --unrolled", "the steps of --unrolled"),
         ("--epochs 9", "no effect beside --rest-steps and --arch-steps"),
+        ("--frozen-epochs 9", "no effect beside --rest-steps and --arch-steps"),
         ("--scorer.backbone huge", "backbone"),
         ("--amp fp16", "fp16"), ("--device cuda:77", "--device"), ("--proxy nowhere.json", "no such file"),
         ("--scores nowhere.npz", "no such file"), ("--scorer nowhere.pt", "no such file"),

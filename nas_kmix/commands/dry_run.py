@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from darts_space import GENOTYPES, Search, build_network, read_genotype
-from nas_kmix.backbones import build_backbone
 from nas_kmix.commands.summary import of_images
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
@@ -33,10 +33,11 @@ from nas_kmix.engine.progress import duration
 from nas_kmix.engine.run import Run
 from nas_kmix.pipeline import finals, network, proxy, scorer, scores, search
 from nas_kmix.pipeline.candidates import CHECKPOINTS
-from nas_kmix.pipeline.checks import check_flags, check_forgetting, check_later_stages, check_memory
+from nas_kmix.pipeline.checks import check_flags, check_forgetting, check_later_stages, check_memory, without_effect
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.network import NetworkTraining
+from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
@@ -89,6 +90,7 @@ class Chain:
 def of_search(config: Config) -> Iterator[str]:
     """What search.py would do."""
     check_flags(config)
+    unused = list(without_effect(config))
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
     check_run_folder(config.out, config.input.data)
     compute, given, until = pick_compute(config.device), config.given, config.stop_after
@@ -99,6 +101,7 @@ def of_search(config: Config) -> Iterator[str]:
         chain = Chain(data, compute, config.out, config.fresh, world)
         check_memory(config, data, chain.run)
     yield of_images(data, len(data), config.augmentation)
+    yield from unused
     table = None
     if config.uses_scores:
         trained = None
@@ -116,10 +119,10 @@ def of_search(config: Config) -> Iterator[str]:
         if table is not None and config.selection.method != "random":
             table.measure(config.selection.measure)  # refuses scores that lack it
         known = table is not None or given.proxy is not None or not config.uses_scores
-        halves, line = _halves(config, chain, table, known)
-        yield line
+        selected = _selected(config, chain, table, known)
+        yield selected.line
         if until != "proxy":
-            yield from _search_and_finals(config, chain, halves)
+            yield from _search_and_finals(config, chain, selected)
     yield from chain.end()
 
 
@@ -127,9 +130,7 @@ def _scorer(config: Config, chain: Chain, found: scorer.Scorer | None) -> str:
     if found is not None:
         return chain.line(scorer.NAME, "found")
     settings, data = config.scorer, chain.data
-    shape = {"num_classes": data.num_classes, "stem": data.stem}
-    model = build_backbone(settings.backbone, **shape, seed=settings.seed).to(chain.compute.device)
-    recipe = Recipe()
+    model, recipe = scorer.build(settings, data, chain.compute), Recipe()
     step = _training_step(model, settings.optim, recipe, chain)
     images = len(scorer.divided(settings, data)[0].indices)
     return chain.line(scorer.NAME, *_epochs(settings.backbone, settings.optim, recipe, images, step))
@@ -140,10 +141,8 @@ def _scoring(config: Config, chain: Chain, trained: scorer.Scorer | None, found:
         return chain.line(scores.NAME, "found")
     data, settings = chain.data, config.scoring
     if trained is None:
-        shape = {"num_classes": data.num_classes, "stem": data.stem}
-        trained = scorer.Scorer(build_backbone(config.scorer.backbone, **shape, seed=0), data, None)
-    model = chain.compute.layout(trained.model.to(chain.compute.device))
-    good = data.good()
+        trained = scorer.Scorer(scorer.build(config.scorer, data, chain.compute), data, None)
+    model, good = trained.model, data.good()
 
     def score(n: int) -> None:
         score_dataset(model, trained.data, settings, indices=good[:n], compute=chain.compute)
@@ -153,30 +152,49 @@ def _scoring(config: Config, chain: Chain, trained: scorer.Scorer | None, found:
     return chain.line(scores.NAME, f"{settings.draws} losses and the EL2N of each of {len(good):,} images", kept)
 
 
-def _halves(config: Config, chain: Chain, table: Any, known: bool) -> tuple[Halves, str]:
-    """The halves of the proxy and a line on it; whatever the scores are, their sizes are the same."""
+class _Selected(NamedTuple):
+    """Which images train the weights and which the architecture; before there is a proxy, as many others.
+
+    identity: that of `Halves`, None before there is a proxy. line: what the output says.
+    """
+
+    weights: np.ndarray
+    arch: np.ndarray
+    identity: str | None
+    line: str
+
+    @property
+    def halves(self) -> Halves:
+        """Raises ValueError if one of them is empty."""
+        return Halves(self.weights, self.arch, self.identity or "")
+
+
+def _selected(config: Config, chain: Chain, table: Any, known: bool) -> _Selected:
+    """The proxy that is there, or its size, which does not depend on the scores."""
     data, selection = chain.data, config.selection
     if config.given.proxy == ALL_IMAGES:
         halves = Halves.of_all_images(data, selection.arch_share, seed=config.seed)
-        return halves, chain.line("proxy", f"all images, {_shares(halves)}")
+        line = chain.line("proxy", f"all images, {_shares(halves.weights, halves.arch)}")
+        return _Selected(halves.weights, halves.arch, halves.identity, line)
     found = chain.find(proxy, selection, table, data, given=config.given.proxy) if known else None
     if found is not None:
-        halves, indices = Halves.of_proxy(found), found.indices
+        indices, weights, arch = found.indices, found.weights, found.arch
     else:
         good = data.good()
         labels, options = data.labels[good], {"balanced": selection.balanced, "method": "top"}
         indices = good[select(np.zeros(len(good)), labels, selection.ratio, **options)]
-        halves = Halves(*split_by_class(indices, data.labels[indices], selection.arch_share, seed=config.seed), "")
+        weights, arch = split_by_class(indices, data.labels[indices], selection.arch_share, seed=config.seed)
     counts = np.bincount(data.labels[indices], minlength=data.num_classes)
     each = f", {counts.min()} to {counts.max()} of each class" if found is not None or selection.balanced else ""
     state = "found" if found is not None else "select"
-    return halves, chain.line("proxy", f"{state}, {len(indices):,} of {len(data):,} images{each}: {_shares(halves)}")
+    line = f"{state}, {len(indices):,} of {len(data):,} images{each}: {_shares(weights, arch)}"
+    return _Selected(weights, arch, None if found is None else found.hash(), chain.line("proxy", line))
 
 
-def _search_and_finals(config: Config, chain: Chain, halves: Halves) -> Iterator[str]:
-    data, settings, found = chain.data, config.finals, None
+def _search_and_finals(config: Config, chain: Chain, selected: _Selected) -> Iterator[str]:
+    data, settings, halves, found = chain.data, config.finals, selected.halves, None
     roles = finals.divide(data, halves.weights, halves.arch, settings) if config.with_finals else None
-    searched = chain.find(search, config.search, halves, data) if halves.identity else None
+    searched = None if selected.identity is None else chain.find(search, config.search, halves, data)
     yield chain.line(search.NAME, "found") if searched is not None else _search(config, chain, halves)
     if roles is None:
         if searched is not None:
@@ -195,7 +213,8 @@ def _finals(config: Config, chain: Chain, images: int) -> str:
     shape = {"kind": data.stem, "layers": settings.layers, "num_classes": data.num_classes, "auxiliary": False}
     model = build_network({**shape, "channels": settings.channels, "genotype": GENOTYPES["PC_DARTS_cifar"].to_json()})
     optim = OptimConfig(1, settings.batch_size, settings.lr)
-    step = _training_step(model.to(chain.compute.device), optim, Recipe(grad_clip=5.0), chain)
+    with _one_thread():  # as in a child
+        step = _training_step(model.to(chain.compute.device), optim, Recipe(grad_clip=5.0), chain)
     most = config.search.seeds * (1 + CHECKPOINTS) + len(config.candidates)
     rungs = range(settings.rungs)
     steps = sum((math.ceil(most / 2**rung) + settings.controls) * settings.steps(images, rung) for rung in rungs)
@@ -224,17 +243,36 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
         task.arch_step(batch(n), batch(n))
         task.scaler.update()
 
-    resting, moving = measured(rest, supernet), measured(move, supernet)
+    in_children = settings.seeds > 1 and compute.device.type == "cpu" and chain.world.size == 1
+    children = min(settings.seeds, settings.jobs) if in_children else 1
+    at_once = chain.world.size if chain.world.deals_out(settings.seeds) else children
+    with _one_thread() if in_children else nullcontext():
+        resting, moving = measured(rest, supernet), measured(move, supernet)
     n = min(settings.batch_size, len(halves.weights))
     weights, arch = at(n, *resting), at(min(settings.batch_size, len(halves.arch)), *moving)
-    at_once = min(settings.seeds, settings.jobs) if compute.device.type == "cpu" and chain.world.size == 1 else 1
-    if chain.world.deals_out(settings.seeds):
-        at_once = chain.world.size
-    rounds = math.ceil(settings.seeds / at_once)
-    seconds = rounds * (bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds)
+    seconds = math.ceil(settings.seeds / at_once) * (
+        bilevel.steps * weights.seconds + bilevel.arch_steps * arch.seconds
+    )
     several = f"{settings.seeds} times " if settings.seeds > 1 else ""
     steps = f"{several}{bilevel.rest_steps:,} steps on the weights, then {bilevel.arch_steps:,} on the architecture too"
-    return chain.line(search.NAME, f"{steps}, {n} images", Cost(seconds, max(weights.bytes, arch.bytes)))
+    slower = ", launched kernel by kernel here, though recorded in the search" if _is_graphed(settings, compute) else ""
+    cost = Cost(seconds, children * max(weights.bytes, arch.bytes))
+    return chain.line(search.NAME, f"{steps}, {n} images{slower}", cost)
+
+
+def _is_graphed(settings: SearchConfig, compute: Compute) -> bool:
+    return settings.cuda_graphs and compute.device.type == "cuda"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Measure with the one thread that a child process has."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 # -- train_eval.py -----------------------------------------------------------------------------------------------------
@@ -285,5 +323,5 @@ def _random_images(n: int, size: int, data: ImageData) -> tuple[Tensor, Tensor]:
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
-def _shares(halves: Halves) -> str:
-    return f"{len(halves.weights):,} train the weights, {len(halves.arch):,} the architecture"
+def _shares(weights: np.ndarray, arch: np.ndarray) -> str:
+    return f"{len(weights):,} train the weights, {len(arch):,} the architecture"

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from nas_kmix.commands.train import Config
 
 
-def evaluate_checkpoint(config: Config, *, own_size: bool) -> dict[str, Any]:
+def evaluate_checkpoint(config: Config) -> dict[str, Any]:
     """Evaluate the file of --eval-only; write nothing but the file of --export.
 
-    Images have the size that the network was trained on, unless the command gives its `own_size`.
+    Images have the size that the network was trained on, unless `config.input` has one.
     """
     compute = pick_compute(config.device)
     with joined(compute.device) as world:
         trained = load_classifier(config.eval_only)
         _check_split_seed(config)
-        if own_size:
+        if config.input.image_size is not None:
             trained = replace(trained, image_size=config.input.image_size)
         options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
         sets = other_splits(config.input, trained, **options, same_classes=False)

@@ -34,6 +34,7 @@ from nas_kmix.pipeline import network
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
+EXPORTS = ("export", "export_raw", "export_list")  # files that a run writes besides
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ def _run(
 
 def _flag(settings: Mapping[str, Any], part: str, name: str) -> Any:
     """A flag that may be given by itself or in the dict of its part."""
-    inner = settings.get(part)
-    return inner.get(name) if isinstance(inner, Mapping) else settings.get(name)
+    parts = settings.get(part)
+    inside = parts.get(name) if isinstance(parts, Mapping) else None
+    alone = settings.get(name)  # of `device` it may be the dict itself
+    return inside if inside is not None or isinstance(alone, Mapping) else alone
 
 
 def _own_folder(name: str, config: Any) -> Path:
-    """A folder for these settings; where and how to compute does not count, nor what is said."""
-    without = ("out", "fresh", "quiet", "jobs", "device")
+    """A folder for these settings. How far to go, what to say or export, and how to compute it do not count."""
+    without = ("out", "fresh", "quiet", "jobs", "device", "report", "stop_after", "with_finals", *EXPORTS)
     settings = {key: value for key, value in asdict(config).items() if key not in without}
     text = json.dumps(settings, default=str, sort_keys=True)
     return Path("runs", f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")

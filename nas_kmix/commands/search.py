@@ -64,6 +64,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
     Raises ValueError (bad input, with the remedy), StageMismatchError, StoppedError, NonFiniteLossError, OSError.
     """
     check_flags(config)
+    unused = list(without_effect(config))
     config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
     watched = {"on_log": on_log, "quiet": config.quiet}
     check_run_folder(config.out, config.input.data)
@@ -75,6 +76,8 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
         if config.fresh:
             run.clear()
         run.say(of_images(data, len(data), config.augmentation))
+        for sentence in unused:
+            run.say(sentence)
         if config.report:
             _show_architectures(run)
         try:
@@ -105,8 +108,6 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
         result = replace(result, table=table)
         if config.stop_after == "scores":
             return result
-    if given.proxy is not None and (flags := without_effect(config)):
-        run.say(f"with --proxy {given.proxy} these flags have no effect: {', '.join(flags)}")
     if given.proxy == ALL_IMAGES:
         halves = search.Halves.of_all_images(data, config.selection.arch_share, seed=config.seed)
     else:

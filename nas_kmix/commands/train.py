@@ -147,7 +147,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
     _check_flags(config)
     config = replace(config, input=replace(config.input, data=located(config.input.data)))
     if config.eval_only is not None:
-        return evaluate_checkpoint(config, own_size=config.input.image_size != PRESETS[config.preset].input.image_size)
+        return evaluate_checkpoint(config)
     watched = {"on_log": on_log, "quiet": config.quiet}
     check_run_folder(config.out, config.input.data)
     with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
@@ -288,7 +288,10 @@ def _check_size(config: Config, data: ImageData) -> None:
 
 
 def parse(argv: Sequence[str], description: str | None = __doc__) -> Config:
-    return cli.parse(PRESETS, argv, description)
+    config = cli.parse(PRESETS, argv, description)
+    if config.eval_only is not None and cli.value_of("--image-size", argv) is None:
+        config = replace(config, input=replace(config.input, image_size=None))  # that of the network, not the preset's
+    return config
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -58,33 +62,66 @@ def check_flags(config: Config) -> None:
         if not path.is_file() and str(path) not in names:
             others = f"; published proxies are {', '.join(published())}" if names else ""
             raise ValueError(f"--{flag} {path}: there is no such file{others}.")
-        if config.fresh and path.parent.resolve() == config.out.resolve():
-            raise ValueError(
-                f"--fresh would remove the file of --{flag}; leave one of them out, or choose another --out."
-            )
+        _check_fresh(config, flag, path)
     preset = PRESETS[config.preset].search
-    for name, steps in (("epochs", ("rest_steps", "arch_steps")), ("frozen_epochs", ("rest_steps",))):
-        measured = all(getattr(config.search, step) is not None for step in steps)
-        if measured and getattr(config.search, name) != getattr(preset, name):
-            flags = " and ".join(f"--{step.replace('_', '-')}" for step in steps)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flags}; change those, or leave it out.")
+    in_steps = config.search.rest_steps is not None and config.search.arch_steps is not None
+    for name in ("epochs", "frozen_epochs"):
+        if in_steps and getattr(config.search, name) != getattr(preset, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect beside --rest-steps and --arch-steps; change those, or "
+                "leave it out."
+            )
     if config.candidates and not config.with_finals:
         raise ValueError("--candidates compete in the finals, which are off here; add --finals.")
     for text in config.candidates:
         read_genotype(text)
+        if os.path.isfile(text):
+            _check_fresh(config, "candidates", Path(text))
     if config.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {config.jobs}.")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must be at least 0 and below 2**63, not {config.seed}.")
 
 
-def without_effect(config: Config) -> list[str]:
-    """The selection flags that were changed but have no effect on a given proxy; `none` still uses --arch-share."""
-    preset = PRESETS[config.preset].selection
-    used = {"seed", "arch_share"} if config.given.proxy == ALL_IMAGES else {"seed"}
-    names = [f.name for f in fields(preset) if f.name not in used]
-    changed = [name for name in names if getattr(config.selection, name) != getattr(preset, name)]
-    return [f"--{name.replace('_', '-')}" for name in changed]
+def _check_fresh(config: Config, flag: str, path: Path) -> None:
+    if config.fresh and path.parent.resolve() == config.out.resolve():
+        raise ValueError(f"--fresh would remove the file of --{flag}; leave one of them out, or choose another --out.")
+
+
+def without_effect(config: Config) -> Iterator[str]:
+    """Sentences on flags that differ from the preset's and that this command does not use.
+
+    Those of stages after --stop-after are kept for the command that goes on.
+    """
+    preset, start = PRESETS[config.preset], {name: path for name, path in vars(config.given).items() if path}
+    because = "".join(f"--{name} {path}" for name, path in start.items()) or f"--method {config.selection.method}"
+    scores_anew = config.uses_scores and "scores" not in start
+    unused = []
+    if "scorer" in start:
+        unused += _changed(config.scorer, preset.scorer, "--scorer.", but={"backbone"})  # that of a state dict
+    elif not scores_anew:
+        unused += _changed(config.scorer, preset.scorer, "--scorer.")
+    if not scores_anew:
+        unused += _changed(config.scoring, preset.scoring, "--scoring.")
+    if "proxy" in start:
+        divided = {"arch_share"} if config.given.proxy == ALL_IMAGES else set()
+        unused += _changed(config.selection, preset.selection, "--", but=divided)
+    if unused:
+        yield f"warning: with {because} these flags have no effect: {', '.join(unused)}"
+    if not config.with_finals and (unused := _changed(config.finals, preset.finals, "--finals.")):
+        yield f"warning: without --finals these flags have no effect: {', '.join(unused)}"
+
+
+def _changed(own: Any, preset: Any, prefix: str, but: Collection[str] = ()) -> list[str]:
+    """The flags of a stage that differ from the preset's; `but` are fields to leave out."""
+    flags = []
+    for name in (field.name for field in fields(own) if field.name not in but):
+        value, usual = getattr(own, name), getattr(preset, name)
+        if is_dataclass(value):  # its flags have no prefix of their own
+            flags += _changed(value, usual, prefix)
+        elif value != usual:
+            flags.append(f"{prefix}{name.replace('_', '-')}")
+    return flags
 
 
 def check_later_stages(config: Config, data: ImageData) -> None:
