@@ -126,7 +126,8 @@ def batch_of(size: int, n: int, config: Config) -> tuple[torch.Tensor, torch.Ten
 
 def per_image(size: int, config: Config) -> dict[str, float]:
     """Microseconds per image of every mixer; the loop, slower, is repeated less often."""
-    n, repeats = (config.batch_size, config.repeats) if size == 32 else (config.batch_size // 8, config.repeats // 10)
+    parts = 1 if size == 32 else 8
+    n, repeats = config.batch_size // parts, max(1, config.repeats // parts)
     images, labels = batch_of(size, n, config)
     works = {name: lambda mix=mix: mix(images, labels) for name, mix in mixers(images.device).items()}
     slow = {name: work for name, work in works.items() if name.startswith("loop")}

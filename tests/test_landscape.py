@@ -195,8 +195,8 @@ def test_every_loss_is_that_of_a_copy_with_its_parameters_moved():
 
 def test_noise_has_the_standard_deviation_it_is_called_by():
     objective = Objective(lambda p, _: p["x"].sum(), {"x": torch.zeros(20_000)}, [None])
-    views = Views(points=1, slice_points=1, sigmas=(0.01, 0.2), draws=2)
-    first, _, second, _ = (steps := list(displacements(objective, torch.zeros(2, 20_000), views))[2:])
+    views = Views(points=3, slice_points=3, sigmas=(0.01, 0.2), draws=2)
+    first, _, second, _ = (steps := list(displacements(objective, torch.zeros(2, 20_000), views))[-4:])
     for sigma, step in zip((0.01, 0.2) * 2, steps, strict=True):
         assert step.std().item() == pytest.approx(sigma, rel=0.03) and abs(step.mean().item()) < 0.03 * sigma
     torch.testing.assert_close(steps[1], 20 * steps[0])
@@ -376,6 +376,7 @@ def test_an_unfinished_training_and_foreign_files_are_refused(trained, tmp_path,
         ([str(trained / "tiny"), "--split", "val"], "val_images"),
         ([str(trained / "tiny"), "--data", "digits"], "other classes"),
         ([str(trained / "tiny"), "--points", "4"], "--points must be odd"),
+        ([str(trained / "tiny"), "--slice-points", "1"], "at least 3"),
         ([str(trained / "tiny"), "--draws", "1"], "--draws"),
         ([str(trained / "tiny"), "--amp", "bf16"], "--amp"),
         ([], "at least one RUN"),
@@ -403,7 +404,7 @@ def test_stopped_and_mismatched_are_the_errors_of_run(trained, tmp_path, monkeyp
         runs=(trained / "tiny",),
         out=tmp_path,
         input=landscape.InputConfig(images=12),
-        views=Views(points=3, slice_points=1, draws=2),
+        views=Views(points=3, slice_points=3, draws=2),
     )
     with monkeypatch.context() as patch:
         stop_at(patch, "value", 2)

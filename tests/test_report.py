@@ -659,9 +659,12 @@ def test_landscape_and_robustness_where_their_files_are(copy, cheap):
     (copy / "landscape").mkdir()
     np.savez(copy / "landscape" / "net.npz", **arrays)
     (copy / "robustness.csv").write_text("run,threat,fgsm_accuracy,images\nnet,white,0.1234,100\n")
+    (copy / "proxy.csv").write_text("train/ant/0.png,0,ant\n")  # of --export-list
+    np.savez(copy / "own.npz", loss=np.zeros(3))
     found = Page(document([Record(copy)]))
     assert "Loss 1.25; largest eigenvalues 12.5 and 3.5" in found.text["landscape"]
     assert found.row("net") == ["white", "12.34 %", "100"]
+    assert not any(name in str(found.text) for name in ("proxy.csv", "own.npz"))
     (copy / "landscape" / "net.npz").write_bytes(b"")
     (copy / "robustness.csv").write_text("")
     found = Page(document([Record(copy)]))
@@ -737,6 +740,13 @@ def test_names_below_bars_do_not_overlap():
         room = min(np.diff(middle), default=math.inf)
         shown = re.findall(r">(a[^<]*)</text>", str(stacked_bars("t", names, {"a": [1] * classes}, "class")))
         assert all(6 * len(name) < room for name in shown)
+
+
+def test_numbers_never_change_to_powers_of_ten_by_rounding():
+    assert [number(value, digits) for value, digits in ((9999.7, 4), (99.97, 2), (1234.56, 4), (0.12345, 4))] == [
+        "10,000", "100", "1,235", "0.1235"
+    ]  # fmt: skip
+    assert number(-9999.7) == "-10,000" and number(1.234e-7) == "1.234e-07"
 
 
 def test_whole_numbers_have_whole_ticks():

@@ -347,7 +347,7 @@ def test_what_makes_no_sense_is_refused(digits, tmp_path, capsys):
         ([run, "--attack", "fgsm", "--images", "-1"], "--images"),
         ([run, "--attack", "fgsm", "--substitute", str(tmp_path / "x.pt")], "x.pt"),
         ([run, "--natural", str(tmp_path / "nowhere")], "nowhere"),
-        ([run, "--natural", str(tmp_path / "nothing")], "has no class folders"),
+        ([run, "--natural", str(tmp_path / "nothing"), "--attack", "pgd", "--steps", "1000000"], "no class folders"),
         ([run, "--natural", str(tmp_path / "splits")], str(Path("splits", "train"))),
         ([run, "--ood", str(tmp_path / "splits" / "train")], "--ood-folders mistaken"),
     ):

@@ -65,11 +65,11 @@ def _draw_cell(axes: Axes, layout: Layout, edges: tuple[Edge, ...], reduces: boo
     axes.axis("off")
     for bundle in layout.bundles:
         # White below, so that where two lines cross one is seen to pass over the other.
-        for colour, width, cap in (("white", 5.0, "butt"), (LINE_COLOUR, 1.6, "round")):
+        for colour, line_width, cap in (("white", 5.0, "butt"), (LINE_COLOUR, 1.6, "round")):
             for start, end in bundle:
                 middle = (start[0] + end[0]) / 2
                 curve = Path([start, (middle, start[1]), (middle, end[1]), end], [Path.MOVETO] + 3 * [Path.CURVE4])
-                axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linewidth=width, capstyle=cap))
+                axes.add_patch(PathPatch(curve, fill=False, edgecolor=colour, linewidth=line_width, capstyle=cap))
     for point in layout.branches:
         axes.plot(*point, "o", color=LINE_COLOUR, markersize=4)
     for place, (x, y) in layout.labels.items():

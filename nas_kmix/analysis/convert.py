@@ -79,13 +79,14 @@ class Config:
 
 def run(config: Config) -> str:
     """Convert, write, and return a sentence on it. Raises ValueError naming the file, and OSError."""
+    genotype = None if config.genotype is None else read_genotype(config.genotype)
     state = read_state(config.checkpoint)
     try:
-        if config.genotype is None:
+        if genotype is None:
             model, description = pyramidnet_from(state)
             kind, constants = BACKBONE_FORMAT, PYRAMIDNET_CONSTANTS
         else:
-            model = network_from(state, read_genotype(config.genotype))
+            model = network_from(state, genotype)
             description, kind, constants = model.description(), NETWORK_FORMAT, {}
     except ValueError as error:
         raise ValueError(f"{config.checkpoint}: {error}") from error

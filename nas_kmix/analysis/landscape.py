@@ -78,10 +78,11 @@ class Views:
 
     def __post_init__(self):
         for name in ("points", "slice_points"):
-            if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
+            if getattr(self, name) < 3 or getattr(self, name) % 2 == 0:
                 flag = name.replace("_", "-")
                 raise ValueError(
-                    f"--{flag} must be odd, so that the network is one of them, not {getattr(self, name)}."
+                    f"--{flag} must be odd, so that the network is one of them, and at least 3, not "
+                    f"{getattr(self, name)}."
                 )
         if not (self.radius > 0.0 and self.slice_radius > 0.0 and self.tolerance > 0.0):
             raise ValueError("--radius, --slice-radius and --tolerance must be positive.")
@@ -281,7 +282,7 @@ def table(landscapes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, 1 (a full disk), 2 (bad usage), 130 and 143 (signals)."""
+    """Exit codes: those of `cli.exit_code`."""
 
     def work() -> None:
         print(table(run(parse_flags(Config, argv, __doc__))))

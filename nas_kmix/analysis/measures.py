@@ -109,10 +109,14 @@ def of_known_classes(source: Source, class_names: tuple[str, ...], *, known: boo
     places = np.array([class_names.index(name) if name in class_names else -1 for name in source.class_names])
     rows = np.flatnonzero((places[source.labels] >= 0) == known)
     if len(rows) == 0:
-        which = "the network's" if known else "any other"
+        if known:
+            raise ValueError(
+                f"{source.folder} has no images of the network's classes; its folders must be named as those of the "
+                "training images."
+            )
         raise ValueError(
-            f"{source.folder} has no images of {which} classes. Its folders must be named as those of the training "
-            f"images; for ImageNet-O's add --ood-folders mistaken."
+            f"{source.folder} has no images of any other classes; if its folders are named by what a network takes "
+            "them for, as those of ImageNet-O are, add --ood-folders mistaken."
         )
     found = source.part(rows)
     return replace(found, labels=places[found.labels], class_names=class_names) if known else found

@@ -45,7 +45,6 @@ from nas_kmix.engine.cli import parse_flags
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.datasets import open_class_folders
-from nas_kmix.engine.sources import Source
 
 START = 2  # random stream, beside runs.SUBSET
 Flat = tyro.conf.arg(name="")
@@ -146,17 +145,18 @@ def run(config: Config) -> list[dict[str, Any]]:
     models = {name: _pixel_classifier(classifier, device) for name, classifier in classifiers.items()}
     data = load_images(config.input, first, device=device, workers=config.device.workers)
     rows = {name: {"run": name} for name in classifiers}
+    # Both folders are opened, and refused, before the attacks take their time.
+    natural = None if config.natural is None else _folder(config.natural, data, known=True)
+    ood = None if config.ood is None else _folder(config.ood, data, known=config.ood_folders == "mistaken")
     if config.attacks.attack:
         _attack(config, classifiers, models, data, rows)
-    if config.natural is not None:
-        source = of_known_classes(open_class_folders(config.natural), first.class_names, known=True)
-        natural = _streamed(source, data)
+    if natural is not None:
         for name, model in models.items():
             among_all, among_present = natural_accuracy(model, natural, batch_size=config.batch_size)
             rows[name] |= {"natural_accuracy": among_all, "natural_accuracy_of_its_classes": among_present}
             rows[name] |= {"natural_images": len(natural.good()), "natural_classes": len(np.unique(natural.labels))}
-    if config.ood is not None:
-        _detect(config, first, models, data, rows)
+    if ood is not None:
+        _detect(config, models, data, ood, rows)
     if config.out is not None:
         files.write_text(config.out, to_csv(list(rows.values())))
     return list(rows.values())
@@ -205,18 +205,15 @@ def threat(target: Classifier, substitute: Classifier | None) -> str:
 
 def _detect(
     config: Config,
-    like: Classifier,
     models: Mapping[str, PixelClassifier],
     data: ImageData,
+    outside: ImageData,
     rows: Mapping[str, dict[str, Any]],
 ) -> None:
     """Add the columns of out-of-distribution detection to `rows`."""
-    mistaken = config.ood_folders == "mistaken"
-    source = of_known_classes(open_class_folders(config.ood), like.class_names, known=mistaken)
-    outside = _streamed(source, data)
     inside = data.good()
-    if mistaken:
-        inside = inside[np.isin(data.labels[inside], source.labels)]
+    if config.ood_folders == "mistaken":
+        inside = inside[np.isin(data.labels[inside], outside.labels)]
     for name, model in models.items():
         seen, _ = all_logits(model, data, inside, batch_size=config.batch_size)
         unseen, _ = all_logits(model, outside, outside.good(), batch_size=config.batch_size)
@@ -227,8 +224,9 @@ def _pixel_classifier(classifier: Classifier, device: torch.device) -> PixelClas
     return PixelClassifier(classifier.model, classifier.mean, classifier.std).to(device).eval()
 
 
-def _streamed(source: Source, like: ImageData) -> ImageData:
-    """The images of `source`, read from their files and prepared like others."""
+def _folder(folder: Path, like: ImageData, *, known: bool) -> ImageData:
+    """The images in `folder` of the classes of `like`, or of all others, read from their files and prepared alike."""
+    source = of_known_classes(open_class_folders(folder), like.class_names, known=known)
     return replace(like, source=source, images=None, bad=BadFiles(len(source.labels), like.bad.most))
 
 

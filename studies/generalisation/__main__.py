@@ -79,7 +79,8 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def train(name: str, config: Config) -> dict[str, Any]:
     command = shlex.split(f"--preset cpu --val-share 0 --eval-every 5 {TRAININGS[name]} {config.train_flags}")
-    place = ["--data", config.cifar100, "--out", str(folder_of(name, config)), "--threads", "1", "--device", "cpu"]
+    place = ["--data", config.cifar100, "--out", str(folder_of(name, config)), "--threads", "1"]
+    place += ["--device", config.device]
     result = train_eval.run(train_eval.parse([*command, *place]))
     return {"command": ["train_eval.py", *command, *place], **{key: result[key] for key in ("params", "macs", "last")}}
 

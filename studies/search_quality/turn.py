@@ -70,7 +70,7 @@ def decided_by(lines: list[Line]) -> dict[str, Any]:
 
 
 def _trained(line: Line) -> list[dict[str, float]]:
-    """What may decide the turn, and z and pools with edges by alpha, at the readings of a line after step 0.
+    """A row for each reading after step 0: steps, passes and losses; the judge's z, and pools, with edges by alpha.
 
     gap: how far the loss of the architecture's half lies above the training loss of the steps since the last reading.
     """

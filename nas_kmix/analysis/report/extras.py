@@ -29,13 +29,21 @@ def is_run(record: Record) -> bool:
 
 def landscapes(record: Record) -> list[Path]:
     """The results of nas_kmix.analysis.landscape, in RUN/landscape or in the folder itself."""
-    found = (path for place in ("landscape", "") for path in sorted(record.path(place).glob("*.npz")))
-    return [path for path in found if path.name not in OF_RUNS]
+    here = [path for path in sorted(record.folder.glob("*.npz")) if "surface" in files.npz_names(path)]
+    return [*sorted(record.path("landscape").glob("*.npz")), *here]
 
 
 def tables(record: Record) -> list[Path]:
     """The tables of nas_kmix.analysis.robustness, whatever they are called."""
-    return [path for path in sorted(record.folder.glob("*.csv")) if path.name not in OF_RUNS]
+    return [path for path in sorted(record.folder.glob("*.csv")) if _is_of_robustness(path)]
+
+
+def _is_of_robustness(path: Path) -> bool:
+    """By its name or its first column: lists of images and logs are tables, too."""
+    if path.name == "robustness.csv":
+        return True
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith("run,")
 
 
 def landscape(record: Record) -> Markup:

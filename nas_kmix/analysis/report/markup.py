@@ -99,7 +99,8 @@ def number(value: float | None, digits: int = 4) -> str:
         return "–"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    rounded = float(f"{value:.{digits}g}")  # 9,999.7 is 10,000, for which the general format would write 1e+04
+    return f"{rounded:,.{digits}g}" if abs(rounded) < 10**digits else f"{value:,.0f}"
 
 
 def percent(share: float, digits: int = 1) -> str:
