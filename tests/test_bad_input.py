@@ -310,7 +310,8 @@ def check_mutations(reader: Reader, whole: Path, place: Path, numbers: range) ->
             assert str(path) in str(error), f"{reader}, mutation {number}: the file is not named: {error}"
             assert type(error) in (ValueError, BadImageError) or type(error).__module__.startswith("nas_kmix"), error
         assert time.monotonic() - start < SECONDS
-    print(f"{reader}: {len(numbers)} mutations, {accepted} accepted")
+    if reader.read is not read_records:  # which shows whatever can be read
+        assert accepted < len(numbers), f"{reader} accepts whatever it is given"
 
 
 @pytest.mark.filterwarnings("ignore")

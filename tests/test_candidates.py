@@ -38,7 +38,7 @@ def test_multiply_adds_are_those_of_the_real_network():
 
 def test_multiply_adds_are_a_sum_over_edges():
     for shape in (SHAPE, Shape("imagenet", 8, 5, 96)):
-        for genotype in (*DRAWN, POOLS):
+        for genotype in (*DRAWN[:2], POOLS):
             assert candidates._sum_of_edges(shape, genotype, 6) == shape.macs(genotype, 6)
 
 

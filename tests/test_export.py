@@ -39,7 +39,7 @@ def draw_photographs(folder, per_class, seed):
             (image.convert("L") if i % 5 == 0 else image).save(folder / name / f"{i}.jpg", quality=90)
 
 
-@pytest.fixture(scope="module", params=[32, 128])
+@pytest.fixture(scope="module", params=[32, pytest.param(128, marks=pytest.mark.slow)])
 def trained(request, tmp_path_factory):
     """A run folder with a network of that size and both its programs, the folder of its val images, and its size."""
     data, out = (tmp_path_factory.mktemp(f"{name}{request.param}") for name in ("data", "run"))

@@ -536,7 +536,6 @@ DAMAGES = {
     "empty": lambda content: b"",
     "cut in half": lambda content: content[: len(content) // 2],
     "an empty object": lambda content: b"{}",
-    "a list": lambda content: b"[1, 2]",
     "binary": lambda content: bytes(range(256)) * 4,
 }
 
@@ -554,7 +553,7 @@ def test_a_file_that_is_missing_or_damaged_is_a_sentence(name, copy, cheap):
         if damage == "missing":
             assert f"There is no {name} in {copy}." in said
         elif (name, damage) != ("metrics.csv", "cut in half"):  # a shorter table is a table
-            assert re.search(rf"{re.escape(name)}[^.]*", said), damage
+            assert name in said, damage
 
 
 def test_an_empty_folder_is_a_page_of_sentences(tmp_path):

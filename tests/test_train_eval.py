@@ -278,20 +278,6 @@ def test_a_budget_chooses_the_channels(npz, tmp_path):
     assert (result["network"]["channels"], result["macs_published"]) == (fitting, widths[fitting])
 
 
-# -- exports -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_exported_program_agrees_with_the_model(npz, alone, tmp_path):
-    folder, _ = alone
-    argv = ["--device", "cpu", "--data", str(npz), "--eval-only", str(folder / "best.pt")]
-    train_eval.run(train_eval.parse([*argv, "--export", str(tmp_path / "net.pt2")]))
-    program, model = torch.export.load(tmp_path / "net.pt2").module(), load_network(folder / "best.pt")
-    data = load_data(DataConfig(data=str(npz)))
-    for n in (1, 7):
-        images = data.images[:n]  # uint8, which the program normalises
-        torch.testing.assert_close(program(images), model(data.normalise(images)), rtol=1e-5, atol=1e-5)
-
-
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ TRAIN = shlex.split(
     "--no-auxiliary --epochs 500 --batch-size 8 --val-share .3 --image-size 32 --no-report"
 )
 COMMANDS = {"search": SEARCH, "train_eval": TRAIN}
+EITHER = ["search", pytest.param("train_eval", marks=pytest.mark.slow)]
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 namespaces = pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
@@ -114,7 +115,7 @@ def assert_over(process, children, log: Path, code: int) -> str:
     return said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", EITHER)
 def test_a_killed_worker_ends_the_command(name, images, tmp_path):
     log = tmp_path / "log"
     with running([sys.executable, *script(name, images, tmp_path / "run")], log) as process:
@@ -213,7 +214,7 @@ def with_shared_memory(kb: int, argv: list[str]) -> list[str]:
 
 
 @namespaces
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", EITHER)
 def test_too_little_shared_memory_is_refused_at_once(name, images, tmp_path):
     log = tmp_path / "log"
     with running(with_shared_memory(16, [sys.executable, *script(name, images, tmp_path / "run")]), log) as process:
@@ -244,7 +245,7 @@ def test_too_little_shared_memory_ends_a_job_of_two_processes(images, tmp_path):
     ("name", "strategy"),
     [
         ("search", "file_descriptor"),
-        ("train_eval", "file_descriptor"),
+        pytest.param("train_eval", "file_descriptor", marks=pytest.mark.slow),
         pytest.param("search", "file_system", marks=pytest.mark.slow),
     ],
 )
