@@ -69,7 +69,7 @@ TURN = {
     "8cells-untrained": replace(BASE, layers=8, rest_steps=0, initialisations=16),
     "10000-long": replace(BASE, weight_images=10_000, rest_steps=7800, read_every=600),
 }
-"""Part 1, the turn: one factor at a time from the base. The last has as many passes over its images as the base."""
+"""Part 1, the turn: one factor at a time from the base. The last sees its images 25 times, the base 31 times."""
 
 
 SEARCH = {

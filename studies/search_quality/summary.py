@@ -41,7 +41,7 @@ def main(results: Path) -> int:
         "proxies": _proxies(_by_arm(runs, "proxies/")),
         "gpu": presets.get("gpu", []),
         "presets": {
-            name: {column: mean_and_error([one[column] for one in found], 3) for column in NAMES}
+            name: {column: _mean_of(one[column] for one in found) for column in NAMES}
             for name, found in presets.items()
         },
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
@@ -92,10 +92,14 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
 
 
 def _winner(line: Line) -> dict[str, Any]:
-    """A genotype of search.py and what the judge says of it."""
+    """A genotype of search.py and what the judge says of it; no percentile of equal size where too few are as large."""
     found = Genotype.from_json(line["genotype"])
-    said = verdict(found)
-    return {"seed": _seed(line), "genotype": found.to_json(), **{name: round(float(said[name]), 2) for name in NAMES}}
+    said = {name: value for name, value in verdict(found).items() if name in NAMES and value is not None}
+    return {
+        "seed": _seed(line),
+        "genotype": found.to_json(),
+        **{name: round(float(said[name]), 2) if name in said else None for name in NAMES},
+    }
 
 
 def _seed(line: Line) -> int:
@@ -108,6 +112,12 @@ def _mean(values: list[float], name: str) -> dict[str, Any]:
         return {"n": 0}
     found = mean_and_error(values, 3)
     return {f"{name}_mean": found["mean"], f"{name}_se": found["se"], "n": found["n"]}
+
+
+def _mean_of(values: Iterable[float | None]) -> dict[str, Any]:
+    """Mean and standard error of those that are there."""
+    there = [value for value in values if value is not None]
+    return mean_and_error(there, 3) if there else {"n": 0}
 
 
 def _cost(runs: list[Line], start: str) -> dict[str, Any]:
@@ -146,7 +156,10 @@ def _winner_minus_entry(proved: list[Line]) -> dict[str, Any]:
     pairs = [
         [verdict(Genotype.from_json(line["finals"][one]["genotype"])) for one in ("winner", "entry")] for line in proved
     ]
-    return {name: mean_and_error([winner[name] - entry[name] for winner, entry in pairs], 3) for name in NAMES if pairs}
+    return {
+        name: _mean_of(winner[name] - entry[name] for winner, entry in pairs if None not in (winner[name], entry[name]))
+        for name in NAMES
+    }
 
 
 def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
@@ -165,7 +178,7 @@ def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
     spearman = {}
     for name, which in (("all", [*winners, *random, *wired]), ("random", random)):
         rank = stats.spearmanr([one["accuracy"] for one in which], [one["z"] for one in which])
-        spearman[name] = {"value": round(rank.statistic, 3), "p": round(rank.pvalue, 4), "n": len(which)}
+        spearman[name] = {"value": round(rank.statistic, 3), "p": float(f"{rank.pvalue:.2g}"), "n": len(which)}
     return {**table, "spearman": spearman}
 
 
@@ -173,7 +186,8 @@ def _difference(some: list[Line], others: list[Line]) -> dict[str, Any]:
     """Of the mean accuracies, with the standard error of two independent samples."""
     one, other = ([line["accuracy"] for line in lines] for lines in (some, others))
     error = np.sqrt(np.var(one, ddof=1) / len(one) + np.var(other, ddof=1) / len(other))
-    return {"mean": round(float(np.mean(one) - np.mean(other)), 5), "se": round(float(error), 5), "n": len(one)}
+    counts = {"n": len(one), "n_others": len(other)}
+    return {"mean": round(float(np.mean(one) - np.mean(other)), 5), "se": round(float(error), 5), **counts}
 
 
 def _retrained(line: Line) -> dict[str, Any]:
