@@ -33,7 +33,7 @@ from nas_kmix.pipeline import finals
 from nas_kmix.pipeline.candidates import Candidate, Shape
 from nas_kmix.pipeline.finals import divide
 from nas_kmix.pipeline.halving import Halving
-from nas_kmix.pipeline.trial import FinalsConfig, Roles, Task, Trainer, train_rung
+from nas_kmix.pipeline.trial import DIVERGED, FinalsConfig, Roles, Task, Trainer, train_rung
 from nas_kmix.pipeline.verdict import in_words, judge
 
 FLAGS = shlex.split(
@@ -116,7 +116,6 @@ def test_a_search_without_finals_is_unproved_until_they_are_added(alone, npz, tm
     listed = json.loads((tmp_path / "candidates.json").read_text())["candidates"]
     assert {one["origin"] for one in listed} == {"bilevel"}
     assert Genotype.load(tmp_path / "genotype.json") == Genotype.from_json(listed[0]["genotype"])
-    (tmp_path / "candidates.json").unlink()  # as a version without finals left its folders
     ended = completed(command(npz, tmp_path, "--candidates", "PC_DARTS_cifar", "--jobs", 2))
     assert "\nsearch: 7 steps\n" not in ended.out
     for name in PROVED:
@@ -285,14 +284,14 @@ def test_a_trainer_carries_weights_from_rung_to_rung(digits):
     config = FinalsConfig(channels=2, layers=3, batch_size=32, epochs=1, rungs=2)
     trainer = Trainer.of(data, replace(roles, train=roles.train[:64]), config, Compute())
     first = trainer(Task(GENOTYPES["DARTS_V2"], 2, 0, None, False))
-    assert first.verdict_accuracy is None and 0 <= first.accuracy <= 1 and first.loss > 0 and first.train_loss > 0
+    assert first.verdict_accuracy is None and 0 <= first.accuracy <= 1 and first.loss > 0
     last = trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, first.state, True))
     assert last.state is None and 0 <= last.verdict_accuracy <= 1
     assert int(first.state["cells.0.preprocess1.2.num_batches_tracked"]) == 2
     fresh = trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, None, True))
     assert fresh.loss != last.loss
     broken = {name: array * np.nan if array.dtype == np.float32 else array for name, array in first.state.items()}
-    assert trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, broken, True))[3:] == (None, None)
+    assert trainer(Task(GENOTYPES["DARTS_V2"], 2, 1, broken, True)) == DIVERGED
 
 
 def test_large_images_are_judged_as_in_training_networks(image_folder):

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nas_kmix.pipeline.halving import Halving, run_halving
+from nas_kmix.pipeline.halving import Halving
 from nas_kmix.pipeline.verdict import in_words, judge, pooled, standard_error
+
+
+def run_halving(halving, accuracy):
+    """The winner, given a function of candidate and rung."""
+    while turns := halving.turns():
+        for turn in turns:
+            halving.record(turn, accuracy(*turn))
+    return halving.winner
 
 
 def halved_by_hand(accuracies, contenders, rungs):

@@ -26,7 +26,7 @@ from darts_space import Genotype, Preparation, build_network, read_genotype
 from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.cli import parse_flags
+from nas_kmix.engine.cli import Flat, parse_flags
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.pipeline.network import preparation_of
 from nas_kmix.pipeline.scorer import FORMAT as BACKBONE_FORMAT
@@ -74,7 +74,7 @@ class Config:
     """Per channel, in [0, 1], with which it was normalised. Default: the data set's; for a PyramidNet, CutMix's."""
     std: tuple[float, float, float] | None = None
     """As --mean, the standard deviation."""
-    input: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
 
 
 def run(config: Config) -> str:

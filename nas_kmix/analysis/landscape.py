@@ -43,7 +43,7 @@ from nas_kmix.analysis.objective import (
 )
 from nas_kmix.analysis.runs import InputConfig, load_images, open_runs, subset
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.cli import parse_flags
+from nas_kmix.engine.cli import Flat, parse_flags
 from nas_kmix.engine.compute import DeviceConfig
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, stage_key
@@ -107,9 +107,6 @@ class Views:
             "slice": (self.slice_points,),
             "noise": (self.draws, len(self.sigmas)),
         }
-
-
-Flat = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)

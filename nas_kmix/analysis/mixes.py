@@ -18,12 +18,11 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from nas_kmix.engine import cli, files
-from nas_kmix.engine.cli import parse_flags
+from nas_kmix.engine.cli import Flat, parse_flags
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.mixing import DCutMix, DMixup, Mixer, SaliencyDCutMix
 from nas_kmix.rivals import CutMix, Cutout, Mixup
@@ -39,7 +38,7 @@ class Config:
 
     picture: Path = Path("mixes.png")
     """The PNG file to write."""
-    input: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    input: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     images: int = 8
     """Number of images that are mixed with one another, a column each."""
     k: int = 3

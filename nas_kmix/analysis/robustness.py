@@ -41,13 +41,12 @@ from nas_kmix.analysis.measures import (
 from nas_kmix.analysis.runs import InputConfig, check_same_task, checkpoint_of, load_images, open_runs, subset
 from nas_kmix.engine import cli, files
 from nas_kmix.engine.bad_files import BadFiles
-from nas_kmix.engine.cli import parse_flags
+from nas_kmix.engine.cli import Flat, parse_flags
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import Batch, ImageData
 from nas_kmix.engine.datasets import open_class_folders
 
 START = 2  # random stream, beside runs.SUBSET
-Flat = tyro.conf.arg(name="")
 
 
 def _grey_levels(texts: list[str]) -> float:

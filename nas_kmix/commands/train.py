@@ -16,18 +16,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from torch import nn
 
 from darts_space import CifarNetwork, ImageNetNetwork, cost
 from darts_space.fast.norm import join_norms
 from nas_kmix.analysis.report import write_report_of_run
-from nas_kmix.commands import dry_run as forecast
+from nas_kmix.commands import dry_run
 from nas_kmix.commands.evaluate import evaluate_checkpoint
 from nas_kmix.commands.summary import of_evaluation, of_images, of_training
 from nas_kmix.engine import bad_files, cli, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
+from nas_kmix.engine.cli import Flat, Invocation
 from nas_kmix.engine.compute import Compute, DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.datasets import check_run_folder, located
@@ -53,8 +53,6 @@ SMALLEST = {
 COMPARED_BY = ("train/val_accuracy", "train/test_accuracy")  # of runs, by TensorBoard
 OPENED = {"stages": STAGES, "results": RESULTS, "compared_by": COMPARED_BY}
 
-Flat = tyro.conf.arg(name="")
-
 
 @dataclass(frozen=True)
 class Config(NetworkTraining):
@@ -65,7 +63,7 @@ class Config(NetworkTraining):
     a row of the paper's tables, e.g. pyramidnet110-cifar100-dcutmix; an unknown name lists them all."""
     out: Path = Path("runs/train")
     """The run folder."""
-    invocation: Annotated[cli.Invocation, Flat] = field(default_factory=cli.Invocation)
+    invocation: Annotated[Invocation, Flat] = field(default_factory=Invocation)
     fresh: bool = False
     """Remove what an earlier run left in --out and start over."""
     skip_bad: bool = False
@@ -187,7 +185,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> dict[str, Any]:
         return result
 
 
-def dry_run(config: Config) -> Iterator[str]:
+def foreseen(config: Config) -> Iterator[str]:
     """What `run` would do, line by line; refusals are the same."""
     _check_flags(config)
     if config.eval_only is not None:
@@ -201,11 +199,11 @@ def dry_run(config: Config) -> Iterator[str]:
     name = config.network.backbone or f"{config.network.layers} cells of {model.channels} channels"
     with joined(compute.device) as world:
         config.mix.check_processes(world.size)
-        chain = forecast.Chain(data, compute, config.out, config.fresh, world)
+        chain = dry_run.Chain(data, compute, config.out, config.fresh, world)
         _check_machine(config, data, model, training, chain.run)
         bad = BadFileList((training.data, *(part.data for part in evaluated.values())), world)
         found = chain.find(network, _in_world(config, world), model, training, evaluated, bad)
-    yield from forecast.of_training(name, model, config, len(training.indices), chain, found is not None)
+    yield from dry_run.of_training(name, model, config, len(training.indices), chain, found is not None)
     yield where_validation_comes_from(config.input.data, splits, evaluated, config.val_share)
 
 
@@ -301,7 +299,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     def work() -> None:
         config = parse(argv, description)
         if config.invocation.dry_run:
-            said = "\n".join(dry_run(config))
+            said = "\n".join(foreseen(config))
             if is_main():
                 print(said)
             return

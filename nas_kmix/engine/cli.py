@@ -31,6 +31,8 @@ from nas_kmix.engine.signals import StoppedError
 from nas_kmix.engine.workers import end_workers, explain
 
 Config = TypeVar("Config")
+Flat = tyro.conf.arg(name="")
+"""Marks a dataclass whose flags have no prefix: --epochs, not --search.epochs."""
 SIGPIPE = 13  # Windows lacks signal.SIGPIPE
 
 # What people type who come from other projects, and what does it here.

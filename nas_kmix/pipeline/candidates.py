@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -44,9 +44,14 @@ class Candidate:
     text: str | None = None
 
     @property
+    def searched(self) -> bool:
+        """Whether a search found it, rather than a user or chance."""
+        return self.origin == "bilevel"
+
+    @property
     def title(self) -> str:
         """Its origin in a few words."""
-        if self.origin == "bilevel":
+        if self.searched:
             return f"bilevel search, seed {self.seed}, architecture step {self.arch_step}"
         return "random" if self.origin == "random" else f"given: {self.text}"
 
@@ -57,7 +62,7 @@ class Candidate:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Candidate:
-        if raw["origin"] not in ("bilevel", "random", "given"):
+        if raw["origin"] not in get_args(Origin):
             raise ValueError(f"there is no origin {raw['origin']!r}")
         known = {name: raw.get(name) for name in ("seed", "arch_step", "text")}
         return cls(Genotype.from_json(raw["genotype"]), raw["origin"], **known)
@@ -109,7 +114,7 @@ def load(path: Path) -> tuple[list[Candidate], dict[str, Any]]:
         raise ValueError(f"{path} is not a list of candidates of this version; {files.REMOVE_OURS}.")
     with files.damage_named(path, files.REMOVE_OURS):
         candidates = [Candidate.from_json(one) for one in raw["candidates"]]
-        if not candidates or candidates[0].origin != "bilevel":
+        if not candidates or not candidates[0].searched:
             raise ValueError("its first candidate is not a search's")
         return candidates, dict(raw["provenance"])
 
@@ -251,10 +256,7 @@ class Entrants:
             for one, own in zip(found, macs, strict=True)
         ]
         costs = [shape.macs(one.genotype, width) for one, width in zip(found, widths, strict=True)]
-        of_origin = {
-            origin: [own for one, own in zip(found, macs, strict=True) if one.origin == origin]
-            for origin in ("bilevel", "random")
-        }
-        middle = float(np.median(of_origin["bilevel"]))
-        far = sum(abs(own / middle - 1) > NEAR for own in of_origin["random"])
+        middle = float(np.median([own for one, own in zip(found, macs, strict=True) if one.searched]))
+        random = [own for one, own in zip(found, macs, strict=True) if one.origin == "random"]
+        far = sum(abs(own / middle - 1) > NEAR for own in random)
         return cls(found, widths, costs, far, provenance or {})

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nas_kmix.engine.augment import Augmentation
-from nas_kmix.engine.cli import Invocation
+from nas_kmix.engine.cli import Flat, Invocation
 from nas_kmix.engine.compute import DeviceConfig, cores
 from nas_kmix.engine.data import DataConfig
 from nas_kmix.engine.learner import OptimConfig
@@ -21,7 +21,6 @@ from nas_kmix.proxy import ProxyConfig
 from nas_kmix.scoring import ScoringConfig
 
 ALL_IMAGES = Path("none")  # `--proxy none`: no proxy, search on all images
-Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --search.epochs
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,8 @@ PRESETS: dict[str, Config] = {
         device=DeviceConfig(threads=1, channels_last=True),  # such small tensors gain nothing by a second thread
     ),
     # CIFAR-100 without a GPU, in about an hour of one idle thread, half of it for the finals. The scorer reaches 46 %
-    # accuracy (studies/first_run). Alpha rests until after the turn (studies/search_quality), but no longer: all before
-    # the finals is to take 40 minutes.
+    # accuracy (studies/first_run). The architecture moves from just after the turn on (studies/search_quality), so that
+    # everything before the finals takes 40 minutes.
     "cpu": Config(
         preset="cpu",
         input=DataConfig(data="cifar100"),

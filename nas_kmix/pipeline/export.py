@@ -46,7 +46,7 @@ def export_network(model: nn.Module, preparation: Preparation, images: Tensor, p
     """Write `model` in eval mode to `path`, as a program for CPUs.
 
     Before it is written, the program is loaded again and must agree with the model on `images`, and on the first alone,
-    to 1e-5 of the largest logit. Raises ValueError if it does not.
+    to 1e-5 of the largest logit, or of 1 if that is smaller. Raises ValueError if it does not.
     """
     model = copy.deepcopy(model).cpu().eval()
     normalise = Normalise(preparation.mean, preparation.std)

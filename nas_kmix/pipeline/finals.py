@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from nas_kmix.pipeline import candidates
 from nas_kmix.pipeline.candidates import Candidate, Entrants, Shape
 from nas_kmix.pipeline.halving import Halving, Turn
 from nas_kmix.pipeline.stage import Key
-from nas_kmix.pipeline.trial import FinalsConfig, Outcome, Roles, State, Task, Trainer
+from nas_kmix.pipeline.trial import DIVERGED, FinalsConfig, Outcome, Roles, State, Task, Trainer
 from nas_kmix.pipeline.verdict import in_words, judge, standard_error
 from nas_kmix.sampling import split_by_class
 
@@ -200,9 +201,6 @@ class _Turns:
         }
 
 
-DIVERGED = Outcome(0.0, math.nan, math.nan, None, None)
-
-
 def _train(turns: _Turns, trainer: Trainer, run: Run) -> None:
     """Train every turn as soon as it may begin and a child of any rank is free."""
     config, halving = trainer.config, turns.halving
@@ -228,7 +226,7 @@ def _train(turns: _Turns, trainer: Trainer, run: Run) -> None:
             cost.images_forward += passes + judged
             cost.images_backward += passes
             turns.record(turn, outcome)
-            if math.isnan(outcome.loss):
+            if outcome == DIVERGED:
                 title = turns.entrants.candidates[number].title
                 run.say(f"warning: candidate {number} ({title}) has diverged and counts as accuracy 0")
             progress.update(config.epochs_of(rung), f"candidate {number}: {100 * outcome.accuracy:.1f} %")
@@ -261,7 +259,8 @@ def result_of(turns: _Turns, images: int) -> dict[str, Any]:
             "and too few are left to compare; lower --finals.lr, or use --no-finals."
         )
     entry_accuracy = found.get(halving.entry, 0.0)
-    verdict = judge(entry_accuracy, controls, images)
+    compared = asdict(judge(entry_accuracy, controls, images))
+    word = compared.pop("word")
     winner, entry = (turns.entrants.candidates[number] for number in (halving.winner, halving.entry))
     accuracy = found[halving.winner]
     return {
@@ -278,15 +277,10 @@ def result_of(turns: _Turns, images: int) -> dict[str, Any]:
             "best": max(controls),
             "mean": float(np.mean(controls)),
             "sd": float(np.std(controls, ddof=1)),
-            "n": verdict.n,
+            "n": len(controls),
         },
-        "entry_minus_random": {
-            "mean": verdict.mean,
-            "se": verdict.se,
-            "n": verdict.n,
-            "detectable": verdict.detectable,
-        },
-        "verdict": verdict.word,
+        "entry_minus_random": compared,
+        "verdict": word,
         "images": images,
     }
 

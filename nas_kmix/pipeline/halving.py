@@ -10,7 +10,7 @@ do not contend: without them nothing could be said of the search.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 Turn = tuple[int, int]
@@ -65,12 +65,3 @@ class Halving:
     def winner(self) -> int | None:
         """The best contender of the last rung, the first of equal ones; None before that rung has ended."""
         return next(iter(self.kept(self.rungs - 1)), None)
-
-
-def run_halving(halving: Halving, accuracy: Callable[[int, int], float]) -> int:
-    """The winner, given a function of candidate and rung. A candidate's rungs are asked for in their order."""
-    while turns := halving.turns():
-        for turn in turns:
-            halving.record(turn, accuracy(*turn))
-    assert halving.winner is not None
-    return halving.winner

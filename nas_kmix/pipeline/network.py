@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from torch import nn
 
 from darts_space import Preparation, build_network, parse_macs, read_genotype, widest
@@ -21,6 +20,7 @@ from nas_kmix.backbones import Drop, build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
+from nas_kmix.engine.cli import Flat
 from nas_kmix.engine.data import ImageData, wider
 from nas_kmix.engine.data import Preparation as Prepared
 from nas_kmix.engine.keys import NOT_IN_KEY, check_key, identity, stage_key
@@ -66,9 +66,6 @@ class NetworkConfig:
     """Choose the largest even number of channels that costs at most this many multiply-adds, e.g. 600M."""
     macs_convention: Literal["strict", "published"] = field(default="strict", metadata=NOT_IN_KEY)
     """What --max-macs counts: convolutions and linear layers, or BatchNorm and ReLU too, as the papers' tables do."""
-
-
-Flat = tyro.conf.arg(name="")  # flags without a prefix: --epochs, not --training.epochs
 
 
 @dataclass(frozen=True)

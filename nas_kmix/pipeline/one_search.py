@@ -82,7 +82,7 @@ class SearchConfig:
     grad_clip: float = 5.0
     """Clip the gradient norm of the weights to this value."""
     warmup_epochs: int = 0
-    """Epochs of learning-rate warm-up; at most half of --epochs."""
+    """Epochs of learning-rate warm-up, at most half of --epochs."""
     channels: int = 16
     """Channels of the first cell's nodes."""
     layers: int = 8
@@ -124,20 +124,19 @@ class SearchConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
 
-    def _at_most_half(self, wanted: int) -> int:
-        """The `wanted` epochs of a preset, cut to half the search where `--epochs` makes it short."""
-        return wanted if wanted < self.epochs else self.epochs // 2
-
     def bilevel(self, amp: str, epoch_steps: int) -> BilevelConfig:
         """The settings of `darts_space`, for epochs of `epoch_steps` steps. Raises ValueError if they are invalid."""
-        frozen = min(15, self.epochs // 2) if self.frozen_epochs is None else self._at_most_half(self.frozen_epochs)
+        half = self.epochs // 2
+        frozen = min(15, half) if self.frozen_epochs is None else self.frozen_epochs
+        if frozen >= self.epochs:  # those of a preset, where --epochs makes the search short
+            frozen = half
         own = {item.name: getattr(self, item.name) for item in fields(BilevelConfig) if hasattr(self, item.name)}
         resolved = {
             "rest_steps": frozen * epoch_steps if self.rest_steps is None else self.rest_steps,
             "arch_steps": (self.epochs - frozen) * epoch_steps if self.arch_steps is None else self.arch_steps,
             "lr": scaled_lr(self.batch_size, self.full_lr, self.full_batch) if self.lr is None else self.lr,
             "epoch_steps": epoch_steps,
-            "warmup_epochs": self._at_most_half(self.warmup_epochs),
+            "warmup_epochs": min(self.warmup_epochs, half),
             "amp": amp,
         }
         return BilevelConfig(**own | resolved)

@@ -23,6 +23,7 @@ from nas_kmix.backbones import build_backbone, last_linear
 from nas_kmix.baselines import forgetting_counts, note_forgetting
 from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
+from nas_kmix.engine.cli import Flat
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, identity, stage_key
@@ -59,8 +60,8 @@ class ScorerConfig:
     backbone: str = "pyramidnet110"
     """Name of a network in `nas_kmix.backbones.BACKBONES`; of a state dict given as --scorer also torchvision:NAME or
     timm:NAME."""
-    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
-    mix: Annotated[MixConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
+    optim: Annotated[OptimConfig, Flat] = field(default_factory=OptimConfig)
+    mix: Annotated[MixConfig, Flat] = field(default_factory=lambda: MixConfig(mix="dcutmix"))
     val_share: float = 0.0
     """Share of each class's images to test it on instead of training it on them; 0, as in the paper and with
     `forgetting`, tests on none. They are scored like all others."""

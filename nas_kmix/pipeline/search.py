@@ -59,7 +59,7 @@ def load(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     check_key(path, provenance, key)
     if config.seeds == 1:
         history.say_if_gone(path, run)
-    return Searched([one for one in found if one.origin == "bilevel"], provenance)
+    return Searched([one for one in found if one.searched], provenance)
 
 
 def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, run: Run, key: Key) -> Searched:
@@ -68,8 +68,7 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     say_how_long(bilevel, config, halves, data, run)
     provenance = dict(key)
     if config.seeds == 1:
-        earlier = _of_earlier_version(path.with_name(Unproved.FILE), bilevel.arch_steps, key)
-        genotypes = [earlier or search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
+        genotypes = [search_once(NAME, path.parent, config, halves, data, run=run, key=key)]
         records = [history.read_history(path.parent)]
     else:
         seeds = [replace(config, seeds=1, seed=config.seed + i) for i in range(config.seeds)]
@@ -81,15 +80,6 @@ def make(path: Path, config: SearchConfig, halves: Halves, data: ImageData, *, r
     if run.world.main:
         candidates.save(path, found, provenance)
     return Searched(found, provenance)
-
-
-def _of_earlier_version(path: Path, arch_steps: int, key: Key) -> Genotype | None:
-    """What a finished search of this key ended with, if it has its history but no candidates yet."""
-    if not all(path.with_name(name).exists() for name in (path.name, *history.FILES)):
-        return None
-    genotype, made_with = Genotype.load(path), files.read_json(path).get("provenance")
-    last = history.read_history(path.parent)[-1:]
-    return genotype if made_with == key and last == [(arch_steps, genotype)] else None
 
 
 def _chosen(genotypes: Sequence[Genotype], run: Run) -> dict[str, Any]:

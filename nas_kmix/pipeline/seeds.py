@@ -2,10 +2,10 @@
 
 In:  the config and the key of each, the halves, the images. Out: the genotypes; genotype and history lie in seed-N.
 
-At least as many searches as the processes of a world are dealt out to them, and on CPUs child processes of one thread
-each take them (`--jobs`). Each of these searches is a run of its own in its subfolder, with ledger, log and checkpoint,
-which the run adopts in the end; what it finds is the same wherever it runs. Fewer searches than processes are searched
-in turn, each by all of them; and so are those of a single process with a GPU.
+If there are at least as many searches as processes, each process takes whole searches. A single process on a CPU hands
+them to child processes of one thread each (`--jobs`). Each of these searches is a run of its own in its subfolder, with
+ledger, log and checkpoint, which the run adopts in the end; what it finds is the same wherever it runs. Otherwise, with
+fewer searches than processes or with a single GPU, all processes share one search after the other.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ through `engine.loop` or through `Run.resumed` and `Run.save_checkpoint`.
 All processes of the run's world call `obtain`, with the same inputs, and get the same result. Of a stage with
 `ALONE = True` rank 0 alone calls `make`, and the others then load what it has written; otherwise all call it, and rank
 0 writes the file.
+
+To add a stage to search.py, see `commands/search.py` (STAGES, RESULTS, REUSE and `_stages`) and `dry_run.of_search`.
 """
 
 from __future__ import annotations

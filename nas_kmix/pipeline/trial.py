@@ -133,15 +133,16 @@ class Task(NamedTuple):
 class Outcome(NamedTuple):
     """What a rung gave. A candidate that diverged has an accuracy of 0, none on the verdict's images, and no state.
 
-    accuracy, loss: of the images that judge; train_loss: mean of the rung's steps; verdict_accuracy: of the images of
-    the verdict, after the last rung alone.
+    accuracy, loss: of the images that judge; verdict_accuracy: of the images of the verdict, after the last rung alone.
     """
 
     accuracy: float
     loss: float
-    train_loss: float
     verdict_accuracy: float | None
     state: State | None
+
+
+DIVERGED = Outcome(0.0, math.inf, None, None)
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,10 @@ class Trainer:
         train_loss = train_rung(network, data, self.roles.train, self.config, rung=task.rung, compute=compute)
         found = self._judged(network, judge)
         if not (math.isfinite(train_loss) and math.isfinite(found["loss"])):
-            return Outcome(0.0, math.nan, math.nan, None, None)
+            return DIVERGED
         accuracy = self._judged(network, verdict)["accuracy"] if task.last else None
         state = None if task.last else {n: t.cpu().numpy() for n, t in network.state_dict().items()}
-        return Outcome(found["accuracy"], found["loss"], train_loss, accuracy, state)
+        return Outcome(found["accuracy"], found["loss"], accuracy, state)
 
     def _judged(self, network: nn.Module, part: Part) -> dict[str, float]:
         return evaluate(network, part.data, compute=self._compute, indices=part.indices)
