@@ -41,7 +41,7 @@ def k_images(mix: str, k: int, alpha: float, p: float = 1.0) -> Settings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PaperResult:
     """One result: the fields of `train_eval.Config` that differ from the defaults, and what the paper reports."""
 
     table: str
@@ -69,12 +69,12 @@ class Cell:
         return f"{self.table}, {self.row}: top-1 error {self.error:.2f} %{top5}"
 
 
-def _table1() -> dict[str, Cell]:
+def _table1() -> dict[str, PaperResult]:
     cells = {}
 
     def add(name, row, error, network, data, optim, mix=NONE, augmentation=None, recipe=None, drop=None):
         baseline = f"{network}-{data}" if name else None
-        cells[f"{network}-{data}" + (f"-{name}" if name else "")] = Cell(
+        cells[f"{network}-{data}" + (f"-{name}" if name else "")] = PaperResult(
             "Table 1", row, error, {"backbone": network, **(drop or {})}, {"data": data}, optim, mix,
             augmentation or {}, recipe or {}, baseline=baseline,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def _table1() -> dict[str, Cell]:
     return cells
 
 
-def _table2() -> dict[str, Cell]:
+def _table2() -> dict[str, PaperResult]:
     """The ratios are training times relative to the baseline's. PuzzleMix and Co-Mixup are not implemented."""
     cells = {}
     rows = {
@@ -132,18 +132,18 @@ def _table2() -> dict[str, Cell]:
     return cells
 
 
-def _co_mixup(table, row, error, backbone, mixing, baseline, ratio=None) -> Cell:
-    return Cell(
+def _co_mixup(table, row, error, backbone, mixing, baseline, ratio=None) -> PaperResult:
+    return PaperResult(
         table, row, error, {"backbone": backbone}, {"data": "cifar100"}, CO_MIXUP, mixing, {"crop_padding": 2},
         {"loss": "softmax_bce"}, baseline=baseline, time_ratio=ratio,
     )  # fmt: skip
 
 
-def _table3() -> dict[str, Cell]:
+def _table3() -> dict[str, PaperResult]:
     cells = {}
 
     def add(name, row, error, top5, mixing):
-        cells["imagenet-resnet50" + (f"-{name}" if name else "")] = Cell(
+        cells["imagenet-resnet50" + (f"-{name}" if name else "")] = PaperResult(
             "Table 3", row, error, {"backbone": "resnet50"}, {"data": "imagenet", "image_size": 224},
             IMAGENET, mixing, IMAGENET_AUGMENTATION, top5=top5, baseline="imagenet-resnet50" if name else None,
         )  # fmt: skip
@@ -168,7 +168,7 @@ def _table3() -> dict[str, Cell]:
     return cells
 
 
-def _sm_table1() -> dict[str, Cell]:
+def _sm_table1() -> dict[str, PaperResult]:
     """DCutMix with K images, PreActResNet18 in Table 2's training."""
     errors = {2: 21.34, 3: 21.01, 4: 20.5, 5: 21.01, 7: 20.9, 9: 20.93}
     cells = {}
@@ -182,7 +182,7 @@ def _sm_table1() -> dict[str, Cell]:
     return cells
 
 
-def _sm_table2() -> dict[str, Cell]:
+def _sm_table2() -> dict[str, PaperResult]:
     """Sensitivity to alpha, PyramidNet-200 in Table 1's training."""
     errors = {
         "dmixup": ("DMixup", 3, 1.0, (15.68, 15.35, 15.58, 15.80, 15.07)),
@@ -191,11 +191,11 @@ def _sm_table2() -> dict[str, Cell]:
     cells = {}
     for mix, (title, k, p, row) in errors.items():
         for alpha, error in zip((0.1, 0.3, 0.5, 0.7, 1.0), row, strict=True):
-            cells[f"sm-pyramidnet200-{mix}-alpha{alpha:g}"] = Cell(
+            cells[f"sm-pyramidnet200-{mix}-alpha{alpha:g}"] = PaperResult(
                 "SM Table 2", f"PyramidNet-200 + {title}, alpha {alpha:g}", error, {"backbone": "pyramidnet200"},
                 {"data": "cifar100"}, CIFAR, k_images(mix, k, alpha, p), baseline="pyramidnet200-cifar100",
             )  # fmt: skip
     return cells
 
 
-PAPER: dict[str, Cell] = {**_table1(), **_table2(), **_table3(), **_sm_table1(), **_sm_table2()}
+PAPER: dict[str, PaperResult] = {**_table1(), **_table2(), **_table3(), **_sm_table1(), **_sm_table2()}

@@ -17,8 +17,8 @@ from nas_kmix.engine.learner import Learner, Recipe
 from nas_kmix.engine.log import Log
 from nas_kmix.engine.run import StoppedError
 from nas_kmix.mixers import make_mix
+from nas_kmix.paper_tables import PAPER
 from nas_kmix.pipeline.network import build
-from nas_kmix.presets import PAPER
 
 # Steps of the deepest network take seconds: the default suite trains it where it has a setting to itself. The sweeps
 # over K on ImageNet differ in that number alone.

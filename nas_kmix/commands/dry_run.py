@@ -200,9 +200,9 @@ def _search_and_finals(config: Config, chain: Chain, selected: _Selected) -> Ite
         if searched is not None:
             chain.find(search.Unproved(), config.search, searched, halves, data)
         return
-    given = {text: read_genotype(text) for text in config.candidates}
+    named = {text: read_genotype(text) for text in config.candidates}
     if searched is not None:
-        entrants = finals.entrants(searched.candidates, searched.provenance, given, settings, data)
+        entrants = finals.entrants(searched.candidates, searched.provenance, named, settings, data)
         found = chain.find(finals, settings, entrants, roles, data)
     yield chain.line(finals.NAME, "found") if found is not None else _finals(config, chain, len(roles.train))
 

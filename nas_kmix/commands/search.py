@@ -31,6 +31,7 @@ from nas_kmix.engine.run import Run, open_run
 from nas_kmix.pipeline import finals, history, proxy, scorer, scores, search
 from nas_kmix.pipeline.checks import check_flags, check_forgetting, check_later_stages, check_memory, without_effect
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config
+from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.stage import obtain
 from nas_kmix.proxies import locate
 from nas_kmix.proxy import ProxyManifest
@@ -109,7 +110,7 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
         if config.stop_after == "scores":
             return result
     if given.proxy == ALL_IMAGES:
-        halves = search.Halves.of_all_images(data, config.selection.arch_share, seed=config.seed)
+        halves = Halves.of_all_images(data, config.selection.arch_share, seed=config.seed)
     else:
         file = None if given.proxy is None else locate(given.proxy)
         chosen = obtain(proxy, config.selection, result.table, data, run=run, given=file)
@@ -121,15 +122,15 @@ def _stages(config: Config, data: ImageData, run: Run) -> Result:
         if len(chosen.arch) == 0:
             place = given.proxy or run.path(proxy.FILE)
             raise ValueError(f"{place} has no image to train the architecture; make one at a larger --ratio.")
-        halves = search.Halves.of_proxy(chosen)
+        halves = Halves.of_proxy(chosen)
     if not config.with_finals:
         searched = obtain(search, config.search, halves, data, run=run)
         genotype = obtain(search.Unproved(), config.search, searched, halves, data, run=run)
         return replace(result, genotype=genotype)
     roles = finals.divide(data, halves.weights, halves.arch, config.finals)  # refuses before anything is searched
-    given = {text: read_genotype(text) for text in config.candidates}
+    named = {text: read_genotype(text) for text in config.candidates}
     searched = obtain(search, config.search, halves, data, run=run)
-    entrants = finals.entrants(searched.candidates, searched.provenance, given, config.finals, data)
+    entrants = finals.entrants(searched.candidates, searched.provenance, named, config.finals, data)
     proved = obtain(finals, config.finals, entrants, roles, data, run=run)
     return replace(result, genotype=proved.genotype, finals=proved.result)
 

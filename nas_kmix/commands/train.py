@@ -38,11 +38,11 @@ from nas_kmix.engine.log import OnLog
 from nas_kmix.engine.run import Run, open_run
 from nas_kmix.engine.workers import check_room
 from nas_kmix.mixers import MixConfig
+from nas_kmix.paper_tables import PAPER
 from nas_kmix.pipeline import network
 from nas_kmix.pipeline.export import check_export, export_network
 from nas_kmix.pipeline.network import NetworkConfig, NetworkTraining, preparation_of
 from nas_kmix.pipeline.stage import obtain
-from nas_kmix.presets import PAPER
 from nas_kmix.splits import Evaluated, Part, divide, other_splits, where_validation_comes_from
 
 STAGES = (network.NAME, network.EVALUATION)

@@ -22,7 +22,7 @@ import tyro
 
 import train_eval
 from nas_kmix.engine import cli, files
-from nas_kmix.presets import PAPER
+from nas_kmix.paper_tables import PAPER
 
 
 @dataclass(frozen=True)
