@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pkgutil
 import re
@@ -26,6 +27,7 @@ from darts_space import GENOTYPES, BilevelConfig, Genotype
 from nas_kmix import __main__ as door
 from nas_kmix.commands import notebook
 from nas_kmix.engine import cli, compute, program, workers
+from nas_kmix.engine.containers import cpu_quota
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.settings import _names, configured
 
@@ -443,10 +445,32 @@ def test_the_estimate_is_near_the_truth(npz, tmp_path):
 
 def test_workers_follow_the_cores_of_each_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(compute, "cpu_quota", lambda: math.inf)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (compute.cores(), compute.DeviceConfig().workers) == (12, 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of torchrun
     assert (compute.cores(), compute.DeviceConfig().workers) == (1, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(compute, "cpu_quota", lambda: 2.5)  # docker run --cpus 2.5
+    assert (compute.cores(), compute.DeviceConfig().workers) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "root", "files", "expected"),
+    [
+        ("0::/a/b", "", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 2.5),
+        ("0::/", "", {}, math.inf),
+        ("1:cpu,cpuacct:/a", "cpu,cpuacct", {"a/cpu.cfs_quota_us": "50000", "a/cpu.cfs_period_us": "100000"}, 0.5),
+        ("1:cpu:/a", "cpu", {"a/cpu.cfs_quota_us": "-1", "a/cpu.cfs_period_us": "100000"}, math.inf),
+        ("1:cpuset:/a", "cpuset", {"a/cpu.cfs_quota_us": "1", "a/cpu.cfs_period_us": "1"}, math.inf),
+    ],
+)
+def test_the_quota_of_a_container_is_that_of_its_narrowest_group(line, root, files, expected, tmp_path):
+    for name, text in files.items():
+        (tmp_path / root / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / root / name).write_text(text)
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    assert cpu_quota(tmp_path / "cgroup", tmp_path) == expected
 
 
 def test_channels_last_is_the_default_where_it_was_measured_faster(monkeypatch):

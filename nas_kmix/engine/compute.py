@@ -18,7 +18,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from nas_kmix.engine.distributed import local_device
+from nas_kmix.engine.containers import cpu_quota
+from nas_kmix.engine.distributed import local_device, local_processes
 
 Amp = Literal["off", "bf16", "fp16"]
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,9 +52,12 @@ class DeviceConfig:
 
 
 def cores() -> int:
-    """The CPU cores that this process may use: an equal share where torchrun has started several on this machine."""
+    """The CPU cores that this process may use, as far as affinity and a container tell.
+
+    Where torchrun has started several processes on this machine, an equal share.
+    """
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, int(min(there, cpu_quota())) // local_processes())
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ LONGEST_WAIT = timedelta(days=365)  # at a barrier, where another process may ha
 SECONDS_BETWEEN_LOOKS = 0.05
 
 
+def local_processes() -> int:
+    """Processes that torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class World:
     """Process `rank` of `size`; only rank 0 writes files and prints."""

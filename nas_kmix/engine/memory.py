@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nas_kmix.engine.compute import Compute
-from nas_kmix.engine.distributed import World
+from nas_kmix.engine.containers import GROUPS, MOUNT, control_groups
+from nas_kmix.engine.distributed import World, local_processes
 
 FEW, MORE = 2, 4  # images of the two small batches
 WHOLE_STEP = 1.5  # times what is kept: about what a step takes in all, for the batch size that is advised
@@ -75,11 +75,6 @@ def kept_bytes(model: nn.Module, images: int, side: int, compute: Compute) -> in
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def local_processes() -> int:
-    """Processes of this job on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def free_bytes(device: torch.device, *, processes: int = 1) -> float:
     """Memory that this process can still take, where so many share the machine's; infinite where nothing tells."""
     if device.type == "cuda":
@@ -96,20 +91,10 @@ def _of_the_machine() -> Iterator[float]:
         yield 1024 * sum(int(rows[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
 
 
-def _of_the_container(
-    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
-) -> Iterator[float]:
+def _of_the_container(groups: Path = GROUPS, mount: Path = MOUNT) -> Iterator[float]:
     """What is left of the limits of this process's control groups, whose files the system can drop from memory."""
-    with suppress(OSError, ValueError):
-        for line in groups.read_text().splitlines():
-            _, controller, name = line.split(":", 2)
-            if controller not in ("", "memory"):  # of version 2, of version 1
-                continue
-            limit, resident = ("memory.limit_in_bytes", "total_rss") if controller else ("memory.max", "anon")
-            root = mount / controller
-            group = root / name.strip("/")
-            for folder in (group, *group.parents):
-                if folder.is_relative_to(root):
-                    with suppress(OSError, ValueError, KeyError):
-                        counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                        yield int((folder / limit).read_text()) - int(counts[resident])
+    for version, folder in control_groups("memory", groups, mount):
+        limit, resident = ("memory.max", "anon") if version == 2 else ("memory.limit_in_bytes", "total_rss")
+        with suppress(OSError, ValueError, KeyError):
+            counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            yield int((folder / limit).read_text()) - int(counts[resident])

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nas_kmix.engine.compute import cores
-from nas_kmix.engine.distributed import is_main
+from nas_kmix.engine.distributed import is_main, local_processes
 from nas_kmix.engine.progress import Progress
 from nas_kmix.engine.signals import waiting
 
@@ -185,7 +185,7 @@ def check_room(batch_size: int, image_size: int, workers: int, *, processes: int
     """
     if workers == 0 or not SHARED_MEMORY.is_dir():
         return
-    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = processes or local_processes()
     batch = batch_size * 3 * image_size * image_size * processes
     free = shutil.disk_usage(SHARED_MEMORY).free
     needed = _needed(batch, workers)
