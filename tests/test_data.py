@@ -589,7 +589,7 @@ def test_files_that_are_no_archives(npz_file, tmp_path):
     with pytest.raises(ValueError, match=f"--data {path}: there is no such file"):
         load(path)
     path.mkdir()
-    with pytest.raises(ValueError, match=f"--data {path} is not a complete"):
+    with pytest.raises(ValueError, match=f"--data {path} cannot be read: Is a directory"):
         load(path)
 
 

@@ -95,7 +95,7 @@ class Feed:
         plan = epoch_batches(indices, self.config.batch_size, steps, seed=(self.seed, ORDER, epoch))[first_step:]
         plan = Division(self.data, self.world).plan(plan)
         crops = PhotoCrops(self.data.image_size, self.seed) if self.photographs else None
-        batches = self.data.batches(plan, crops=crops, epoch=epoch, persistent=self.photographs)
+        batches = self.data.batches(plan, crops=crops, epoch=epoch, persistent=True)
         for step, batch in enumerate(batches, start=first_step):
             yield self._share(batch, epoch, step)
 
