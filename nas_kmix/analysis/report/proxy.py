@@ -22,6 +22,7 @@ from nas_kmix.analysis.report.markup import (
 from nas_kmix.analysis.report.names import spoken
 from nas_kmix.analysis.report.parts import show
 from nas_kmix.analysis.report.record import Record
+from nas_kmix.engine.data import ImageData
 from nas_kmix.proxy import SELECTION
 from nas_kmix.sampling import select
 from nas_kmix.scores import DETERMINED, NOT_HARDNESS, TITLES, verdict
@@ -186,12 +187,12 @@ def _overlap(record: Record) -> Markup:
 def _pictures(record: Record) -> Markup:
     """Images with the highest, median and lowest values, each with four of the mixes that it was scored by."""
     scores, name = record.scores, _measure(record)
-    record.check_data(scores.key.get("inputs", {}).get("data"))
+    data = record.data_with(scores.key.get("inputs", {}).get("data"))
     order = np.argsort(-scores.measure(name), kind="stable")
     middle = max(0, (len(order) - IMAGES) // 2)
     groups = {"Highest": order[:IMAGES], "Median": order[middle : middle + IMAGES], "Lowest": order[::-1][:IMAGES]}
     figures = [
-        figure(f"{title} {TITLES[name]}", join(_strip(record, row, name) for row in rows.tolist()), class_="grid")
+        figure(f"{title} {TITLES[name]}", join(_strip(record, data, row, name) for row in rows.tolist()), class_="grid")
         for title, rows in groups.items()
     ]
     draws = scores.losses.shape[1]
@@ -207,9 +208,8 @@ def _pictures(record: Record) -> Markup:
     return join([tag("div", *figures, class_="gallery"), sentence(how, "note")])
 
 
-def _strip(record: Record, row: int, measure: str) -> Markup:
+def _strip(record: Record, data: ImageData, row: int, measure: str) -> Markup:
     scores = record.scores
-    data = record.check_data(scores.key["inputs"]["data"])
     index, losses = int(scores.index[row]), scores.losses[row]
     value = f"{TITLES[measure]} {number(float(scores.measure(measure)[row]), 3)}"
     label = spoken(data)[int(scores.label[row])]

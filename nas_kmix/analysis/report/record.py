@@ -218,8 +218,8 @@ class Record:
         """`data` without DataLoader workers: a few images are read sooner than they start."""
         return replace(self.data, workers=0)
 
-    def check_data(self, fingerprint: Any) -> ImageData:
-        """`shown_data`, if it is the data with this fingerprint."""
+    def data_with(self, fingerprint: Any) -> ImageData:
+        """`shown_data`. Raises ValueError if its fingerprint is another."""
         if self.data.fingerprint != fingerprint:
             raise ValueError(
                 f"The images of {self.name} cannot be shown: {self.data.source.name} has changed since the scoring."
