@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from nas_kmix.engine import files, hugging_face
-from nas_kmix.engine.division import divided
 from nas_kmix.engine.folders import (
     LOOK_ALIKES,
     SplitFolderError,
@@ -24,6 +23,7 @@ from nas_kmix.engine.folders import (
 from nas_kmix.engine.named_sets import is_named, open_named, splits_of_named
 from nas_kmix.engine.pixels import to_rgb
 from nas_kmix.engine.sources import Source
+from nas_kmix.engine.undivided import divided
 
 HUGGING_FACE = "hf:"
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from nas_kmix.engine import files
-from nas_kmix.engine.division import divided
 from nas_kmix.engine.folders import SplitFolderError
 from nas_kmix.engine.sources import Source
+from nas_kmix.engine.undivided import divided
 
 ALIASES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # in this order, where several columns hold classes
