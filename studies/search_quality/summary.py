@@ -166,7 +166,7 @@ def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
     """Test accuracies after the last epoch of the winners and of controls of equal cost, beside the judge's z.
 
     The controls are random genotypes, and random convolutions on the winners' wiring. spearman: of accuracy and z, over
-    all of them and over the random ones alone, with p values.
+    all of them and over the random ones alone, with p values; settled: of the accuracies after ten epochs and the last.
     """
     found = {arm: sorted(map(_retrained, lines), key=lambda one: one["seed"]) for arm, lines in arms.items()}
     winners, random, wired = (found.get(name, []) for name in ("winner", "random", "wired"))
@@ -179,7 +179,10 @@ def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
     for name, which in (("all", [*winners, *random, *wired]), ("random", random)):
         rank = stats.spearmanr([one["accuracy"] for one in which], [one["z"] for one in which])
         spearman[name] = {"value": round(rank.statistic, 3), "p": float(f"{rank.pvalue:.2g}"), "n": len(which)}
-    return {**table, "spearman": spearman}
+    after_ten = [next(row for row in line["curve"] if row["epoch"] == 9) for lines in arms.values() for line in lines]
+    last = [line["last"]["test_accuracy"] for lines in arms.values() for line in lines]
+    settled = stats.spearmanr([row["test_accuracy"] for row in after_ten], last).statistic
+    return {**table, "spearman": spearman, "settled": round(settled, 3)}
 
 
 def _difference(some: list[Line], others: list[Line]) -> dict[str, Any]:
