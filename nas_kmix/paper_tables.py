@@ -70,11 +70,11 @@ class PaperResult:
 
 
 def _table1() -> dict[str, PaperResult]:
-    cells = {}
+    results = {}
 
     def add(name, row, error, network, data, optim, mix=NONE, augmentation=None, recipe=None, drop=None):
         baseline = f"{network}-{data}" if name else None
-        cells[f"{network}-{data}" + (f"-{name}" if name else "")] = PaperResult(
+        results[f"{network}-{data}" + (f"-{name}" if name else "")] = PaperResult(
             "Table 1", row, error, {"backbone": network, **(drop or {})}, {"data": data}, optim, mix,
             augmentation or {}, recipe or {}, baseline=baseline,
         )  # fmt: skip
@@ -105,12 +105,12 @@ def _table1() -> dict[str, PaperResult]:
     add("cutmix", "PyramidNet-200 + CutMix", 2.88, deep, "cifar10", CIFAR, CUTMIX)
     add("dmixup", "PyramidNet-200 + DMixup", 2.90, deep, "cifar10", CIFAR, k_images("dmixup", 5, 0.2))
     add("dcutmix", "PyramidNet-200 + DCutMix", 2.42, deep, "cifar10", CIFAR, k_images("dcutmix", 3, 1 / 3))
-    return cells
+    return results
 
 
 def _table2() -> dict[str, PaperResult]:
     """The ratios are training times relative to the baseline's. PuzzleMix and Co-Mixup are not implemented."""
-    cells = {}
+    results = {}
     rows = {
         "preactresnet18": ("PreActResNet18", (23.59, 22.43, 21.29, 21.68, 20.50), (1.0, 1.04, 1.1, 1.14, 1.07), 4),
         "wrn16_8": ("WRN16-8", (21.70, 20.08, 20.55, 19.13, 18.64), (1.0, 1.02, 1.04, 1.02, 1.01), 5),
@@ -128,8 +128,8 @@ def _table2() -> dict[str, PaperResult]:
         for (name, mixing), error, ratio in zip(methods.items(), errors, ratios, strict=True):
             baseline = None if name == "vanilla" else f"table2-{short}-vanilla"
             row = f"{title}, {name}"
-            cells[f"table2-{short}-{name}"] = _co_mixup("Table 2", row, error, backbone, mixing, baseline, ratio)
-    return cells
+            results[f"table2-{short}-{name}"] = _co_mixup("Table 2", row, error, backbone, mixing, baseline, ratio)
+    return results
 
 
 def _co_mixup(table, row, error, backbone, mixing, baseline, ratio=None) -> PaperResult:
@@ -140,10 +140,10 @@ def _co_mixup(table, row, error, backbone, mixing, baseline, ratio=None) -> Pape
 
 
 def _table3() -> dict[str, PaperResult]:
-    cells = {}
+    results = {}
 
     def add(name, row, error, top5, mixing):
-        cells["imagenet-resnet50" + (f"-{name}" if name else "")] = PaperResult(
+        results["imagenet-resnet50" + (f"-{name}" if name else "")] = PaperResult(
             "Table 3", row, error, {"backbone": "resnet50"}, {"data": "imagenet", "image_size": 224},
             IMAGENET, mixing, IMAGENET_AUGMENTATION, top5=top5, baseline="imagenet-resnet50" if name else None,
         )  # fmt: skip
@@ -165,21 +165,21 @@ def _table3() -> dict[str, PaperResult]:
         for k, (top1, top5) in errors.items():
             row = f"ResNet-50 + {titles[mix]}, alpha 1, K {k}"
             add(f"{mix.replace('_', '-')}-k{k}", row, top1, top5, k_images(mix, k, 1.0))
-    return cells
+    return results
 
 
 def _sm_table1() -> dict[str, PaperResult]:
     """DCutMix with K images, PreActResNet18 in Table 2's training."""
     errors = {2: 21.34, 3: 21.01, 4: 20.5, 5: 21.01, 7: 20.9, 9: 20.93}
-    cells = {}
+    results = {}
     for k, error in errors.items():
         mixing = k_images("dcutmix", k, 1 / k if k in (3, 4, 5, 7) else 1.0)
         row = f"PreActResNet18, CutMix of K {k}"
         baseline = "table2-preactresnet18-vanilla"
-        cells[f"sm-preactresnet18-dcutmix-k{k}"] = _co_mixup(
+        results[f"sm-preactresnet18-dcutmix-k{k}"] = _co_mixup(
             "SM Table 1", row, error, "preactresnet18", mixing, baseline
         )
-    return cells
+    return results
 
 
 def _sm_table2() -> dict[str, PaperResult]:
@@ -188,14 +188,14 @@ def _sm_table2() -> dict[str, PaperResult]:
         "dmixup": ("DMixup", 3, 1.0, (15.68, 15.35, 15.58, 15.80, 15.07)),
         "dcutmix": ("DCutMix", 5, 0.5, (14.74, 14.18, 13.67, 14.23, 13.86)),
     }
-    cells = {}
+    results = {}
     for mix, (title, k, p, row) in errors.items():
         for alpha, error in zip((0.1, 0.3, 0.5, 0.7, 1.0), row, strict=True):
-            cells[f"sm-pyramidnet200-{mix}-alpha{alpha:g}"] = PaperResult(
+            results[f"sm-pyramidnet200-{mix}-alpha{alpha:g}"] = PaperResult(
                 "SM Table 2", f"PyramidNet-200 + {title}, alpha {alpha:g}", error, {"backbone": "pyramidnet200"},
                 {"data": "cifar100"}, CIFAR, k_images(mix, k, alpha, p), baseline="pyramidnet200-cifar100",
             )  # fmt: skip
-    return cells
+    return results
 
 
 PAPER: dict[str, PaperResult] = {**_table1(), **_table2(), **_table3(), **_sm_table1(), **_sm_table2()}

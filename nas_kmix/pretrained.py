@@ -30,7 +30,7 @@ WNIDS = tuple(Path(__file__).with_name("imagenet_wnids.txt").read_text(encoding=
 """The WordNet ids of ImageNet's 1,000 classes, in the order of all published classifiers' outputs."""
 
 
-class Wanted(NamedTuple):
+class WantedInput(NamedTuple):
     """How a network wants its images: side in pixels, the shorter side before the centre is cropped, normalisation."""
 
     size: int
@@ -44,7 +44,7 @@ class Published:
     """A network of a library. `build(outputs)` makes it without weights; without `outputs`, with the published ones."""
 
     name: str
-    wanted: Wanted
+    wanted: WantedInput
     classes: tuple[str, ...]
     build: Callable[..., nn.Module]
 
@@ -76,16 +76,17 @@ def scorer_of_file(path: Path, state: Mapping[str, Any], backbone: str, data: Im
         found = _published(backbone)
         build, wanted = found.build, found.wanted
     else:
-        wanted = Wanted(data.image_size, data.resize or data.image_size, data.mean, data.std)
+        wanted = WantedInput(data.image_size, data.resize or data.image_size, data.mean, data.std)
 
         def build(count: int) -> nn.Module:
             return build_backbone(backbone, num_classes=count, stem=data.stem)
 
     try:
-        count = len(weights[_head_of(build)])
-        network = build(count)
+        with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced
+            count = len(weights[_head_of(build(len(WNIDS)), backbone)])
+            network = build(count)
         network.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:  # TypeError: a number has no length
         first = next(line.strip() for line in [*str(error).splitlines()[1:], str(error)])
         reason = f"it has no {first}" if isinstance(error, KeyError) else first[:200]
         names = f"{', '.join(BACKBONES)}, torchvision:NAME or timm:NAME"
@@ -105,12 +106,17 @@ def scorer_of_file(path: Path, state: Mapping[str, Any], backbone: str, data: Im
     return _prepared(network, outputs, wanted, data, str(path))
 
 
-def _head_of(build: Callable[[int], nn.Module]) -> str:
-    """The name of the weights that turn features into logits."""
-    with torch.device("meta"):  # no number is drawn or stored
-        network = build(len(WNIDS))
-    head = last_linear(network)
+def _head_of(network: nn.Module, name: str) -> str:
+    """The name of the weights that turn features into logits. Raises ValueError if there are none."""
+    head = _last_layer(network, name)
     return next(f"{name}.weight" for name, module in network.named_modules() if module is head)
+
+
+def _last_layer(network: nn.Module, name: str) -> nn.Linear:
+    try:
+        return last_linear(network)
+    except IndexError:
+        raise ValueError(f"The network of {name} does not end in a linear layer; choose another.") from None
 
 
 def class_outputs(names: Sequence[str], classes: Sequence[str], scorer: str) -> list[int]:
@@ -147,7 +153,7 @@ def class_outputs(names: Sequence[str], classes: Sequence[str], scorer: str) -> 
 class Resized(nn.Module):
     """A network behind a resize of its images to the side that it wants."""
 
-    def __init__(self, network: nn.Module, wanted: Wanted):
+    def __init__(self, network: nn.Module, wanted: WantedInput):
         super().__init__()
         self.network = network
         # In the state dict, so that the scores' key tells different preparations apart.
@@ -162,7 +168,7 @@ class Resized(nn.Module):
 
 
 def _prepared(
-    network: nn.Module, outputs: list[int], wanted: Wanted, data: ImageData, name: str
+    network: nn.Module, outputs: list[int], wanted: WantedInput, data: ImageData, name: str
 ) -> tuple[nn.Module, ImageData]:
     _keep_outputs(network, outputs, name)
     model = Resized(network, wanted).eval()
@@ -185,10 +191,7 @@ def _prepared(
 
 def _keep_outputs(network: nn.Module, outputs: list[int], name: str) -> None:
     """Leave only these outputs of the last layer, in this order."""
-    try:
-        head = last_linear(network)
-    except IndexError:
-        raise ValueError(f"The network of {name} does not end in a linear layer; choose another.") from None
+    head = _last_layer(network, name)
     head.weight = nn.Parameter(head.weight.detach()[outputs].clone())
     if head.bias is not None:
         head.bias = nn.Parameter(head.bias.detach()[outputs].clone())
@@ -235,7 +238,7 @@ def _torchvision(name: str, network: str, weights_name: str) -> Published:
         )
     weights = every[weights_name or "DEFAULT"]
     wants = weights.transforms()
-    wanted = Wanted(wants.crop_size[0], wants.resize_size[0], tuple(wants.mean), tuple(wants.std))
+    wanted = WantedInput(wants.crop_size[0], wants.resize_size[0], tuple(wants.mean), tuple(wants.std))
 
     def build(outputs: int | None = None) -> nn.Module:
         if outputs is not None:
@@ -274,7 +277,7 @@ def _timm(name: str, network: str) -> Published:
         raise ValueError(f"timm's {network} has no weights for ImageNet's 1,000 classes (--scorer {name}).")
     size = config.input_size[-1]
     resize = round(size / (config.crop_pct or 1.0))
-    wanted = Wanted(size, resize, tuple(config.mean), tuple(config.std))
+    wanted = WantedInput(size, resize, tuple(config.mean), tuple(config.std))
 
     def build(outputs: int | None = None) -> nn.Module:
         if outputs is not None:

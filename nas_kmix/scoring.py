@@ -68,10 +68,10 @@ def score_dataset(
     was_training = model.training
     model.eval()
     try:
-        losses, columns = none = _no_scores(config)
-        tables = [ScoreTable(wanted[:0], wanted[:0], losses, key, data.bad, columns)]
+        no_losses, no_columns = _no_scores(config)
+        tables = [ScoreTable(wanted[:0], wanted[:0], no_losses, key, data.bad, no_columns)]
         for shard, batch in zip(shards, data.batches(shards), strict=True):
-            losses, columns = none
+            losses, columns = no_losses, no_columns
             if len(batch.indices):  # else not one file of it can be read
                 sources.take_anchors(batch)
                 losses, columns = _score_anchors(model, data, sources, batch, config, compute)
@@ -128,9 +128,10 @@ def _score_anchors(
         columns["mixed_entropy"] = entropy(predicted.mean(dim=1)).cpu().double().numpy()
     finite = np.isfinite(losses).all(axis=1) & np.isfinite(columns["el2n"])
     if not finite.all():
+        remedy = "train another scorer with a lower --scorer.lr" if compute.amp == "off" else "score without --amp"
         raise NonFiniteLossError(
             f"scoring: the scorer's logits of image {batch.indices[~finite][0]}, or of a mix of it, are not finite; "
-            f"score without --amp, or with another scorer."
+            f"{remedy}."
         )
     return losses, columns
 

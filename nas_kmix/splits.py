@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nas_kmix.engine.compute import Compute
-from nas_kmix.engine.data import DataConfig, ImageData, ImageFormat, load_data, prepared_for_evaluation
+from nas_kmix.engine.data import DataConfig, ImageData, InputFormat, load_data, prepared_for_evaluation
 from nas_kmix.engine.datasets import splits_of
 from nas_kmix.engine.distributed import World, is_main
 from nas_kmix.engine.evaluation import evaluate
@@ -66,7 +66,7 @@ def divide(
 
 def other_splits(
     config: DataConfig,
-    like: ImageFormat,
+    like: InputFormat,
     *,
     device: torch.device,
     workers: int,

@@ -231,6 +231,12 @@ def test_an_impossible_preparation_is_refused(entry, said, tmp_path):
         load_network(save(tmp_path, **entry))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_eight_bits_are_refused(mode):
+    with pytest.raises(ValueError, match="8 bits per channel"):
+        PREPARATION.transforms()(Image.new(mode, (40, 40)))
+
+
 @pytest.mark.parametrize("image", [torch.zeros(3, 40, 40), torch.zeros(1, 40, 40, dtype=torch.uint8)])
 def test_other_tensors_than_pixels_are_refused(image):
     with pytest.raises(ValueError, match="The transforms take PIL images or uint8 pixels"):

@@ -322,10 +322,18 @@ def test_a_file_that_the_system_cannot_read_is_not_called_damaged(tmp_path, monk
             read(path)
 
 
-def test_a_machine_without_memory_is_no_damage_of_a_file(tmp_path):
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(type(error)), files.damage_named(tmp_path / "state.pt", "remove it"):
-            raise error
+def test_a_machine_without_memory_is_no_damage_of_a_file(tmp_path, monkeypatch):
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    files.save_tensors(tmp_path / "state.pt", {"a": torch.zeros(2)})
+
+    def load(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        files.load_tensors(tmp_path / "state.pt")
+    with pytest.raises(RuntimeError, match="can't allocate memory"), files.damage_named(tmp_path / "x", "remove it"):
+        raise error
 
 
 def test_nobody_is_told_to_remove_a_file_of_his_own(tmp_path):

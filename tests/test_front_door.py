@@ -378,6 +378,15 @@ def test_a_dry_run_tells_what_is_there_from_what_is_missing(npz, searched, tmp_p
     assert "ratio was 0.4, now 0.5" in capsys.readouterr().err
 
 
+def test_a_dry_run_counts_the_memory_of_searches_side_by_side(npz, tmp_path, capsys):
+    argv, needed = [*command(npz, tmp_path / "run"), "--method", "random", "--no-finals", "--dry-run"], {}
+    for jobs in (1, 8):
+        assert search.main([*argv, "--seeds", "8", "--jobs", str(jobs)]) == 0
+        (line,) = re.findall(r"^search .*, (\d+) MB$", capsys.readouterr().out, re.MULTILINE)
+        needed[jobs] = int(line)
+    assert needed[8] == pytest.approx(8 * needed[1], abs=8)
+
+
 def test_a_dry_run_up_to_a_proxy_needs_no_halves(npz, tmp_path, capsys):
     argv = [*command(npz, tmp_path / "run"), "--method", "random", "--ratio", ".03", "--stop-after", "proxy"]
     assert search.main([*argv, "--dry-run"]) == 0

@@ -196,6 +196,7 @@ def test_a_library_that_is_not_installed(photographs, tmp_path, capsys, monkeypa
     [
         (lambda: draw_weights(num_classes=5), "tells 5 classes apart, but --data has 2"),
         (lambda: draw_weights() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, "another network than --scorer.backbone"),
+        (lambda: draw_weights() | {"fc.weight": torch.zeros(())}, "another network than --scorer.backbone"),
         (lambda: {"epoch": 3}, "neither the scorer.pt of a search nor a state dict"),
         (dict, "neither the scorer.pt of a search nor a state dict"),
     ],
@@ -205,6 +206,15 @@ def test_weights_that_do_not_fit(state, sentence, photographs, tmp_path, capsys)
     arguments = ["--scorer", tmp_path / "weights.pth", "--scorer.backbone", "torchvision:resnet18"]
     code, said = refused(photographs, tmp_path, capsys, *arguments)
     assert code == 2 and sentence in said
+
+
+def test_a_network_without_a_last_linear_layer_is_refused(photographs, tmp_path, capsys):
+    torch.save(draw_weights(), tmp_path / "weights.pth")
+    arguments = ["--scorer", tmp_path / "weights.pth", "--scorer.backbone", "torchvision:squeezenet1_1"]
+    assert (
+        "torchvision:squeezenet1_1 does not end in a linear layer"
+        in refused(photographs, tmp_path, capsys, *arguments)[1]
+    )
 
 
 def test_a_class_that_the_network_does_not_know_is_refused_before_any_download(cache, image_folder, tmp_path, capsys):

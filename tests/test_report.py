@@ -536,6 +536,7 @@ DAMAGES = {
     "empty": lambda content: b"",
     "cut in half": lambda content: content[: len(content) // 2],
     "an empty object": lambda content: b"{}",
+    "a list": lambda content: b"[1, 2]",
     "binary": lambda content: bytes(range(256)) * 4,
 }
 

@@ -290,7 +290,7 @@ def test_shards_without_a_readable_image(model, monkeypatch):
 def test_a_diverged_scorer_is_named(data):
     model = build_backbone("tiny", num_classes=CLASSES, seed=1)
     model.classifier.bias.data[0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"image 0, .*without --amp"):
+    with pytest.raises(NonFiniteLossError, match=r"image 0, .*--scorer\.lr"):
         score_dataset(model, data, CONFIG)
 
 

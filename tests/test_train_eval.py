@@ -1,4 +1,4 @@
-"""train_eval.py on generated images: schedules as logged, resumes, checkpoints, refusals, exports."""
+"""train_eval.py on generated images: schedules as logged, resumes, checkpoints, refusals."""
 
 import json
 import math
@@ -247,6 +247,12 @@ def test_every_evaluated_epoch_is_told(npz, tmp_path, capsys):
     for line, row in zip(said, rows(tmp_path), strict=True):
         for title, name in (("accuracy", "accuracy"), ("validation", "val_accuracy"), ("test", "test_accuracy")):
             assert f", {title} {100 * float(row[name]):.1f} %" in line
+
+
+def test_a_preset_s_size_is_not_asked_for_but_the_same_by_a_flag_is():
+    argv = ["--preset", "imagenet", "--eval-only", "net.pt"]
+    for flags, size in (([], None), (["--image-size", "224"], 224), (["--image_size=224"], 224)):
+        assert train_eval.parse([*argv, *flags]).input.image_size == size
 
 
 def test_evaluation_at_another_size_is_what_was_asked_for(npz, alone, capsys):

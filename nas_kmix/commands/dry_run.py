@@ -37,7 +37,6 @@ from nas_kmix.pipeline.checks import check_flags, check_forgetting, check_later_
 from nas_kmix.pipeline.config import ALL_IMAGES, Config
 from nas_kmix.pipeline.halves import Halves
 from nas_kmix.pipeline.network import NetworkTraining
-from nas_kmix.pipeline.one_search import SearchConfig
 from nas_kmix.pipeline.stage import Stage
 from nas_kmix.sampling import select, split_by_class
 from nas_kmix.scoring import score_dataset
@@ -163,11 +162,6 @@ class _Selected(NamedTuple):
     identity: str | None
     line: str
 
-    @property
-    def halves(self) -> Halves:
-        """Raises ValueError if one of them is empty."""
-        return Halves(self.weights, self.arch, self.identity or "")
-
 
 def _selected(config: Config, chain: Chain, table: Any, known: bool) -> _Selected:
     """The proxy that is there, or its size, which does not depend on the scores."""
@@ -192,7 +186,8 @@ def _selected(config: Config, chain: Chain, table: Any, known: bool) -> _Selecte
 
 
 def _search_and_finals(config: Config, chain: Chain, selected: _Selected) -> Iterator[str]:
-    data, settings, halves, found = chain.data, config.finals, selected.halves, None
+    data, settings, found = chain.data, config.finals, None
+    halves = Halves(selected.weights, selected.arch, selected.identity or "")
     roles = finals.divide(data, halves.weights, halves.arch, settings) if config.with_finals else None
     searched = None if selected.identity is None else chain.find(search, config.search, halves, data)
     yield chain.line(search.NAME, "found") if searched is not None else _search(config, chain, halves)
@@ -255,13 +250,11 @@ def _search(config: Config, chain: Chain, halves: Halves) -> str:
     )
     several = f"{settings.seeds} times " if settings.seeds > 1 else ""
     steps = f"{several}{bilevel.rest_steps:,} steps on the weights, then {bilevel.arch_steps:,} on the architecture too"
-    slower = ", launched kernel by kernel here, though recorded in the search" if _is_graphed(settings, compute) else ""
+    shared = chain.world.size > 1 and not chain.world.deals_out(settings.seeds)
+    recorded = settings.cuda_graphs and compute.device.type == "cuda" and not shared
+    slower = ", timed kernel by kernel; the search replays recorded steps and is faster" if recorded else ""
     cost = Cost(seconds, children * max(weights.bytes, arch.bytes))
     return chain.line(search.NAME, f"{steps}, {n} images{slower}", cost)
-
-
-def _is_graphed(settings: SearchConfig, compute: Compute) -> bool:
-    return settings.cuda_graphs and compute.device.type == "cuda"
 
 
 @contextmanager

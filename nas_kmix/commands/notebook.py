@@ -111,7 +111,7 @@ def _flag(settings: Mapping[str, Any], part: str, name: str) -> Any:
 
 def _own_folder(name: str, config: Any) -> Path:
     """A folder for these settings. How far to go, what to say or export, and how to compute it do not count."""
-    without = ("out", "fresh", "quiet", "jobs", "device", "report", "stop_after", "with_finals", *EXPORTS)
+    without = ("out", "fresh", "quiet", "jobs", "device", "report", "stop_after", *EXPORTS)
     settings = {key: value for key, value in asdict(config).items() if key not in without}
     text = json.dumps(settings, default=str, sort_keys=True)
     return Path("runs", f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")

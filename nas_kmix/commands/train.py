@@ -125,14 +125,14 @@ PRESETS |= {  # the rows of the paper's tables, which train on all training imag
     name: Config(
         preset=name,
         val_share=0.0,
-        network=NetworkConfig(**cell.network),
-        input=DataConfig(**cell.input),
-        augmentation=Augmentation(**cell.augmentation),
-        optim=OptimConfig(**cell.optim),
-        mix=MixConfig(**cell.mix),
-        recipe=Recipe(**cell.recipe),
+        network=NetworkConfig(**paper.network),
+        input=DataConfig(**paper.input),
+        augmentation=Augmentation(**paper.augmentation),
+        optim=OptimConfig(**paper.optim),
+        mix=MixConfig(**paper.mix),
+        recipe=Recipe(**paper.recipe),
     )
-    for name, cell in PAPER.items()
+    for name, paper in PAPER.items()
 }
 
 
@@ -287,7 +287,8 @@ def _check_size(config: Config, data: ImageData) -> None:
 
 def parse(argv: Sequence[str], description: str | None = __doc__) -> Config:
     config = cli.parse(PRESETS, argv, description)
-    if config.eval_only is not None and cli.value_of("--image-size", argv) is None:
+    given = config.invocation.config is not None or cli.value_of("--image-size", argv) is not None
+    if config.eval_only is not None and not given:
         config = replace(config, input=replace(config.input, image_size=None))  # that of the network, not the preset's
     return config
 

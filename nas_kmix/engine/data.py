@@ -56,7 +56,7 @@ class DataConfig:
             raise ValueError(f"--image-size {self.image_size} is too small; use 32 or more.")
 
 
-class ImageFormat(Protocol):
+class InputFormat(Protocol):
     """How to prepare images: like a training split, or like the images that a trained network has seen."""
 
     class_names: tuple[str, ...]
@@ -188,7 +188,7 @@ def load_data(
     split: str = "train",
     device: torch.device | str = "cpu",
     workers: int = 0,
-    like: ImageFormat | None = None,
+    like: InputFormat | None = None,
     same_classes: bool = True,
     strict: bool = False,
 ) -> ImageData:

@@ -207,7 +207,8 @@ def lacks_memory(error: BaseException) -> bool:
 
 def _raise_if_unreadable(path: Path, error: Exception) -> None:
     """Raise ValueError if the system could not read the file, e.g. for want of permission; its content may be right."""
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # as seeking by a damaged index gives
+    damaged = (None, errno.EINVAL)  # a damaged index sends zipfile to places that no file has
+    if isinstance(error, OSError) and error.errno not in damaged:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
 

@@ -75,7 +75,7 @@ def annotated(folder: Path, split: str) -> dict[str, str]:
     images have been moved to class folders.
     """
     listing = folder / split / f"{split}_annotations.txt"
-    if not listing.is_file() or not (folder / split / "images").is_dir():
+    if not listing.is_file() or not any((folder / split / "images").glob("*")):
         return {}
     try:
         rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -7,6 +7,7 @@ refused, with the settings that differ.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -71,4 +72,4 @@ def check_key(path: Path, found: Any, wanted: Mapping[str, Any] | None) -> None:
 def _short(value: Any) -> str:
     """As it is, but for hashes, of which the first digits tell enough."""
     text = str(value)
-    return text if len(text) < 64 else text[:12] + "…"
+    return text[:12] + "…" if re.fullmatch("[0-9a-f]{32,}", text) else text

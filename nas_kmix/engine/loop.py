@@ -70,8 +70,8 @@ def run_loop(
 
     `name` appears in messages; the part before its slash is the stage that is billed. The state is saved in the file
     `checkpoint`, and only a task with the same `key` resumes from it. `remedy` says what to do about a loss that is not
-    finite. Raises StoppedError (the state is saved),
-    NonFiniteLossError, StageMismatchError, and ValueError for a damaged checkpoint.
+    finite. Raises StoppedError (the state is saved), NonFiniteLossError, StageMismatchError, and ValueError for a
+    damaged checkpoint.
     """
     checkpoint = checkpoint or checkpoint_name(name)
     meter = Meter(run.compute.device, remedy)

@@ -93,29 +93,33 @@ def without_effect(config: Config) -> Iterator[str]:
 
     Those of stages after --stop-after are kept for the command that goes on.
     """
-    preset, start = PRESETS[config.preset], {name: path for name, path in vars(config.given).items() if path}
-    because = "".join(f"--{name} {path}" for name, path in start.items()) or f"--method {config.selection.method}"
-    scores_anew = config.uses_scores and "scores" not in start
+    preset = PRESETS[config.preset]
+    start, path = next(((name, path) for name, path in vars(config.given).items() if path), (None, None))
+    because = f"--{start} {path}" if start else f"--method {config.selection.method}"
+    scores_anew = config.uses_scores and start != "scores"
     unused = []
-    if "scorer" in start:
+    if start == "scorer":
         unused += _changed(config.scorer, preset.scorer, "--scorer.", but={"backbone"})  # that of a state dict
     elif not scores_anew:
         unused += _changed(config.scorer, preset.scorer, "--scorer.")
     if not scores_anew:
         unused += _changed(config.scoring, preset.scoring, "--scoring.")
-    if "proxy" in start:
+    if start == "proxy":
         divided = {"arch_share"} if config.given.proxy == ALL_IMAGES else set()
         unused += _changed(config.selection, preset.selection, "--", but=divided)
     if unused:
         yield f"warning: with {because} these flags have no effect: {', '.join(unused)}"
-    if not config.with_finals and (unused := _changed(config.finals, preset.finals, "--finals.")):
-        yield f"warning: without --finals these flags have no effect: {', '.join(unused)}"
+    if not config.with_finals and (of_finals := _changed(config.finals, preset.finals, "--finals.")):
+        yield f"warning: without --finals these flags have no effect: {', '.join(of_finals)}"
 
 
 def _changed(own: Any, preset: Any, prefix: str, but: Collection[str] = ()) -> list[str]:
-    """The flags of a stage that differ from the preset's; `but` are fields to leave out."""
-    flags = []
-    for name in (field.name for field in fields(own) if field.name not in but):
+    """The flags of a stage that differ from the preset's; `but` are fields to leave out.
+
+    So are the fields that `Config.spread` fills in, as in the config.json of an earlier run.
+    """
+    flags, filled = [], {"seed", "augmentation", "jobs"}
+    for name in (field.name for field in fields(own) if field.name not in {*but, *filled}):
         value, usual = getattr(own, name), getattr(preset, name)
         if is_dataclass(value):  # its flags have no prefix of their own
             flags += _changed(value, usual, prefix)

@@ -21,7 +21,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.cli import Flat
-from nas_kmix.engine.data import ImageData, ImageFormat, wider
+from nas_kmix.engine.data import ImageData, InputFormat, wider
 from nas_kmix.engine.keys import NOT_IN_KEY, check_key, identity, stage_key
 from nas_kmix.engine.learner import OptimConfig, Recipe
 from nas_kmix.engine.memory import check_fits
@@ -121,7 +121,7 @@ def check_memory(config: NetworkTraining, model: nn.Module, training: Part, run:
     check_fits(model, size, side, run.compute, images=len(training.indices), **options)
 
 
-def preparation_of(like: ImageFormat) -> Preparation:
+def preparation_of(like: InputFormat) -> Preparation:
     """How evaluation prepares images for a network that was trained `like` this."""
     size = like.image_size
     return Preparation(like.class_names, size, wider(size) or size, like.mean, like.std)

@@ -42,8 +42,8 @@ from nas_kmix.pipeline.stage import Key
 WEIGHT_ORDER, ARCH_ORDER, WEIGHT_AUGMENT, ARCH_AUGMENT, REMOVAL_IMAGES = range(21, 26)  # random streams
 REMOVAL_BATCH, REMOVAL_BATCHES = 128, 4  # on which the removal of edges is measured
 NOT_FINITE = (
-    "Run it again with --amp off; or, in another --out, with --proxy and the proxy.json of this run, and with a "
-    "lower --lr or --arch-lr."
+    "Run it again with --amp off, or search in another --out with a lower --lr or --arch-lr, and with --proxy and the "
+    "proxy.json of this run."
 )
 TURN_STEPS, TURN_PASSES = 350, 10
 """Steps on the weights, and passes over the images that train them, before which the gradient of alpha favours pools

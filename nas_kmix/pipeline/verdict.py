@@ -3,7 +3,7 @@
 The null hypothesis is that the entry is one more random architecture. If the m controls' accuracies have the standard
 deviation s, the entry's less their mean has the standard error s * sqrt(1 + 1/m), and their quotient has Student's t
 distribution with m - 1 degrees of freedom. If the null hypothesis holds, "better" and "worse" are each said with
-probability 5 %.
+probability 5 % at most.
 
 All accuracies are of images that neither the search nor the finals have used.
 """

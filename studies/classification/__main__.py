@@ -4,9 +4,9 @@
     python -m studies.classification --cells "table2-*" --seeds 0 1 2 --out runs/table2
     python -m studies.classification --cells "table2-wrn16-8-*" --out runs/try -- --data data/cifar100.npz --epochs 2
 
-A cell is a preset of train_eval.py (see nas_kmix/presets.py); flags after `--` go to every one of its runs. Every cell
-and seed has a folder CELL/seed-N of its own in --out, so that the same command resumes where it was stopped, and other
-cells or seeds add to it. The table goes to the output and, with all figures behind it, to results.json.
+A cell is a preset of train_eval.py (see nas_kmix/paper_tables.py); flags after `--` go to every one of its runs. Every
+cell and seed has a folder CELL/seed-N of its own in --out, so that the same command resumes where it was stopped, and
+other cells or seeds add to it. The table goes to the output and, with all figures behind it, to results.json.
 """
 
 from __future__ import annotations

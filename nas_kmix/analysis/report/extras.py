@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def is_run(record: Record) -> bool:
 
 def landscapes(record: Record) -> list[Path]:
     """The results of nas_kmix.analysis.landscape, in RUN/landscape or in the folder itself."""
-    here = [path for path in sorted(record.folder.glob("*.npz")) if "surface" in files.npz_names(path)]
+    here = [path for path in sorted(record.folder.glob("*.npz")) if path.name not in OF_RUNS]
+    # A damaged archive has no names; it is shown, to say so.
+    here = [path for path in here if "surface" in (files.npz_names(path) or ("surface",))]
     return [*sorted(record.path("landscape").glob("*.npz")), *here]
 
 
@@ -40,10 +43,9 @@ def tables(record: Record) -> list[Path]:
 
 def _is_of_robustness(path: Path) -> bool:
     """By its name or its first column: lists of images and logs are tables, too."""
-    if path.name == "robustness.csv":
-        return True
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().startswith("run,")
+    with suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        return path.name == "robustness.csv" or file.readline().startswith("run,")
+    return path.name == "robustness.csv"
 
 
 def landscape(record: Record) -> Markup:
