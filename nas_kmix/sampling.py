@@ -48,12 +48,9 @@ def select(
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     _check(scores, labels, ratio, method, interval, drop_hardest, rng)
-    groups = [np.arange(len(scores))]
-    if balanced:
-        by_class = np.argsort(labels, kind="stable")
-        groups = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
+    groups = _by_class(labels) if balanced else [np.arange(len(scores))]
     chosen = []
-    for members in groups:  # indices of one class, ascending
+    for members in groups:
         count = max(1, math.floor(ratio * len(members) + 0.5))
         if method == "coverage":
             places = _coverage(scores[members], count, drop_hardest, rng)
@@ -80,8 +77,8 @@ def split_by_class(
     """
     rng = np.random.default_rng([seed, DIVISION])
     kept, taken, owed = [], [], 0.0
-    for label in np.unique(labels):
-        members = rng.permutation(indices[labels == label])
+    for group in _by_class(labels):
+        members = rng.permutation(indices[group])
         count = 0
         if len(members) > 1 or not both_sides:
             owed += share * len(members)
@@ -91,6 +88,12 @@ def split_by_class(
         taken.append(members[:count])
         kept.append(members[count:])
     return np.sort(np.concatenate(kept)), np.sort(np.concatenate(taken))
+
+
+def _by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """The places of each class in `labels`, ascending, in the order of the classes."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def _interval_ranks(n: int, step: int) -> np.ndarray:
