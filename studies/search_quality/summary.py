@@ -94,12 +94,9 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
 def _winner(line: Line) -> dict[str, Any]:
     """A genotype of search.py and what the judge says of it; no percentile of equal size where too few are as large."""
     found = Genotype.from_json(line["genotype"])
-    said = {name: value for name, value in verdict(found).items() if name in NAMES and value is not None}
-    return {
-        "seed": _seed(line),
-        "genotype": found.to_json(),
-        **{name: round(float(said[name]), 2) if name in said else None for name in NAMES},
-    }
+    said = verdict(found)
+    rounded = {name: None if said[name] is None else round(float(said[name]), 2) for name in NAMES}
+    return {"seed": _seed(line), "genotype": found.to_json(), **rounded}
 
 
 def _seed(line: Line) -> int:
