@@ -5,16 +5,16 @@
 
 A cell is a run folder, and appends its line to runs.jsonl: the flags, the genotype, the tables of every record, what
 the finals said and the cost. After --minutes a cell saves its state and the program ends with code 75; the same command
-goes on from there. `proved/cpu/SEED` adds the finals to the run of `preset/cpu/SEED`. The five winners, sixteen random
-genotypes of equal cost, and eight of random convolutions on the winners' wiring are retrained like the small networks
-of studies/transfer.
+goes on from there. `proved/cpu/SEED` adds the finals to the run of `preset/cpu/SEED`. The five winners are retrained
+like the small networks of studies/transfer, and so are controls of their cost: sixteen random genotypes, eight of
+random convolutions on the winners' wiring (`wired`), and the winners' operations on ten random wirings (`rewired`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 
-from darts_space import ARCHITECTURE_NAMES, Genotype
+from darts_space import ARCHITECTURE_NAMES, Genotype, random_genotype
 from darts_space.cell import CONCAT, NODES
 from nas_kmix.engine import files
 from nas_kmix.pipeline.history import REMOVAL_NAMES
@@ -56,7 +56,7 @@ PROXY_SEEDS = range(1, 7)
 # Less of everything, but as many resting steps for one of the architecture, and as many epochs of the finals for one
 # judgement, as the preset has.
 RATES = "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.controls 2 --jobs 1 --seed 0"
-RANDOM_GENOTYPES, WIRED_GENOTYPES = 16, 8
+RANDOM_GENOTYPES, WIRED_GENOTYPES, REWIRED_GENOTYPES = 16, 8, 10
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def _retrained(config: Config) -> dict[str, Genotype]:
-    """The winners of the finals and random genotypes of about their mean cost, by the names of their cells.
+    """The winners of the finals and controls of about their cost, by the names of their cells.
 
     None before all five are there.
     """
@@ -105,7 +105,7 @@ def _retrained(config: Config) -> dict[str, Genotype]:
     target = float(np.mean([transfer.macs(genotype) for genotype in winners.values()]))
     random = transfer.random_genotypes(RANDOM_GENOTYPES, target)
     wired = _wired_genotypes(WIRED_GENOTYPES, target)
-    controls = {"random": random, "wired": wired}
+    controls = {"random": random, "wired": wired, "rewired": _rewired(list(winners.values()), REWIRED_GENOTYPES)}
     return winners | {f"{kind}/{i:02}": one for kind, drawn in controls.items() for i, one in enumerate(drawn)}
 
 
@@ -117,6 +117,19 @@ def _wired_genotypes(count: int, target: float) -> list[Genotype]:
         genotype = Genotype(cells[0], CONCAT, cells[1], CONCAT)
         if abs(transfer.macs(genotype) / target - 1.0) <= 0.1:
             found.append(genotype)
+    return found
+
+
+def _rewired(winners: Sequence[Genotype], count: int) -> list[Genotype]:
+    """The operations of the winners, in turn, on random wirings. The cost hardly changes."""
+    rng, found = np.random.default_rng(0), []
+    for i in range(count):
+        own, random = winners[i % len(winners)], random_genotype(rng)
+        normal, reduce = (
+            [(name, source) for (name, _), (_, source) in zip(ours, wiring, strict=True)]
+            for ours, wiring in ((own.normal, random.normal), (own.reduce, random.reduce))
+        )
+        found.append(Genotype(normal, CONCAT, reduce, CONCAT))
     return found
 
 
