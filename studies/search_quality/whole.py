@@ -158,7 +158,8 @@ def scores_of(seed: int, config: Config) -> Path:
     """The paper's scores by the scorer of a seed, which serves all its proxies; made if they are missing."""
     folder = config.out / f"scorer-{seed}"
     if not (folder / "scores.npz").exists():
-        search_once(f"--preset cpu {HIGH_CV} --seed {seed} --stop-after scores", folder, config, config.cifar100)
+        flags = f"--preset cpu {HIGH_CV} --method interval --seed {seed} --stop-after scores"
+        search_once(flags, folder, config, config.cifar100)
     return folder / "scores.npz"
 
 
