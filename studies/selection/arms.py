@@ -18,7 +18,7 @@ SCORERS = {
     "dropout": "--scorer.dropout .5 --scorer.forgetting --scorer.val-share 0",
     **{
         f"{network}-{epochs}": f"--scorer.backbone {network} --scorer.epochs {epochs}"
-        for network, epochs in [*product(("tiny", "small"), (2, 5, 10, 30)), ("wrn16_8", 10)]
+        for network, epochs in product(("tiny", "small"), (2, 5, 10, 30))
     },
 }
 """Flags of the classifiers that score, beside those of --preset cpu."""

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 
 from nas_kmix.engine import files
 from studies.cells import mean_and_error, read_results
-from studies.selection.arms import CONFIRMED, DEFAULT, HALF, RATIOS, RIVALS, SCORINGS
+from studies.selection.arms import CONFIRMED, DEFAULT, HALF, RATIOS, RIVALS, SCORERS, SCORINGS
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
@@ -50,7 +50,7 @@ def summary(lines: Iterable[Line]) -> dict[str, Any]:
         arm: {"accuracy": _mean(by_seed, "accuracy"), "shared_with_random": _mean(by_seed, "shared_with_random")}
         for arm, by_seed in (_base_of_ablation(kinds.get("0.05", {})) | kinds["ablation"]).items()
     }
-    whole["scorers"] = {name: _scorer(by_seed) for name, by_seed in kinds["scorer"].items()}
+    whole["scorers"] = {name: _scorer(kinds["scorer"][name]) for name in SCORERS if name in kinds["scorer"]}
     whole["reliability"] = _reliability(kinds["reliability"])
     return whole
 
