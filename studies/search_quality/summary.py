@@ -19,6 +19,14 @@ from studies.search_quality.judged import NAMES, genotypes, verdict
 from studies.search_quality.pools import genotypes as pool_of
 
 FOLDER = Path(__file__).parent
+TENTH = ("preset/cpu/", "preset/cpu-paper/", "proxies/high-cv-.1/", "proxies/random-.1/")
+PROXY_PAIRS = (
+    ("high-cv-.05", "random-.05"),
+    ("high-cv-.1", "random-.1"),
+    ("low-cv-.05", "random-.05"),
+    ("high-cv-.05", "low-cv-.05"),
+    ("all", "random-.1"),
+)
 Line = Mapping[str, Any]
 
 
@@ -39,11 +47,13 @@ def main(results: Path) -> int:
         "retraining": _retraining(_by_arm(runs, "retrain/")),
         "finals": {arm: _ranking(lines) for arm, lines in _by_arm(read_results(FOLDER / "pools.jsonl"), "").items()},
         "proxies": _proxies(_by_arm(runs, "proxies/")),
+        "tenth": _tenth(runs),
         "gpu": presets.get("gpu", []),
         "presets": {
             name: {column: _mean_of(one[column] for one in found) for column in NAMES}
             for name, found in presets.items()
         },
+        "cpu_paper_minus_cpu": _mean_of(_differences(presets.get("cpu-paper", []), presets.get("cpu", []), "z")),
         "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
         "wiring": controls.wiring(),
         "wiring_with_convolutions": controls.wiring(controls.CONVOLUTIONS, controls.CONVOLUTIONS),
@@ -149,14 +159,23 @@ def _pooled(proved: list[Line]) -> dict[str, Any]:
 
 
 def _winner_minus_entry(proved: list[Line]) -> dict[str, Any]:
-    """What the finals changed, by the judge: paired by run."""
-    pairs = [
-        [verdict(Genotype.from_json(line["finals"][one]["genotype"])) for one in ("winner", "entry")] for line in proved
-    ]
+    """What the finals changed, paired by run: by the judge, and in accuracy on images that chose neither."""
+    pairs = [(line["finals"]["winner"], line["finals"]["entry"]) for line in proved]
+    judged = [[verdict(Genotype.from_json(one["genotype"])) for one in pair] for pair in pairs]
     return {
-        name: _mean_of(winner[name] - entry[name] for winner, entry in pairs if None not in (winner[name], entry[name]))
-        for name in NAMES
+        **{name: _mean_of(_minus(winner[name], entry[name]) for winner, entry in judged) for name in NAMES},
+        "accuracy": _mean_of(winner["accuracy"] - entry["accuracy"] for winner, entry in pairs),
     }
+
+
+def _minus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _differences(some: list[Line], others: list[Line], column: str) -> list[float | None]:
+    """Of a column, paired by seed."""
+    by_seed = {one["seed"]: one[column] for one in others}
+    return [_minus(one[column], by_seed[one["seed"]]) for one in some if one["seed"] in by_seed]
 
 
 def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
@@ -214,14 +233,25 @@ def _ranking(lines: list[Line]) -> dict[str, Any]:
 
 
 def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
-    """z by kind of proxy, and its difference from random images of the same number, paired by seed."""
-    z = {arm: {_seed(line): _winner(line)["z"] for line in lines} for arm, lines in arms.items()}
-    table = {}
-    for arm, by_seed in z.items():
-        table[arm] = _mean(list(by_seed.values()), "z")
-        random = z.get(f"random-{arm.rsplit('-', 1)[-1]}", {})
-        both = sorted(by_seed.keys() & random.keys())
-        if both and not arm.startswith("random"):
-            differences = [by_seed[seed] - random[seed] for seed in both]
-            table[arm]["minus_random"] = mean_and_error(differences, 3)
-    return table
+    """z by kind of proxy, and differences of two kinds, paired by seed."""
+    found = {arm: [_winner(line) for line in lines] for arm, lines in arms.items()}
+    table: dict[str, Any] = {arm: _mean([one["z"] for one in winners], "z") for arm, winners in found.items()}
+    high_cv = []
+    for one, other in PROXY_PAIRS:
+        if one in found and other in found:
+            differences = {
+                name: _differences(found[one], found[other], name) for name in ("z", "percentile_equal_params")
+            }
+            table[f"{one} minus {other}"] = {name: _mean_of(values) for name, values in differences.items()}
+            if one.startswith("high-cv") and other.startswith("random"):
+                high_cv += differences["z"]
+    return {**table, "high-cv minus random": _mean_of(high_cv)}
+
+
+def _tenth(runs: list[Line]) -> dict[str, Any]:
+    """The searches on a tenth of CIFAR-100: their z, and how many operations of their normal cells are convolutions."""
+    found = [_winner(line) for line in runs if line["cell"].startswith(TENTH)]
+    operations = [name for one in found for name, _ in Genotype.from_json(one["genotype"]).normal]
+    convolutions = sum(name in controls.CONVOLUTIONS for name in operations)
+    z = _mean_of(one["z"] for one in found)
+    return {"z": z, "operations": len(operations), "convolutions": convolutions}
