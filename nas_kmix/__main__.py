@@ -1,6 +1,6 @@
 """The front door: `nas-kmix COMMAND …`, and `python -m nas_kmix COMMAND …`, which torchrun can start too.
 
-`nas-kmix search` is search.py, `nas-kmix train` is train_eval.py, and the others read what these two have written.
+`nas-kmix search` is search.py, `nas-kmix train` is train_eval.py, and the others are the programs of nas_kmix.analysis.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ COMMANDS = {
     "cells": ("nas_kmix.analysis.cells", "show, draw or convert a genotype"),
     "landscape": ("nas_kmix.analysis.landscape", "plot the loss around trained networks"),
     "robustness": ("nas_kmix.analysis.robustness", "attack trained networks, or give them unusual images"),
+    "mixes": ("nas_kmix.analysis.mixes", "draw mixed images with their soft labels"),
+    "convert": ("nas_kmix.analysis.convert", "turn a checkpoint of the published code into one of ours"),
 }
 """The module whose `main` a command calls, and what it does. Each is imported when it is called."""
 
