@@ -6,7 +6,8 @@
 
 A cell is a preset of train_eval.py (see nas_kmix/paper_tables.py); flags after `--` go to every one of its runs. Every
 cell and seed has a folder CELL/seed-N of its own in --out, so that the same command resumes where it was stopped, and
-other cells or seeds add to it. The table goes to the output and, with all figures behind it, to results.json.
+one with more cells or seeds trains only those. The table of the cells that were named goes to the output and, with all
+figures behind it, to results.json.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Row:
     errors: tuple[float, ...]
     seconds: tuple[float, ...]
     time_ratio: float | None
-    """Over the cell without mixing, mean by mean, where that was run too."""
+    """Over the cell without mixing, mean by mean, where that is named too."""
     paper_time_ratio: float | None
 
 

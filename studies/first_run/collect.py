@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from scipy import stats
 
 from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, load_data
+from nas_kmix.engine.evaluation import evaluate
+from nas_kmix.manifest import ProxyManifest
 from nas_kmix.pipeline.scorer import load_scorer
-from nas_kmix.proxy import ProxyManifest
 from nas_kmix.scores import ScoreTable
 
 COPIED = (
@@ -77,17 +77,11 @@ def main(config: Config) -> None:
     print(json.dumps(results, indent=2))
 
 
-@torch.inference_mode()
 def test_accuracy(config: Config) -> float:
     """Top-1 accuracy of the run's scorer on the test images, in percent."""
     settings = json.loads((config.run / "config.json").read_text())["input"]
-    test = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]), split="test")
-    model, test, _ = load_scorer(config.run / "scorer.pt", test)
-    model.eval()
-    correct = 0
-    for batch in test.batches(np.array_split(np.arange(len(test)), -(-len(test) // config.batch_size))):
-        correct += int((model(test.normalise(batch.images)).argmax(dim=1) == batch.labels).sum())
-    return round(100 * correct / len(test), 2)
+    model, test, _ = load_scorer(config.run / "scorer.pt", load_data(DataConfig(**settings), split="test"))
+    return round(100 * evaluate(model, test, batch_size=config.batch_size)["accuracy"], 2)
 
 
 if __name__ == "__main__":

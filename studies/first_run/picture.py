@@ -32,7 +32,7 @@ class Config:
 
 def main(config: Config) -> None:
     settings = json.loads((config.run / "config.json").read_text())["input"]
-    data = load_data(DataConfig(data=settings["data"], image_size=settings["image_size"]))
+    data = load_data(DataConfig(**settings))
     table = ScoreTable.load(config.run / "scores.npz")
     order = np.argsort(-table.cv, kind="stable")
     figure = plt.figure(figsize=(12, 4.4), layout="constrained")

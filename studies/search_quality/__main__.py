@@ -11,18 +11,16 @@ alpha or of its gradient, no verdicts: the judge reads them only for the summary
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.engine.data import DataConfig, load_data
-from studies.cells import read_results
+from studies.cells import append_line, read_results
 from studies.search_quality.arms import Cell, cells
 from studies.search_quality.training import Halves, random_halves, side_by_side
 
@@ -61,16 +59,17 @@ def run(config: Config) -> int:
     began = time.monotonic()
     device = pick_device(DeviceConfig(device=config.device, threads=1))
     data = load_data(DataConfig(data=config.data), device=device)
+    chosen = {cell.name: cell for start in config.only.split(",") for cell in cells(start)}
+    if not chosen:
+        raise SystemExit(f"error: --only {config.only} is the beginning of no cell's name.")
     done = {line["cell"] for line in read_results(config.results)}
-    todo = [cell for start in config.only.split(",") for cell in cells(start) if cell.name not in done]
+    todo = [cell for name, cell in chosen.items() if name not in done]
 
     def halves(cell: Cell) -> Halves:
         return random_halves(data, cell.setting.weight_images, cell.seed)
 
     for cell, found in side_by_side(todo, data, halves, config.together):
-        made = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
-        with open(config.results, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"cell": cell.name, **found, "made": made}) + "\n")
+        append_line(config.results, cell.name, found, device.type)
         print(f"{time.monotonic() - began:6.0f} s  {cell.name}", flush=True)
         if time.monotonic() - began > config.seconds:
             break

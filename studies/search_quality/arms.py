@@ -22,17 +22,16 @@ class Setting:
     weight_images: int = 2500
     """Class-balanced random images for the weights; 2,500 others are for the architecture."""
     lr: float = 0.025
-    schedule: Literal["cosine", "constant", "floor"] = "cosine"
-    """SGD's rate: half a cosine to zero over all steps; constant; half a cosine over the rest, down to a tenth of `lr`,
-    which alpha then moves at."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """SGD's rate: half a cosine to zero over all steps, or constant."""
     rest_steps: int = 2400
     """Steps of the weights alone."""
     read_every: int = 200
     """Resting steps between readings of the gradient by alpha and beta."""
     forks: tuple[int, ...] = ()
-    """Resting steps after which a bilevel search sets out from a copy of the state, one for each of `arch_lrs`."""
+    """Resting steps after which a bilevel search sets out from a copy of the state."""
     arch_steps: int = 150
-    arch_lrs: tuple[float, ...] = (6e-3,)
+    arch_lr: float = 6e-3
     read_arch_every: int = 25
     """Architecture steps between readings of alpha and beta."""
     initialisations: int = 0

@@ -1,4 +1,4 @@
-"""summary.json and turn.png, from the lines of results.jsonl and the judge's verdicts."""
+"""summary.json and turn.png, from results.jsonl, runs.jsonl, pools.jsonl and the judge's verdicts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from darts_space import Genotype
+from darts_space import GENOTYPES, Genotype, read_genotype
 from nas_kmix.engine import files
 from nas_kmix.pipeline.verdict import pooled
 from studies.cells import mean_and_error, read_results
@@ -18,7 +18,6 @@ from studies.search_quality import controls, turn
 from studies.search_quality.judged import NAMES, genotypes, verdict
 from studies.search_quality.pools import genotypes as pool_of
 
-FOLDER = Path(__file__).parent
 TENTH = ("preset/cpu/", "preset/cpu-paper/", "proxies/high-cv-.1/", "proxies/random-.1/")
 PROXY_PAIRS = (
     ("high-cv-.05", "random-.05"),
@@ -31,7 +30,9 @@ Line = Mapping[str, Any]
 
 
 def main(results: Path) -> int:
-    lines, runs = read_results(results), read_results(FOLDER / "runs.jsonl")
+    """Summarise `results` and the two files beside it, in their folder."""
+    folder = results.parent
+    lines, runs, pools = (read_results(path) for path in (results, folder / "runs.jsonl", folder / "pools.jsonl"))
     curves = {arm: turn.curve_of(arm_lines) for arm, arm_lines in _by_arm(lines, "turn/").items()}
     searches = {arm: _searches(arm_lines) for arm, arm_lines in _by_arm(lines, "search/").items()}
     presets = {name: [_winner(line) for line in found] for name, found in _by_arm(runs, "preset/").items()}
@@ -45,24 +46,22 @@ def main(results: Path) -> int:
         "pooled_verdict": _pooled(proved),
         "winner_minus_entry": _winner_minus_entry(proved),
         "retraining": _retraining(_by_arm(runs, "retrain/")),
-        "finals": {arm: _ranking(lines) for arm, lines in _by_arm(read_results(FOLDER / "pools.jsonl"), "").items()},
+        "finals": {arm: _ranking(found) for arm, found in _by_arm(pools, "").items()},
         "proxies": _proxies(_by_arm(runs, "proxies/")),
         "tenth": _tenth(runs),
         "gpu": presets.get("gpu", []),
-        "presets": {
-            name: {column: _mean_of(one[column] for one in found) for column in NAMES}
-            for name, found in presets.items()
-        },
-        "cpu_paper_minus_cpu": _mean_of(_differences(presets.get("cpu-paper", []), presets.get("cpu", []), "z")),
-        "quick": _mean([winner["z"] for winner in presets.get("quick", [])], "z"),
+        "presets": {name: _spread(found) for name, found in presets.items()},
+        "quick": _z(presets.get("quick", [])),
+        "cpu_minus_cpu_paper": mean_and_error(_differences(no_finals["winners"], presets.get("cpu-paper", []), "z"), 3),
         "wiring": controls.wiring(),
         "wiring_with_convolutions": controls.wiring(controls.CONVOLUTIONS, controls.CONVOLUTIONS),
         "wiring_with_convolutions_in_normal": controls.wiring(controls.CONVOLUTIONS),
+        "published": {name: _said(read_genotype(name)) for name in GENOTYPES},
         "edges": controls.edges([line for line in runs if line["cell"].startswith(("preset/cpu", "proxies/"))]),
     }
     turned = {"turn": curves, "decided_by": turn.decided_by(lines)}
-    files.write_json(FOLDER / "summary.json", {**whole, **turned, "searches": searches})
-    turn.picture(curves).savefig(FOLDER / "turn.png", dpi=110)
+    files.write_json(folder / "summary.json", {**whole, **turned, "searches": searches})
+    turn.picture(curves).savefig(folder / "turn.png", dpi=110)
     for arm, curve in curves.items():
         print(
             f"{arm:<18} n={curve['n']}",
@@ -104,27 +103,33 @@ def _searches(lines: list[Line]) -> list[dict[str, Any]]:
 def _winner(line: Line) -> dict[str, Any]:
     """A genotype of search.py and what the judge says of it; no percentile of equal size where too few are as large."""
     found = Genotype.from_json(line["genotype"])
-    said = verdict(found)
+    return {"seed": _seed(line), "genotype": found.to_json(), **_said(found)}
+
+
+def _said(genotype: Genotype) -> dict[str, Any]:
+    said = verdict(genotype)
     rounded = {name: None if said[name] is None else round(float(said[name]), 2) for name in NAMES}
-    return {"seed": _seed(line), "genotype": found.to_json(), **rounded}
+    return {**rounded, "pools_normal": said["pools_normal"]}
+
+
+def _spread(winners: list[Line]) -> dict[str, Any]:
+    """Mean, standard error, least and largest of what the judge says of several genotypes."""
+    columns = {name: [one[name] for one in winners if one[name] is not None] for name in (*NAMES, "pools_normal")}
+    return {
+        name: {**mean_and_error(values, 3), "min": min(values), "max": max(values)}
+        for name, values in columns.items()
+        if values
+    }
+
+
+def _z(winners: list[Line]) -> dict[str, Any]:
+    """z alone, in the form that the curves of the turn have."""
+    found = mean_and_error((one["z"] for one in winners), 3)
+    return {"z_mean": found.get("mean"), "z_se": found.get("se"), "n": found["n"]}
 
 
 def _seed(line: Line) -> int:
     return int(line["cell"].rsplit("/", 1)[1])
-
-
-def _mean(values: list[float], name: str) -> dict[str, Any]:
-    """Mean and standard error of a column."""
-    if not values:
-        return {"n": 0}
-    found = mean_and_error(values, 3)
-    return {f"{name}_mean": found["mean"], f"{name}_se": found["se"], "n": found["n"]}
-
-
-def _mean_of(values: Iterable[float | None]) -> dict[str, Any]:
-    """Mean and standard error of those that are there."""
-    there = [value for value in values if value is not None]
-    return mean_and_error(there, 3) if there else {"n": 0}
 
 
 def _cost(runs: list[Line], start: str) -> dict[str, Any]:
@@ -163,8 +168,8 @@ def _winner_minus_entry(proved: list[Line]) -> dict[str, Any]:
     pairs = [(line["finals"]["winner"], line["finals"]["entry"]) for line in proved]
     judged = [[verdict(Genotype.from_json(one["genotype"])) for one in pair] for pair in pairs]
     return {
-        **{name: _mean_of(_minus(winner[name], entry[name]) for winner, entry in judged) for name in NAMES},
-        "accuracy": _mean_of(winner["accuracy"] - entry["accuracy"] for winner, entry in pairs),
+        **{name: mean_and_error((_minus(winner[name], entry[name]) for winner, entry in judged), 3) for name in NAMES},
+        "accuracy": mean_and_error((winner["accuracy"] - entry["accuracy"] for winner, entry in pairs), 4),
     }
 
 
@@ -181,24 +186,36 @@ def _differences(some: list[Line], others: list[Line], column: str) -> list[floa
 def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
     """Test accuracies after the last epoch of the winners and of controls of equal cost, beside the judge's z.
 
-    The controls are random genotypes, and random convolutions on the winners' wiring. spearman: of accuracy and z, over
-    all of them and over the random ones alone, with p values; settled: of the accuracies after ten epochs and the last.
+    The controls are random genotypes, random convolutions on the winners' wiring (wired), and the winners' operations
+    on random wirings (rewired). spearman: of accuracy and z, over all of them and over the random ones alone, with p
+    values; settled: of the accuracies after ten epochs and after the last.
     """
     found = {arm: sorted(map(_retrained, lines), key=lambda one: one["seed"]) for arm, lines in arms.items()}
-    winners, random, wired = (found.get(name, []) for name in ("winner", "random", "wired"))
-    if min(len(winners), len(random)) < 2:
+    if not {"winner", "random"} <= found.keys():
         return {"n": 0}
-    table: dict[str, Any] = {"winners": winners, "random": random, "difference": _difference(winners, random)}
-    if len(wired) > 1:
-        table |= {"wired": wired, "winners_minus_wired": _difference(winners, wired)}
+    winners = found.pop("winner")
+    table: dict[str, Any] = {"winners": winners, **found, "difference": _difference(winners, found["random"])}
+    if "wired" in found:
+        table["winners_minus_wired"] = _difference(winners, found["wired"])
+        table["wired_minus_random"] = _difference(found["wired"], found["random"])
+    if "rewired" in found:
+        table["winners_minus_rewired"] = _minus_rewired(winners, found["rewired"])
+        table["rewired_minus_random"] = _difference(found["rewired"], found["random"])
     spearman = {}
-    for name, which in (("all", [*winners, *random, *wired]), ("random", random)):
+    everyone = [*winners, *(one for ones in found.values() for one in ones)]
+    for name, which in (("all", everyone), ("random", found["random"])):
         rank = stats.spearmanr([one["accuracy"] for one in which], [one["z"] for one in which])
         spearman[name] = {"value": round(rank.statistic, 3), "p": float(f"{rank.pvalue:.2g}"), "n": len(which)}
     after_ten = [next(row for row in line["curve"] if row["epoch"] == 9) for lines in arms.values() for line in lines]
     last = [line["last"]["test_accuracy"] for lines in arms.values() for line in lines]
     settled = stats.spearmanr([row["test_accuracy"] for row in after_ten], last).statistic
     return {**table, "spearman": spearman, "settled": round(settled, 3)}
+
+
+def _minus_rewired(winners: list[Line], rewired: list[Line]) -> dict[str, Any]:
+    """How much worse the operations of a winner do on random wirings: the mean over its wirings, paired by winner."""
+    own = [[one["accuracy"] for one in rewired if one["seed"] % len(winners) == i] for i in range(len(winners))]
+    return mean_and_error((w["accuracy"] - np.mean(o) for w, o in zip(winners, own, strict=True) if o), 5)
 
 
 def _difference(some: list[Line], others: list[Line]) -> dict[str, Any]:
@@ -233,19 +250,20 @@ def _ranking(lines: list[Line]) -> dict[str, Any]:
 
 
 def _proxies(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
-    """z by kind of proxy, and differences of two kinds, paired by seed."""
+    """What the judge says by kind of proxy, and differences of two kinds, paired by seed."""
     found = {arm: [_winner(line) for line in lines] for arm, lines in arms.items()}
-    table: dict[str, Any] = {arm: _mean([one["z"] for one in winners], "z") for arm, winners in found.items()}
+    table: dict[str, Any] = {arm: {**_z(winners), **_spread(winners)} for arm, winners in found.items()}
     high_cv = []
     for one, other in PROXY_PAIRS:
         if one in found and other in found:
             differences = {
                 name: _differences(found[one], found[other], name) for name in ("z", "percentile_equal_params")
             }
-            table[f"{one} minus {other}"] = {name: _mean_of(values) for name, values in differences.items()}
-            if one.startswith("high-cv") and other.startswith("random"):
-                high_cv += differences["z"]
-    return {**table, "high-cv minus random": _mean_of(high_cv)}
+            table[f"{one} minus {other}"] = {name: mean_and_error(values, 3) for name, values in differences.items()}
+            if other.startswith("random"):
+                table[one]["minus_random"] = mean_and_error(differences["z"], 3)
+                high_cv += differences["z"] if one.startswith("high-cv") else []
+    return {**table, "high-cv minus random": mean_and_error(high_cv, 3)}
 
 
 def _tenth(runs: list[Line]) -> dict[str, Any]:
@@ -253,5 +271,5 @@ def _tenth(runs: list[Line]) -> dict[str, Any]:
     found = [_winner(line) for line in runs if line["cell"].startswith(TENTH)]
     operations = [name for one in found for name, _ in Genotype.from_json(one["genotype"]).normal]
     convolutions = sum(name in controls.CONVOLUTIONS for name in operations)
-    z = _mean_of(one["z"] for one in found)
+    z = mean_and_error((one["z"] for one in found), 3)
     return {"z": z, "operations": len(operations), "convolutions": convolutions}

@@ -33,7 +33,6 @@ WEIGHT_ORDER, ARCH_ORDER, AUGMENT, IMAGES = 21, 22, 23, 31  # random streams
 ARCH_IMAGES, FIRST = 2500, 150
 READING_BATCHES, READING_BATCH, REMOVAL_BATCHES = 16, 64, 4
 BLOCK = 100  # steps whose batches are prepared together
-FLOOR = 0.1
 
 Halves = tuple[np.ndarray, np.ndarray]
 
@@ -53,34 +52,27 @@ def random_halves(data: ImageData, weight_images: int, seed: int) -> Halves:
     return np.sort(np.concatenate(weights)), np.sort(np.concatenate(arch))
 
 
-class Batches:
-    """Augmented batches of one half, in order, averaged to `size` pixels."""
-
-    def __init__(self, data: ImageData, indices: np.ndarray, batch: int, size: int, seed: tuple[int, ...]):
-        self.data, self.indices, self.batch, self.size, self.seed = data, indices, batch, size, seed
-
-    def __iter__(self) -> Iterator[Batch]:
-        rng = np.random.default_rng([*self.seed, AUGMENT])
-        order = np.empty(0, dtype=np.int64)
-        while True:
-            while len(order) < self.batch * BLOCK:  # one shuffled pass after the other
-                order = np.concatenate([order, rng.permutation(self.indices)])
-            block, order = order[: self.batch * BLOCK], order[self.batch * BLOCK :]
-            found = self.data.fetch(block)
-            images = augment_batch(found.images, self.data, Augmentation(), rng=rng)
-            images = F.avg_pool2d(images, images.shape[2] // self.size)
-            images = images.contiguous(memory_format=torch.channels_last)
-            yield from zip(images.split(self.batch), found.labels.split(self.batch), strict=True)
+def batches(data: ImageData, indices: np.ndarray, batch: int, size: int, seed: tuple[int, ...]) -> Iterator[Batch]:
+    """Augmented batches of one half, in order, averaged to `size` pixels, without end."""
+    rng = np.random.default_rng([*seed, AUGMENT])
+    order = np.empty(0, dtype=np.int64)
+    while True:
+        while len(order) < batch * BLOCK:  # one shuffled pass after the other
+            order = np.concatenate([order, rng.permutation(indices)])
+        block, order = order[: batch * BLOCK], order[batch * BLOCK :]
+        found = data.fetch(block)
+        images = augment_batch(found.images, data, Augmentation(), rng=rng)
+        images = F.avg_pool2d(images, images.shape[2] // size)
+        images = images.contiguous(memory_format=torch.channels_last)
+        yield from zip(images.split(batch), found.labels.split(batch), strict=True)
 
 
 def learning_rate(setting: Setting, step: int) -> float:
     """SGD's rate in `step`, counted from 0."""
     if setting.schedule == "constant":
         return setting.lr
-    to_the_end = setting.schedule == "cosine"
-    length = setting.rest_steps + (setting.arch_steps if setting.forks and to_the_end else 0)
-    low = 0.0 if to_the_end else FLOOR * setting.lr
-    return low + (setting.lr - low) * (1 + math.cos(math.pi * min(step, length) / length)) / 2
+    length = setting.rest_steps + (setting.arch_steps if setting.forks else 0)
+    return setting.lr * (1 + math.cos(math.pi * min(step, length) / length)) / 2
 
 
 def search_for(setting: Setting, classes: int, seed: int, device: torch.device) -> Search:
@@ -98,10 +90,10 @@ class Training:
     def __init__(self, cell: Cell, data: ImageData, halves: Halves):
         self.setting = setting = cell.setting
         self.search = search_for(setting, data.num_classes, cell.seed, data.device)
-        stream = partial(Batches, data, size=setting.size)
-        self.train = iter(stream(halves[0], setting.batch, seed=(cell.seed, WEIGHT_ORDER)))
-        self.val = iter(stream(halves[1], setting.batch, seed=(cell.seed, ARCH_ORDER)))
-        self.probe = iter(stream(halves[1], READING_BATCH, seed=(cell.seed, ARCH_ORDER, 1)))
+        stream = partial(batches, data, size=setting.size)
+        self.train = stream(halves[0], setting.batch, seed=(cell.seed, WEIGHT_ORDER))
+        self.val = stream(halves[1], setting.batch, seed=(cell.seed, ARCH_ORDER))
+        self.probe = stream(halves[1], READING_BATCH, seed=(cell.seed, ARCH_ORDER, 1))
         self.removal_batches = list(islice(self.probe, REMOVAL_BATCHES))
         self.readings: list[dict[str, Any]] = []
         self._results: list[tuple[Tensor, Tensor]] = []
@@ -129,22 +121,22 @@ class Training:
         reading = {"step": step, **self.progress(), "val_loss": round(float(torch.stack(losses).mean()), 4)}
         self.readings.append({**reading, **gradient_reading(grads)})
 
-    def fork(self, step: int, arch_lr: float) -> Generator[None, None, None]:
-        """A bilevel search from here; afterwards everything is as it was."""
+    def fork(self, step: int) -> Generator[None, None, None]:
+        """A bilevel search from here. Afterwards weights, alpha and optimisers are as before; the batches move on."""
         self.progress()
         live = [*self.search.model.parameters(), *self.search.model.buffers()]
         live += _moments(self.search.weight_optimizer)
         before = [tensor.detach().clone() for tensor in live]
         for tensor in _moments(self.search.arch_optimizer):
             tensor.zero_()
-        self.search.set_arch_lr(arch_lr)
+        self.search.set_arch_lr(self.setting.arch_lr)
         for arch_step in range(1, self.setting.arch_steps + 1):
             self.search.arch_step((), next(self.val))
             self.weight_step(step + arch_step - 1)
             if arch_step % self.setting.read_arch_every == 0:
                 tables = packed(list(self.search.arch))
                 removal = packed(list(self.search.removal_losses(self.removal_batches)))
-                place = {"step": step, "arch_lr": arch_lr, "arch_step": arch_step}
+                place = {"step": step, "arch_lr": self.setting.arch_lr, "arch_step": arch_step}
                 self.readings.append({**place, **self.progress(), "alpha": tables, "removal": removal})
             yield
         with torch.no_grad():
@@ -183,8 +175,7 @@ def run_cell(cell: Cell, data: ImageData, halves: Halves) -> Generator[None, Non
             if step % setting.read_every == 0:
                 yield from training.read_gradient(step)
             if step in setting.forks:
-                for arch_lr in setting.arch_lrs:
-                    yield from training.fork(step, arch_lr)
+                yield from training.fork(step)
                 # What there is so far, for whoever has to end a long cell.
                 print(f"{cell.name}: {json.dumps(readings)}", file=sys.stderr, flush=True)
             if step < setting.rest_steps:
@@ -195,7 +186,7 @@ def run_cell(cell: Cell, data: ImageData, halves: Halves) -> Generator[None, Non
 
 def _untrained(cell: Cell, data: ImageData, halves: Halves) -> Generator[None, None, dict[str, Any]]:
     grads = []
-    probe = iter(Batches(data, halves[1], READING_BATCH, cell.setting.size, (cell.seed, ARCH_ORDER, 1)))
+    probe = batches(data, halves[1], READING_BATCH, cell.setting.size, (cell.seed, ARCH_ORDER, 1))
     for i in range(cell.setting.initialisations):
         search = search_for(cell.setting, data.num_classes, 1000 * (cell.seed + 1) + i, data.device)
         grads.append(search.arch_gradient(next(probe))[1])

@@ -12,6 +12,7 @@ random convolutions on the winners' wiring (`wired`), and the winners' operation
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ PROXY_SEEDS = range(1, 7)
 # Less of everything, but as many resting steps for one of the architecture, and as many epochs of the finals for one
 # judgement, as the preset has.
 RATES = "--preset cpu --scorer.epochs 1 --rest-steps 240 --arch-steps 10 --finals.controls 2 --jobs 1 --seed 0"
-RANDOM_GENOTYPES, WIRED_GENOTYPES, REWIRED_GENOTYPES = 16, 8, 10
+CONTROLS = {"random": 16, "wired": 8, "rewired": 10}  # beside the winners, in the retraining
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
     work = {"rates": partial(run, "rates", RATES, config)}
     for name, (seeds, flags) in PRESETS.items():
         for seed in seeds:
-            given = f" --proxy {config.out}/preset-cpu-{seed}/proxy.json" if name == "gpu" else ""
             cell = f"preset/{name}/{seed}"
-            work[cell] = partial(run, cell, f"{flags} --seed {seed}{given}", config)
+            work[cell] = partial(
+                run, cell, f"{flags} --seed {seed}", config, proxy_seed=seed if name == "gpu" else None
+            )
     for seed in CPU_SEEDS:
         work[f"proved/cpu/{seed}"] = partial(run, f"preset/cpu/{seed}", f"--preset cpu --seed {seed}", config)
     for arm, flags in PROXIES.items():
@@ -86,30 +88,35 @@ def cells(config: Config) -> dict[str, Callable[[], dict[str, Any]]]:
             command = f"--preset cpu --no-finals --rest-steps 2400 {flags} --seed {seed}"
             cell = f"proxies/{arm}/{seed}"
             work[cell] = partial(run, cell, command, config, scorer_seed=scorer)
-    for name, genotype in _retrained(config).items():
-        trained = transfer.Cell(f"retrain/{name}", genotype, transfer.SMALL, config.cifar100)
-        work[trained.name] = partial(transfer.run_cell, trained, config)
+    numbered = (f"{kind}/{i:02}" for kind, count in CONTROLS.items() for i in range(count))
+    for name in (*(f"winner/{seed}" for seed in CPU_SEEDS), *numbered):
+        work[f"retrain/{name}"] = partial(_retrain, name, config)
     return work
 
 
-def _retrained(config: Config) -> dict[str, Genotype]:
-    """The winners of the finals and controls of about their cost, by the names of their cells.
+def _retrain(name: str, config: Config) -> dict[str, Any]:
+    genotype = _retrained(config.results)[name]
+    return transfer.run_cell(transfer.Cell(f"retrain/{name}", genotype, transfer.SMALL, config.cifar100), config)
 
-    None before all five are there.
-    """
-    lines = {line["cell"]: line for line in read_results(config.results)}
+
+@functools.cache
+def _retrained(results: Path) -> dict[str, Genotype]:
+    """The winners of the finals and controls of about their cost, by the names of their cells."""
+    lines = {line["cell"]: line for line in read_results(results)}
     cells = {seed: f"proved/cpu/{seed}" for seed in CPU_SEEDS}
-    if not lines.keys() >= set(cells.values()):
-        return {}
+    if missing := [cell for cell in cells.values() if cell not in lines]:
+        raise SystemExit(f"error: {results} lacks {', '.join(missing)}, whose winners are retrained; run them first.")
     winners = {f"winner/{seed}": Genotype.from_json(lines[cell]["genotype"]) for seed, cell in cells.items()}
     target = float(np.mean([transfer.macs(genotype) for genotype in winners.values()]))
-    random = transfer.random_genotypes(RANDOM_GENOTYPES, target)
-    wired = _wired_genotypes(WIRED_GENOTYPES, target)
-    controls = {"random": random, "wired": wired, "rewired": _rewired(list(winners.values()), REWIRED_GENOTYPES)}
+    controls = {
+        "random": transfer.random_genotypes(CONTROLS["random"], target),
+        "wired": _wired(CONTROLS["wired"], target),
+        "rewired": _rewired(list(winners.values()), CONTROLS["rewired"]),
+    }
     return winners | {f"{kind}/{i:02}": one for kind, drawn in controls.items() for i, one in enumerate(drawn)}
 
 
-def _wired_genotypes(count: int, target: float) -> list[Genotype]:
+def _wired(count: int, target: float) -> list[Genotype]:
     """Random convolutions on the wiring of `--edges-by inputs`, within a tenth of `target` multiply-adds."""
     rng, found = np.random.default_rng(0), []
     while len(found) < count:
@@ -133,8 +140,12 @@ def _rewired(winners: Sequence[Genotype], count: int) -> list[Genotype]:
     return found
 
 
-def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None) -> dict[str, Any]:
-    """Search in the folder of `name`, with the scores of a seed's scorer if one is given; returns the line's content.
+def run(
+    name: str, flags: str, config: Config, *, scorer_seed: int | None = None, proxy_seed: int | None = None
+) -> dict[str, Any]:
+    """Search in the folder of `name`; returns the line's content.
+
+    With `scorer_seed`, on the scores of that seed's scorer; with `proxy_seed`, on the proxy of that seed's preset cpu.
 
     Raises StoppedError at its time.
     """
@@ -142,6 +153,8 @@ def run(name: str, flags: str, config: Config, *, scorer_seed: int | None = None
     data = None if "quick" in flags else config.cifar100
     if scorer_seed is not None:
         flags += f" --scores {scores_of(scorer_seed, config)}"
+    if proxy_seed is not None:
+        flags += f" --proxy {_proxy_of(proxy_seed, config)}"
     result = search_once(flags, folder, config, data)
     assert result.genotype is not None
     history = [json.loads(line) for line in (folder / "genotypes.jsonl").read_text().splitlines()]
@@ -161,6 +174,14 @@ def scores_of(seed: int, config: Config) -> Path:
         flags = f"--preset cpu {HIGH_CV} --method interval --seed {seed} --stop-after scores"
         search_once(flags, folder, config, config.cifar100)
     return folder / "scores.npz"
+
+
+def _proxy_of(seed: int, config: Config) -> Path:
+    """The proxy of the preset cpu; made if it is missing."""
+    folder = config.out / f"preset-cpu-{seed}"
+    if not (folder / "proxy.json").exists():
+        search_once(f"{PRESETS['cpu'][1]} --seed {seed} --stop-after proxy", folder, config, config.cifar100)
+    return folder / "proxy.json"
 
 
 def _records(folder: Path, history: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.compute import DeviceConfig, pick_compute
 from nas_kmix.engine.data import DataConfig, ImageData, load_data
 from nas_kmix.engine.evaluation import evaluate
-from nas_kmix.engine.keys import stage_key
+from nas_kmix.engine.keys import identity, stage_key
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import train
@@ -185,10 +185,12 @@ def train_on_subset(
     model = compute.layout(model)
     optim = OptimConfig(epochs=round(PASSES / len(chosen)), batch_size=64, lr=0.1, schedule="cosine", weight_decay=5e-4)
     settings = MixConfig("dcutmix") if mix == "dcutmix" else MixConfig("none")
+    inputs = {"data": data.fingerprint, "images": files.hash_arrays(chosen)}
+    key = stage_key("training", {"cell": cell, **identity(optim), **identity(settings)}, inputs)
     with Run(config.out / cell.replace("/", "-"), stages=("training",), compute=compute) as run:
         train(
             model, data, optim, Augmentation(), mix=make_mix(settings, data.num_classes, model), seed=seed, run=run,
-            stage="training", key=stage_key("training", {"cell": cell}, {}), indices=chosen,
+            stage="training", key=key, indices=chosen,
         )  # fmt: skip
 
     judges, unseen = data, None
@@ -214,7 +216,10 @@ def _selected(arm: Arm, pool: np.ndarray, data: ImageData, share: float, seed: i
     scores = np.zeros(len(pool))
     if options["method"] != "random":
         table = scores_of(seed, arm.scorer, arm.scoring, config)
-        assert np.array_equal(table.index, np.arange(len(data)))
+        if not table.belongs_to(data):
+            raise SystemExit(
+                f"error: {config.out} has scores of other images than {config.cifar100}; choose another --out."
+            )
         scores = table.measure(arm.measure)[pool]
     rng = np.random.default_rng([seed, SELECTION])
     return select(scores, data.labels[pool], share, rng=rng, **options)

@@ -53,6 +53,8 @@ class Config(CellConfig):
     """Imagenette as train|val/CLASS/*."""
     out: Path = Path("runs/transfer")
     """Folder with the run folders."""
+    results: Path = RESULTS
+    """The file of the finished cells."""
     summary: bool = False
     """Print the existing results, and train nothing."""
 
@@ -96,10 +98,11 @@ def macs(genotype: Genotype) -> int:
 
 
 def cells(config: Config) -> list[Cell]:
+    networks = genotypes()
     small = [
         Cell(f"small/{name}/{seed}", genotype, SMALL, config.cifar100)
         for seed in SEEDS
-        for name, genotype in genotypes().items()
+        for name, genotype in networks.items()
     ]
     imagenet = read_genotype("PC_DARTS_image")
     return [
@@ -146,10 +149,10 @@ def _spread(values: list[float], unit: str) -> str:
 def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     if config.summary:
-        print(summary(read_results(RESULTS)))
+        print(summary(read_results(config.results)))
         return 0
     work = {cell.name: partial(run_cell, cell, config) for cell in cells(config)}
-    return run_cells(work, RESULTS, config)
+    return run_cells(work, config.results, config)
 
 
 if __name__ == "__main__":
