@@ -35,9 +35,9 @@ class ProxyConfig:
     interval: int = 4
     """s: take every s-th image of the ranking; 1 is `top`, 1 / ratio is nearly random."""
     drop_hardest: float = DROP_HARDEST
-    """Share of the images with the highest scores that coverage drops, in [0, 1), as far as enough remain: more for
-    few images and short trainings, less for many (studies/selection). Where --ratio asks for all that remain, coverage
-    takes the lowest scores."""
+    """Share of the images with the highest scores that coverage drops, in [0, 1), as far as enough remain. The more
+    images are kept, the less should be dropped (Zheng et al.; studies/selection). Where --ratio asks for all that
+    remain, coverage takes the lowest scores."""
     balanced: bool = True
     """Select class by class."""
     arch_share: float = 0.5

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from scipy import stats
 
 from nas_kmix.engine import files
 from studies.cells import mean_and_error, read_results
@@ -17,6 +18,7 @@ from studies.selection.arms import CONFIRMED, DEFAULT, HALF, RATIOS, RIVALS, SCO
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
+HARD = ("hardest", "el2n", "mixed-entropy", "variation-ratio", "forgetting")  # arms that take hard images alone
 Line = Mapping[str, Any]
 BySeed = Mapping[str, Mapping[int, Line]]
 
@@ -33,8 +35,8 @@ def main(results: Path) -> int:
 def summary(lines: Iterable[Line]) -> dict[str, Any]:
     """Accuracies by ratio and arm, their differences from random images, paired by seed, and the reliabilities.
 
-    The keys are ratios, "RATIO without mixing" and "RATIO test" for what the test images say; "ablation", "scorers" and
-    "reliability".
+    The keys are ratios, "RATIO without mixing" and "RATIO test" for what the test images say; "order_without_mixing",
+    "ablation", "scorers" and "reliability".
     """
     kinds: dict[str, dict[str, dict[int, Line]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
@@ -46,6 +48,11 @@ def summary(lines: Iterable[Line]) -> dict[str, Any]:
     whole: dict[str, Any] = {name: _compared(kinds[name]) for name in ratios}
     for name in (name for name in ratios if name.endswith("test")):
         whole[name]["unseen"] = {arm: _mean(by_seed, "unseen_accuracy") for arm, by_seed in kinds[name].items()}
+    whole["order_without_mixing"] = {
+        name: {"all": _order(kinds[name], plain), "without_hard": _order(kinds[name], plain, HARD)}
+        for name in (f"{ratio:g}" for ratio in RATIOS)
+        if name in kinds and (plain := kinds.get(f"{name} without mixing"))
+    }
     whole["ablation"] = {
         arm: {"accuracy": _mean(by_seed, "accuracy"), "shared_with_random": _mean(by_seed, "shared_with_random")}
         for arm, by_seed in (_base_of_ablation(kinds.get("0.05", {})) | kinds["ablation"]).items()
@@ -62,13 +69,7 @@ def _base_of_ablation(arms: BySeed) -> dict[str, Mapping[int, Line]]:
 
 def _compared(arms: BySeed) -> dict[str, Any]:
     """The arms of one ratio; `default` is what search.py selects by default, `best_rival` the best of the others."""
-    table: dict[str, Any] = {arm: _mean(by_seed, "accuracy") for arm, by_seed in arms.items()}
-    random = arms.get("random", {})
-    for arm, by_seed in arms.items():
-        both = sorted(by_seed.keys() & random.keys())
-        if arm != "random" and both:
-            differences = [by_seed[seed]["accuracy"] - random[seed]["accuracy"] for seed in both]
-            table[f"{arm}_minus_random"] = mean_and_error(differences, 6)
+    table = _columns(arms, "accuracy")
     rivals = [arm for arm in arms if arm not in (DEFAULT, "random")]
     if rivals:
         strongest = max(rivals, key=lambda arm: table[arm]["mean"])
@@ -76,13 +77,31 @@ def _compared(arms: BySeed) -> dict[str, Any]:
     for suffix in ("", "_minus_random"):
         if DEFAULT + suffix in table:
             table["default" + suffix] = table[DEFAULT + suffix]
+    return {**table, "loss": _columns(arms, "loss")}
+
+
+def _columns(arms: BySeed, name: str) -> dict[str, Any]:
+    """Means of accuracy or loss by arm, and their differences from random images and the default, paired by seed."""
+    table = {arm: _mean(by_seed, name) for arm, by_seed in arms.items()}
+    for arm, by_seed in arms.items():
+        for base, title in (("random", "random"), (DEFAULT, "default")):
+            both = sorted(by_seed.keys() & arms.get(base, {}).keys())
+            if arm != base and both:
+                differences = [by_seed[seed][name] - arms[base][seed][name] for seed in both]
+                table[f"{arm}_minus_{title}"] = mean_and_error(differences, 6)
     return table
+
+
+def _order(mixed: BySeed, plain: BySeed, without: Collection[str] = ()) -> dict[str, Any]:
+    """Spearman's correlation of the arms' mean accuracies with and without mixing."""
+    arms = [arm for arm in RIVALS if arm in mixed and arm in plain and arm not in without]
+    means = [[_mean(kind[arm], "accuracy")["mean"] for arm in arms] for kind in (mixed, plain)]
+    return {"value": round(float(stats.spearmanr(*means).statistic), 3), "n": len(arms)}
 
 
 def _mean(by_seed: Mapping[int, Line], name: str) -> dict[str, Any]:
     """Mean over the seeds whose lines have a value of that name."""
-    values = [line[name] for line in by_seed.values() if name in line]
-    return mean_and_error(values, 6) if values else {"n": 0}
+    return mean_and_error((line.get(name) for line in by_seed.values()), 6)
 
 
 def _scorer(by_seed: Mapping[int, Line]) -> dict[str, Any]:
