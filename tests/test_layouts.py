@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +98,51 @@ def test_the_division_is_stratified_and_depends_on_the_seed_alone(flat):
     Image.fromarray(draw_pixels(16, 16, 3)).save(flat / "dog" / "0.png")
     assert "dog/0.png" in paths("train"), "the only image of a class is for training"
     assert [path for path in paths("test") if "dog" not in path] == list(test), "other classes keep their images"
+
+
+def test_other_images_make_no_training_image_a_test_image(flat):
+    def paths(split):
+        return set(open_source(str(flat), flat, split).paths)
+
+    train, test = paths("train"), paths("test")
+    write(flat, draw_pixels(6, 16, 16, 3, seed=1), ["ant/0a.png", *(f"aardvark/{i}.png" for i in range(5))])
+    assert not paths("test") & train and paths("test") != test
+    (flat / min(train)).unlink()
+    assert not paths("test") & train
+
+
+def test_accents_in_either_form_are_the_same_division(tmp_path):
+    names = [f"na\u00efve {label}/\u00e9{i}.png" for label in ("ant", "bee") for i in range(10)]
+    folders = {form: tmp_path / form for form in ("NFC", "NFD")}
+    for form, folder in folders.items():
+        write(folder, draw_pixels(20, 16, 16, 3, seed=2), [unicodedata.normalize(form, name) for name in names])
+    for split in ("train", "test"):
+        one, other = (open_source(str(folder), folder, split) for folder in folders.values())
+        assert one.class_names == other.class_names and one.paths != other.paths
+        contents = [{source.content(i) for i in range(len(source.labels))} for source in (one, other)]
+        assert contents[0] == contents[1]
+
+
+def test_a_folder_that_has_changed_since_the_training_is_told(flat, tmp_path, capsys):
+    flags = ["--data", str(flat), "--backbone", "tiny", *TRAIN[:7], "--epochs", "1", "--out", str(tmp_path / "run")]
+    train_eval.run(train_eval.parse(flags))
+    last = tmp_path / "run" / "last.pt"
+    warning = f"warning: --data {flat} has other training images than {last} was trained on"
+
+    def evaluated():
+        train_eval.run(train_eval.parse(["--data", str(flat), *TRAIN[1:7], "--eval-only", str(last)]))
+        return capsys.readouterr().out
+
+    def analysed():
+        load_images(InputConfig(), load_classifier(last), device=torch.device("cpu"), workers=0)
+        return capsys.readouterr().out
+
+    assert warning not in evaluated() and warning not in analysed()
+    write(flat, draw_pixels(5, 16, 16, 3, seed=1), [f"ant/{i}.png" for i in range(15, 20)])
+    assert warning in evaluated() and warning in analysed()
+    write(flat, draw_pixels(5, 16, 16, 3, seed=1), [f"dog/{i}.png" for i in range(5)])
+    said = evaluated()
+    assert warning in said and "knows 3 of its 4 classes; the 1 of dog are left out" in said
 
 
 @pytest.mark.parametrize("name", ["train", "Validation", "test"])

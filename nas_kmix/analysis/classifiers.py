@@ -33,6 +33,8 @@ class Classifier:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
+    fingerprint: str | None = None
+    """That of its training images, None in a checkpoint that does not tell."""
 
     def prepare(self, data: ImageData) -> ImageData:
         """The same images, normalised as this network expects. Raises ValueError where they have other classes."""
@@ -54,12 +56,13 @@ def load_classifier(path: Path) -> Classifier:
         raise ValueError(f"{path} is neither the checkpoint of a training nor the scorer.pt of a search.")
     with files.damage_named(path, "train it again"):
         network, names, size = dict(state["network"]), tuple(map(str, state["class_names"])), int(state["image_size"])
-        constants = constants_of(state)
+        inputs = (state.get("key") or {}).get("inputs") or {}
+        described = {**constants_of(state), "image_size": size, "fingerprint": inputs.get("data")}
         if network["num_classes"] != len(names):  # before memory is spent on that many
             raise ValueError(f"it has {len(names)} class names, and a network of {network['num_classes']} classes")
     if kind == NETWORK_FORMAT:
-        return Classifier(path, load_network(path), network, names, **constants, image_size=size)
+        return Classifier(path, load_network(path), network, names, **described)
     with files.damage_named(path, "train it again"):
         model = build_backbone(network["backbone"], num_classes=len(names), stem=network["stem"])
         model.load_state_dict(state["model"])
-    return Classifier(path, model.eval(), network, names, **constants, image_size=size)
+    return Classifier(path, model.eval(), network, names, **described)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,8 +13,10 @@ import torch
 
 from nas_kmix.analysis.classifiers import Classifier, load_classifier
 from nas_kmix.engine import files
-from nas_kmix.engine.data import DataConfig, ImageData, load_data
-from nas_kmix.engine.datasets import located, splits_of
+from nas_kmix.engine.data import DataConfig, ImageData, load_data, open_data
+from nas_kmix.engine.datasets import HUGGING_FACE, is_divided, located, splits_of
+from nas_kmix.engine.distributed import is_main
+from nas_kmix.engine.progress import Progress
 
 SUBSET = 1  # random stream: which images are taken
 
@@ -95,7 +98,27 @@ def load_images(config: InputConfig, like: Classifier, *, device: torch.device, 
             raise ValueError(f"--data {data} has neither val nor test images; choose --split train to use those.")
     options = {"split_seed": split_seed, "image_size": like.image_size, "max_bad_share": config.max_bad_share}
     chosen = DataConfig(data=data, data_root=config.data_root, **options)
+    if split == "test":
+        warn_of_training_images(chosen, like)
     return like.prepare(load_data(chosen, split=split, device=device, workers=workers, like=like))
+
+
+def warn_of_training_images(config: DataConfig, like: Classifier) -> None:
+    """Say if a set without splits has other training images than the network had, as after files were added."""
+    if like.fingerprint is None or not is_divided(config.data):
+        return
+    train, recorded = open_data(replace(config, image_size=like.image_size)), recorded_input(like.path).data
+    here = recorded is not None and same_place(recorded, config.data)
+    if (here or train.class_names == like.class_names) and train.fingerprint != like.fingerprint and is_main():
+        Progress.say(
+            f"warning: --data {config.data} has other training images than {like.path} was trained on, so that some of "
+            "its test images may be among those; test on a folder of its own"
+        )
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two --data are one folder, by whatever links they name it."""
+    return os.path.realpath(one.removeprefix(HUGGING_FACE)) == os.path.realpath(other.removeprefix(HUGGING_FACE))
 
 
 def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nas_kmix.analysis.classifiers import load_classifier
-from nas_kmix.analysis.runs import recorded_input
+from nas_kmix.analysis.runs import recorded_input, same_place, warn_of_training_images
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.compute import pick_compute
-from nas_kmix.engine.datasets import HUGGING_FACE, is_divided
+from nas_kmix.engine.datasets import is_divided
 from nas_kmix.engine.distributed import joined
 from nas_kmix.engine.progress import Progress
 from nas_kmix.pipeline import network
 from nas_kmix.pipeline.export import export_network
 from nas_kmix.pipeline.network import preparation_of
-from nas_kmix.splits import evaluate_all, of_known_classes, other_splits
+from nas_kmix.splits import Part, evaluate_all, of_known_classes, other_splits
 
 if TYPE_CHECKING:
     from nas_kmix.commands.train import Config
@@ -31,6 +30,7 @@ def evaluate_checkpoint(config: Config) -> dict[str, Any]:
     with joined(compute.device) as world:
         trained = load_classifier(config.eval_only)
         _check_split_seed(config)
+        warn_of_training_images(config.input, trained)
         if config.input.image_size is not None:
             trained = replace(trained, image_size=config.input.image_size)
         options = {"device": compute.device, "workers": config.device.workers, "strict": not config.skip_bad}
@@ -49,12 +49,8 @@ def evaluate_checkpoint(config: Config) -> dict[str, Any]:
         for error in unknown if world.main else ():
             Progress.say(f"warning: {error}")
         for split, part in evaluated.items():
-            here = sets[split].data.class_names
             if world.main and not config.quiet:
-                Progress.say(
-                    f"{split}: {len(part.indices)} images of {part.data.image_size} px; the network, trained on "
-                    f"{len(names)} classes, knows {len(set(here) & set(names))} of its {len(here)} classes"
-                )
+                Progress.say(f"{split}: {_coverage(sets[split], part, names)}")
         model = compute.layout(trained.model.to(compute.device))
         own = sum(len(part.indices[world.share(len(part.indices))]) for part in evaluated.values())
         progress = Progress(network.EVALUATION, own, unit="image", silent=config.quiet or not world.main)
@@ -71,18 +67,27 @@ def evaluate_checkpoint(config: Config) -> dict[str, Any]:
         return {"checkpoint": str(config.eval_only), "images": images, **metrics, "bad_images": len(bad)}
 
 
+def _coverage(whole: Part, known: Part, names: tuple[str, ...]) -> str:
+    """How many images of a split a network with these classes can be tested on, and which classes it does not know."""
+    here = whole.data.class_names
+    unknown = [name for name in here if name not in names]
+    text = (
+        f"{len(known.indices)} images of {known.data.image_size} px; the network, trained on {len(names)} classes, "
+        f"knows {len(here) - len(unknown)} of its {len(here)} classes"
+    )
+    if not unknown:
+        return text
+    some = ", ".join([*unknown[:3], "…"] if len(unknown) > 3 else unknown)
+    return f"{text}; the {len(whole.indices) - len(known.indices)} of {some} are left out"
+
+
 def _check_split_seed(config: Config) -> None:
     """Refuse to test on images of a set without splits that the network was trained on."""
     data, split_seed = recorded_input(config.eval_only)
-    if data is None or not is_divided(config.input.data) or not _same_place(data, config.input.data):
+    if data is None or not is_divided(config.input.data) or not same_place(data, config.input.data):
         return
     if split_seed != config.input.split_seed:
         raise ValueError(
             f"{config.eval_only} was trained with --split-seed {split_seed}, so that with {config.input.split_seed} "
             f"some of the test images would be its training images; add --split-seed {split_seed}."
         )
-
-
-def _same_place(one: str, other: str) -> bool:
-    """Whether two --data are one folder, by whatever links they name it."""
-    return os.path.realpath(one.removeprefix(HUGGING_FACE)) == os.path.realpath(other.removeprefix(HUGGING_FACE))

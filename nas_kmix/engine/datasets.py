@@ -15,6 +15,7 @@ from nas_kmix.engine.folders import (
     LOOK_ALIKES,
     SplitFolderError,
     annotated,
+    composed,
     list_images,
     meant_by,
     subfolders,
@@ -157,8 +158,9 @@ def _without_splits(folder: Path, split: str, split_seed: int) -> Source:
     """`folder/CLASS/*`, of which a share of every class is the test split."""
     names, name = subfolders(folder), folder.resolve().name
     found = list_images(folder, names)
-    whole = Source(name, split, found.labels, names, folder=folder, paths=found.paths, left_out=found.left_out)
-    return divided(whole, split, split_seed, f"--data {folder}")
+    options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
+    whole = Source(name, split, found.labels, tuple(map(composed, names)), **options)
+    return divided(whole, found.paths, split, split_seed, f"--data {folder}")
 
 
 def _folder(folder: Path, split: str, own_classes: bool) -> Source:
@@ -186,7 +188,7 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
         raise unusable(folder / split, found.left_out)
     there = np.flatnonzero([(folder / split / name).is_dir() for name in names])
     options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
-    return Source(folder.resolve().name, split, there[found.labels], names, **options)
+    return Source(folder.resolve().name, split, there[found.labels], tuple(map(composed, names)), **options)
 
 
 def _annotated(folder: Path, split: str, names: tuple[str, ...], listed: dict[str, str]) -> Source:
@@ -197,7 +199,8 @@ def _annotated(folder: Path, split: str, names: tuple[str, ...], listed: dict[st
         )
     number = {name: i for i, name in enumerate(names)}
     labels = np.array([number[name] for name in listed.values()], dtype=np.int64)
-    return Source(folder.resolve().name, split, labels, names, folder=folder, paths=tuple(listed))
+    classes = tuple(map(composed, names))
+    return Source(folder.resolve().name, split, labels, classes, folder=folder, paths=tuple(listed))
 
 
 def open_class_folders(folder: Path) -> Source:
@@ -211,4 +214,4 @@ def open_class_folders(folder: Path) -> Source:
     if not found.paths:
         raise unusable(folder, found.left_out)
     options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
-    return Source(folder.resolve().name, "all", found.labels, names, **options)
+    return Source(folder.resolve().name, "all", found.labels, tuple(map(composed, names)), **options)

@@ -42,9 +42,15 @@ class Listing:
     left_out: str
 
 
+def composed(name: str) -> str:
+    """A name with its accents in one form, which systems write in two: a Mac decomposes them."""
+    return unicodedata.normalize("NFC", name)
+
+
 def subfolders(folder: Path) -> tuple[str, ...]:
-    """Their names, sorted."""
-    return tuple(sorted(p.name for p in folder.iterdir() if not _ignored(p.name) and p.is_dir()))
+    """Their names, sorted in their composed form."""
+    there = (p.name for p in folder.iterdir() if not _ignored(p.name) and p.is_dir())
+    return tuple(sorted(there, key=composed))
 
 
 def list_images(folder: Path, classes: Iterable[str]) -> Listing:

@@ -69,7 +69,8 @@ def open_split(folder: Path, split: str, split_seed: int) -> Source:
     if isinstance(found, datasets.DatasetDict):
         table = found[next(name for name in ALIASES[split] if name in found)]
         return _source(datasets, table, folder, split)
-    return divided(_source(datasets, found, folder, split), split, split_seed, f"--data hf:{folder}")
+    whole = _source(datasets, found, folder, split)
+    return divided(whole, range(len(whole.labels)), split, split_seed, f"--data hf:{folder}")
 
 
 def _source(datasets: Any, table: Any, folder: Path, split: str) -> Source:
