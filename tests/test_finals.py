@@ -188,6 +188,9 @@ def test_the_report_shows_who_came_from_where_and_the_verdicts_of_several_runs(a
     shutil.copytree(folder, tmp_path / "other")
     several = document([Record(folder), Record(tmp_path / "other")])
     assert "Pooled over 2 runs" in several and several.count(result["verdict"]) >= 4
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace(str(npz), "elsewhere.npz"))
+    assert "Pooled over" not in document([Record(folder), Record(tmp_path / "other")])
     (tmp_path / "other" / "finals.jsonl").unlink()
     assert "nothing was proved" in document([Record(tmp_path / "other")])
 

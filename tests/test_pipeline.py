@@ -254,6 +254,12 @@ def test_the_last_lines_name_genotype_reliability_cost_and_next_command(finished
         assert words in line
 
 
+@pytest.mark.parametrize(("size", "auxiliary"), [(12, False), (13, True)])
+def test_the_next_command_does_without_an_auxiliary_head_that_the_images_are_too_small_for(size, auxiliary):
+    found = train_eval.parse(_training_flags(search.parse([]), Path("run"), size))
+    assert found.network.auxiliary is auxiliary
+
+
 def test_the_next_command_trains_the_genotype_on_the_same_images(finished, npz):
     config = train_eval.parse(shlex.split(finished[1].out.splitlines()[-1].partition("-m nas_kmix train ")[2]))
     assert config.input == DataConfig(data=str(npz))
@@ -264,7 +270,7 @@ def test_the_next_command_trains_the_genotype_on_the_same_images(finished, npz):
 @pytest.mark.parametrize("preset", list(search.PRESETS))
 def test_every_preset_has_a_preset_to_train_with(preset):
     config = search.parse(["--preset", preset, "--data", "images", "--image-size", "96"])
-    found = train_eval.parse(_training_flags(config, Path("run")))
+    found = train_eval.parse(_training_flags(config, Path("run"), 32))
     assert (found.preset, found.input.data, found.input.image_size) == (RETRAINED_WITH[preset], "images", 96)
 
 

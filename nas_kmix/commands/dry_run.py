@@ -24,7 +24,7 @@ from darts_space import GENOTYPES, Search, build_network, read_genotype
 from nas_kmix.commands.summary import of_images
 from nas_kmix.engine.compute import Compute, pick_compute
 from nas_kmix.engine.data import ImageData, load_data
-from nas_kmix.engine.datasets import check_run_folder, located
+from nas_kmix.engine.datasets import check_run_folder
 from nas_kmix.engine.distributed import World, joined
 from nas_kmix.engine.forecast import Cost, at, gigabytes, measured
 from nas_kmix.engine.learner import Learner, OptimConfig, Recipe
@@ -90,7 +90,7 @@ def of_search(config: Config) -> Iterator[str]:
     """What search.py would do."""
     check_flags(config)
     unused = list(without_effect(config))
-    config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
+    config = config.spread().located()
     check_run_folder(config.out, config.input.data)
     compute, given, until = pick_compute(config.device), config.given, config.stop_after
     data = load_data(config.input, device=compute.device, workers=config.device.workers)

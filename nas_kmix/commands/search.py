@@ -23,7 +23,7 @@ from nas_kmix.commands.summary import of_images, of_search
 from nas_kmix.engine import bad_files, cli
 from nas_kmix.engine.bad_files import BadFileList
 from nas_kmix.engine.data import ImageData, load_data
-from nas_kmix.engine.datasets import check_run_folder, located
+from nas_kmix.engine.datasets import check_run_folder
 from nas_kmix.engine.distributed import is_main
 from nas_kmix.engine.keys import StageMismatchError
 from nas_kmix.engine.log import OnLog
@@ -50,11 +50,24 @@ class Result:
     """What a run produced; None for stages that it did not reach or need."""
 
     folder: Path
+    image_size: int
+    """Side of the images in pixels."""
     table: ScoreTable | None = None
     proxy: ProxyManifest | None = None
     genotype: Genotype | None = None
     finals: dict[str, Any] | None = None
     """What `result.json` says."""
+
+    def __repr__(self) -> str:
+        """Without the thousands of numbers of its tables."""
+        found = {
+            "genotype": self.genotype and self.genotype.to_text(),
+            "verdict": self.finals and self.finals["verdict"],
+            "proxy": self.proxy and f"{len(self.proxy.indices)} of {self.proxy.n} images",
+            "table": self.table and f"scores of {len(self.table.index)} images",
+        }
+        parts = [f"folder={str(self.folder)!r}", *(f"{name}={text!r}" for name, text in found.items() if text)]
+        return f"Result({', '.join(parts)})"
 
 
 def run(config: Config, *, on_log: OnLog | None = None) -> Result:
@@ -66,7 +79,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
     """
     check_flags(config)
     unused = list(without_effect(config))
-    config = replace(config.spread(), input=replace(config.input, data=located(config.input.data)))
+    config = config.spread().located()
     watched = {"on_log": on_log, "quiet": config.quiet}
     check_run_folder(config.out, config.input.data)
     with open_run(config.out, asdict(config), config.device, **OPENED, **watched) as run:
@@ -96,7 +109,7 @@ def run(config: Config, *, on_log: OnLog | None = None) -> Result:
 
 def _stages(config: Config, data: ImageData, run: Run) -> Result:
     """Scorer, scores, proxy, search, finals: each is given, found or made, up to `--stop-after`."""
-    result, given = Result(run.folder), config.given
+    result, given = Result(run.folder, data.image_size), config.given
     if config.uses_scores:
         trained = None
         if given.scores is None:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from darts_space import CifarNetwork
 from nas_kmix.engine import bad_files, files
 from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.data import ImageData
@@ -61,7 +62,7 @@ def of_search(config: Config, result: Result, argv: Sequence[str]) -> str:
     parts = [f"{name} {duration(cost['wall_s'])}" for name, cost in costs["stages"].items() if cost["wall_s"] > 0]
     rows["cost"] = f"{duration(costs['total']['wall_s'])} ({', '.join(parts)})"
     if result.genotype is not None:
-        rows["next"] = command("train", *_training_flags(config, folder))
+        rows["next"] = command("train", *_training_flags(config, folder, result.image_size))
     elif result.proxy is not None:
         path = folder / proxy.FILE if config.given.proxy is None else config.given.proxy
         rest = [*rest_of(argv), *_undone(config)]
@@ -88,7 +89,7 @@ def reliability(table: ScoreTable, measure: str) -> str:
     )
 
 
-def _training_flags(config: Config, folder: Path) -> list[str]:
+def _training_flags(config: Config, folder: Path, image_size: int) -> list[str]:
     """The flags of the command that trains the network of the genotype on the images that were searched on."""
     from nas_kmix.commands.train import PRESETS
 
@@ -100,6 +101,8 @@ def _training_flags(config: Config, folder: Path) -> list[str]:
             flags += [f"--{name.replace('_', '-')}", str(value)]
     if config.augmentation.flip != survives_mirroring(config.input.data):  # else a training does the same
         flags.append("--flip" if config.augmentation.flip else "--no-flip")
+    if image_size < CifarNetwork.smallest_with_head:
+        flags.append("--no-auxiliary")
     if (folder / bad_files.FILE).exists():
         flags.append("--skip-bad")
     chosen = ["--preset", preset] if preset != "quick" else []

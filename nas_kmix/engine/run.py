@@ -94,7 +94,9 @@ class Run:
     # -- the folder ----------------------------------------------------------------------------------------------
 
     def check_folder(self) -> None:
-        """Raise ValueError for a folder with another command's run, or with files that no run seems to have written."""
+        """Raise ValueError for a file, and for a folder with another command's run or with files of no run."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--out {self.folder} is no folder; choose another.")
         if foreign := self.ledger.foreign_stages():
             raise ValueError(
                 f"--out {self.folder} holds the run of another command (stages {', '.join(foreign)} in "

@@ -21,7 +21,7 @@ from nas_kmix.engine.memory import check_fits
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.workers import check_room
 from nas_kmix.manifest import ProxyManifest
-from nas_kmix.pipeline import scorer, search
+from nas_kmix.pipeline import proxy, scorer, scores, search
 from nas_kmix.pipeline.config import ALL_IMAGES, PRESETS, Config, Given
 from nas_kmix.pipeline.finals import VERDICT_IMAGES
 from nas_kmix.pipeline.halves import check_shared_batch
@@ -61,6 +61,9 @@ def check_flags(config: Config) -> None:
         names = ("none", *published()) if flag == "proxy" else ()
         if not path.is_file() and str(path) not in names:
             others = f"; published proxies are {', '.join(published())}" if names else ""
+            if path.is_dir():
+                inside = {"scorer": scorer.FILE, "scores": scores.FILE, "proxy": proxy.FILE}[flag]
+                raise ValueError(f"--{flag} {path} is a folder; name the file, as {path / inside}.")
             raise ValueError(f"--{flag} {path}: there is no such file{others}.")
         _check_fresh(config, flag, path)
     preset = PRESETS[config.preset].search

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.cli import Flat, Invocation
 from nas_kmix.engine.compute import DeviceConfig, cores
 from nas_kmix.engine.data import DataConfig
+from nas_kmix.engine.datasets import located
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.mixers import MixConfig
 from nas_kmix.pipeline.one_search import SearchConfig
@@ -98,6 +100,14 @@ class Config:
             search=replace(self.search, **common, jobs=self.jobs),
             finals=replace(self.finals, **common, jobs=self.jobs),
         )
+
+    def located(self) -> Config:
+        """The same config with absolute paths of the data and the given file, for a record that serves everywhere."""
+        given = {  # names of published weights and proxies stay as they are
+            flag: Path(os.path.abspath(path)) if path is not None and path.is_file() else path
+            for flag, path in vars(self.given).items()
+        }
+        return replace(self, input=replace(self.input, data=located(self.input.data)), given=Given(**given))
 
 
 PAPER_SCORING = ScoringConfig(loss="mixed", partners="fresh")

@@ -49,11 +49,12 @@ def make(
     manifest.save(path)
     weights, arch = len(manifest.weights), len(manifest.arch)
     run.say(f"selection: {len(manifest.indices)} images, {weights} for the weights, {arch} for the architecture")
-    many = np.bincount(data.labels, minlength=data.num_classes) > 1
+    many = np.bincount(data.labels[data.good()], minlength=data.num_classes) > 1
     single = np.flatnonzero(many & (np.bincount(manifest.labels, minlength=data.num_classes) == 1))
     if len(single):
+        classes = "1 class has" if len(single) == 1 else f"{len(single)} classes have"
         run.say(
-            f"warning: {len(single)} classes have a single image in the proxy, which trains the weights "
-            f"(first: {data.class_names[single[0]]}); raise --ratio to give the architecture some too"
+            f"warning: {classes} a single image in the proxy, which trains the weights (first: "
+            f"{data.class_names[single[0]]}); raise --ratio to give the architecture some too"
         )
     return manifest

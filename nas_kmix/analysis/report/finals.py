@@ -122,8 +122,8 @@ def _cells(record: Record) -> Markup:
 
 
 def verdict_table(records: Sequence[Record], short: Mapping[Path, str]) -> Markup | None:
-    """The verdicts of several runs, and their pooled difference; None if no run has one."""
-    lines, means, errors = [], [], []
+    """The verdicts of several runs and, if all are on one data set, their pooled difference; None if no run has one."""
+    lines, counted, means, errors = [], [], [], []
     for record in records:
         try:
             if record.trains:
@@ -142,6 +142,7 @@ def verdict_table(records: Sequence[Record], short: Mapping[Path, str]) -> Marku
         except UNREADABLE:
             continue  # a run without finals; its own section says so
         lines.append(line)
+        counted.append(record)
         means.append(mean)
         errors.append(se)
     if not lines:
@@ -150,6 +151,8 @@ def verdict_table(records: Sequence[Record], short: Mapping[Path, str]) -> Marku
     verdicts = table(head, lines, caption="Verdicts", text_columns=2)
     if len(lines) == 1:
         return verdicts
+    if len({str(record.config["input"].get("data")) for record in counted}) > 1:
+        return verdicts  # differences on other images are another quantity
     mean, se = pooled(means, errors)
     note = (
         f"Pooled over {len(lines)} runs, the search is {mean:+.2f} ± {se:.2f} points from random architectures. The "
