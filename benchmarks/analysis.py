@@ -12,7 +12,6 @@ neither does the bare pass that it is compared with: 1.00 would mean that signs,
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import tyro
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.measure import command_line, generated_images, report, seconds
+from benchmarks.measure import command_line, generated_images, in_turn, report
 from darts_space import GENOTYPES, CifarNetwork
 from nas_kmix.analysis.attacks import PixelClassifier, pgd
 from nas_kmix.analysis.objective import cross_entropy_objective
@@ -61,9 +60,8 @@ def main(config: Config) -> dict[str, float]:
     objective = cross_entropy_objective(model, data, np.arange(len(data)), chunk_size=config.batch_size)
     centre = objective.centre
     vector = torch.randn(len(centre), generator=torch.Generator().manual_seed(0)).to(device)
-    pairs = _time_in_turn(
-        lambda: objective.gradient(centre), lambda: objective.hessian_product(centre, vector), config.pairs, device
-    )
+    works = (lambda: objective.gradient(centre), lambda: objective.hessian_product(centre, vector))
+    pairs = in_turn(works, config.pairs, device)
     figures = {
         "gradient_s": statistics.median(plain for plain, _ in pairs),
         "hessian_product_s": statistics.median(full for _, full in pairs),
@@ -82,7 +80,7 @@ def main(config: Config) -> dict[str, float]:
     def attack() -> None:
         pgd(classifier, pixels, labels, eps=8 / 255, step=2 / 255, steps=config.steps)
 
-    pairs = _time_in_turn(bare, attack, config.pairs, device)
+    pairs = in_turn((bare, attack), config.pairs, device)
     figures["attack_steps_per_s"] = statistics.median(config.steps / full for _, full in pairs)
     figures["attack_steps_over_bare"] = statistics.median(plain / full for plain, full in pairs)
     report(figures, config.json, device)
@@ -94,14 +92,6 @@ def _network(config: Config) -> nn.Module:
         return build_backbone(config.network, num_classes=config.classes)
     generator = torch.Generator().manual_seed(0)
     return CifarNetwork(GENOTYPES[config.network], config.channels, config.layers, config.classes, generator=generator)
-
-
-def _time_in_turn(
-    plain: Callable[[], object], full: Callable[[], object], pairs: int, device: torch.device
-) -> list[tuple[float, float]]:
-    """Seconds of both, pair by pair, after one run of each to warm up."""
-    rows = [(seconds(plain, device), seconds(full, device)) for _ in range(1 + pairs)]
-    return rows[1:]
 
 
 if __name__ == "__main__":

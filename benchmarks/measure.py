@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,12 @@ def seconds(work: Callable[[], object], device: torch.device | str) -> float:
     return time.perf_counter() - start
 
 
+def in_turn(works: Sequence[Callable[[], object]], times: int, device: torch.device | str) -> list[list[float]]:
+    """Seconds of each work, one after the other, `times` times, after one run of each to warm up."""
+    rows = [[seconds(work, device) for work in works] for _ in range(1 + times)]
+    return rows[1:]
+
+
 def generated_images(n: int, size: int, classes: int, device: torch.device, *, rng: np.random.Generator) -> ImageData:
     """A resident set of `n` noise images of `size` x `size` pixels with random labels."""
     pixels = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
@@ -38,13 +44,22 @@ def generated_images(n: int, size: int, classes: int, device: torch.device, *, r
 def report(figures: dict[str, float], json_file: Path | None, device: torch.device | str) -> None:
     """Print the figures and the machine, and write them to `json_file`; `-` prints JSON and nothing else."""
     if json_file == Path("-"):
-        print(json.dumps(figures, indent=2))
+        write_json(figures, json_file)
         return
     for name, value in figures.items():
         print(f"{name:<44}{value:10.4g}")
     print(machine(device))
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(figures, json_file)
+
+
+def write_json(figures: dict[str, float], file: Path) -> None:
+    """Write the figures to the file, or print them for `-`."""
+    text = json.dumps(figures, indent=2)
+    if file == Path("-"):
+        print(text)
+    else:
+        file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def machine(device: torch.device | str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ class Config:
     batch_size: int = 128
     """Batch of 32 px images; of 224 px an eighth."""
     repeats: int = 200
-    """Mixes of a 32 px batch of which the median is taken; of 224 px a tenth."""
+    """Mixes of a 32 px batch of which the median is taken; of 224 px an eighth."""
     steps: int = 15
     """Training steps of which the median is taken."""
     backbones: tuple[str, ...] = ("small",)
@@ -157,7 +157,7 @@ def step_ratios(backbone: str, config: Config) -> dict[str, float]:
 
 
 def main(config: Config) -> dict[str, float]:
-    pick_device(DeviceConfig(device=config.device, threads=config.threads))
+    config = replace(config, device=str(pick_device(DeviceConfig(device=config.device, threads=config.threads))))
     figures: dict[str, float] = {}
     for index, backbone in enumerate(config.backbones):
         prefix = "" if index == 0 else f"{backbone}_"

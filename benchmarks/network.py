@@ -14,6 +14,8 @@ makes no difference.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ import tyro
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.measure import command_line, report, seconds
+from benchmarks.measure import command_line, in_turn, report
 from darts_space import network, read_genotype
 from darts_space.network import NETWORKS, Network
 from darts_space.primitives import DepthwiseConv2d
@@ -50,18 +52,16 @@ class Config:
 
 
 def main(config: Config) -> dict[str, float]:
-    pick_device(DeviceConfig(device=config.device, threads=config.threads))
+    device = pick_device(DeviceConfig(device=config.device, threads=config.threads))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(config.batch_size, 3, config.input_size, config.input_size, generator=generator)
     runs = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = NETWORKS[config.kind](read_genotype(config.genotype), config.channels, config.layers)
-        runs.append([each.to(config.device, memory_format=layout) for each in (model, images)])
+        runs.append([each.to(device, memory_format=layout) for each in (model, images)])
     figures = {}
     for mode, step in (("training", train_step), ("evaluation", evaluate)):
-        for run in runs:
-            step(*run)  # the first is slower
-        pairs = [[seconds(partial(step, *run), config.device) for run in runs] for _ in range(config.pairs)]
+        pairs = in_turn([partial(step, *run) for run in runs], config.pairs, device)
         figures[f"{mode}_images_per_second"] = config.batch_size / statistics.median(pair[1] for pair in pairs)
         figures[f"{mode}_speedup"] = statistics.median(plain / last for plain, last in pairs)
     without = {
@@ -69,13 +69,10 @@ def main(config: Config) -> dict[str, float]:
         "slow_filters": mock.patch.object(DepthwiseConv2d, "forward", nn.Conv2d.forward),
     }
     for name, replaced in without.items():
-        pairs = []
-        for _ in range(config.pairs):
-            with replaced:
-                before = seconds(partial(train_step, *runs[1]), config.device)
-            pairs.append((before, seconds(partial(train_step, *runs[1]), config.device)))
-        figures[f"training_gain_without_{name}"] = statistics.median(before / after for before, after in pairs)
-    report(figures, config.json, config.device)
+        after = partial(train_step, *runs[1])
+        pairs = in_turn((partial(_within, replaced, after), after), config.pairs, device)
+        figures[f"training_gain_without_{name}"] = statistics.median(slow / fast for slow, fast in pairs)
+    report(figures, config.json, device)
     return figures
 
 
@@ -89,6 +86,11 @@ def train_step(model: Network, images: torch.Tensor) -> None:
 @torch.no_grad()
 def evaluate(model: Network, images: torch.Tensor) -> None:
     model.eval()(images)
+
+
+def _within(context: AbstractContextManager[object], work: Callable[[], object]) -> None:
+    with context:
+        work()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ largest N, to be held against the 3,072 bytes of one resident image.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/scale.py`
 
+from benchmarks.measure import write_json
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.ledger import peak_rss_bytes
@@ -108,7 +108,7 @@ def main(config: Config) -> None:
         figures["growth_bytes_per_file"] = growth
         print(f"\n{growth:.0f} bytes per file")
     if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(figures, config.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/scoring.py`
 
-from benchmarks.measure import command_line, generated_images, report, seconds
+from benchmarks.measure import command_line, generated_images, in_turn, report
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine.compute import DeviceConfig, pick_device
 from nas_kmix.scoring import ScoringConfig, score_dataset
@@ -66,9 +66,7 @@ def main(config: Config) -> dict[str, float]:
     def scored() -> None:
         score_dataset(model, data, scoring, indices=anchors)
 
-    for warm_up in (bare, scored):
-        warm_up()
-    rows = [(seconds(bare, device), seconds(scored, device)) for _ in range(config.pairs)]
+    rows = in_turn((bare, scored), config.pairs, device)
     figures = {
         "scoring_ratio": statistics.median(plain / full for plain, full in rows),
         "overhead_us_per_mix": statistics.median(1e6 * (full - plain) / mixes for plain, full in rows),

@@ -16,7 +16,6 @@ Dispatch is the time of the same step on two images of the smallest size, which 
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import subprocess
@@ -33,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import machine, seconds
+from benchmarks.measure import in_turn, machine, seconds, write_json
 from darts_space import BilevelConfig, PlainSuperNet, Search, SuperNet
 from darts_space.bilevel import Batch
 from darts_space.search_network import SearchNetwork
@@ -241,7 +240,8 @@ def roof(config: Config) -> dict[str, float]:
 
 
 def main(config: Config) -> dict[str, float]:
-    pick_device(DeviceConfig(device=config.device, threads=config.threads))
+    device = pick_device(DeviceConfig(device=config.device, threads=config.threads))
+    config = replace(config, device=str(device))
     if config.memory_of is not None:
         print(added_memory(config.memory_of, config))
         return {}
@@ -269,9 +269,7 @@ def main(config: Config) -> dict[str, float]:
     print(machine(config.device))
     print(f"batch {config.batch_size}, {config.pairs} pairs    plain      fast     ratio  (lowest, highest)")
     for name in plain:
-        for form in (plain, fast):
-            seconds(form[name], config.device)  # the first is slower
-        pairs = [[seconds(form[name], config.device) for form in (plain, fast)] for _ in range(config.pairs)]
+        pairs = in_turn([form[name] for form in (plain, fast)], config.pairs, device)
         ratios = [before / after for before, after in pairs]
         figures[f"{name}_ratio"] = statistics.median(ratios)
         figures[f"{name}_plain_s"], figures[f"{name}_fast_s"] = map(statistics.median, zip(*pairs, strict=True))
@@ -281,8 +279,7 @@ def main(config: Config) -> dict[str, float]:
         )
     nothing = works("fast", replace(config, batch_size=2, size=SMALLEST))
     for name in ("weight_step", "bilevel"):
-        seconds(nothing[name], config.device)
-        spent = statistics.median(seconds(nothing[name], config.device) for _ in range(config.pairs))
+        spent = statistics.median(taken for (taken,) in in_turn([nothing[name]], config.pairs, device))
         figures[f"{name}_dispatch"] = spent / figures[f"{name}_fast_s"]
         print(f"dispatch in {name}: {figures[f'{name}_dispatch']:.0%} of the fast form's time")
     compute = 3 * macs * config.batch_size / figures["gemm_macs_per_s"]
@@ -298,7 +295,7 @@ def main(config: Config) -> dict[str, float]:
         f"{figures['forward_backward_fast_s'] * figures['copy_bytes_per_s'] / 1e9:.1f} GB"
     )
     if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(figures, config.json)
     return figures
 
 
