@@ -29,7 +29,6 @@ from nas_kmix.engine.data import ImageData
 from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.meter import NonFiniteLossError
-from nas_kmix.engine.program import command
 from nas_kmix.engine.run import Run
 from nas_kmix.engine.training import Validation, train
 from nas_kmix.mixers import MixConfig, make_mix
@@ -192,8 +191,10 @@ def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, 
     remedy = files.GIVE_ANOTHER if key is None else files.REMOVE_OURS  # given, or found in the run folder
     state = files.load_tensors(path, compute.device, remedy=remedy)
     if state.get("format") != FORMAT:
-        made_by = command("search", "--stop-after", "scorer")
-        raise ValueError(f"{path} is not a scorer of nas_kmix; make one with {made_by}.")
+        raise ValueError(
+            f"{path} is not a scorer of nas_kmix; give the scorer.pt of a search, or a network that "
+            "a training with --backbone has made."
+        )
     check_key(path, state.get("key"), key)
     with files.damage_named(path, "train the scorer again"):
         network, classes, constants = state["network"], tuple(state["class_names"]), constants_of(state)
