@@ -72,7 +72,7 @@ def append_line(results: Path, cell: str, found: Mapping[str, Any], device: str)
 def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, config: CellConfig) -> int:
     """Run the cells that `results` lacks and whose names begin with `only`, in order; returns an exit code.
 
-    After `minutes` a cell is asked to stop. If it saved its state, the code is TRY_AGAIN and the same command goes on;
+    After `minutes` a cell is asked to stop. If it saves its state, the code is TRY_AGAIN and the same command goes on;
     otherwise it is 143. Raises SystemExit if no name begins with `only`.
     """
     chosen = {name: work for name, work in cells.items() if name.startswith(config.only)}
@@ -89,7 +89,7 @@ def run_cells(cells: Mapping[str, Callable[[], dict[str, Any]]], results: Path, 
             if stopped.saved:
                 print(f"{name} is saved; the same command goes on with it")
             else:
-                print(f"error: {name} was stopped and has saved nothing; it needs more --minutes.", file=sys.stderr)
+                print(f"error: {name} was stopped and is not finished; it needs more --minutes.", file=sys.stderr)
             return TRY_AGAIN if stopped.saved and stopped.signum == SIGTERM else 128 + stopped.signum
         append_line(results, name, found, config.device)
     return 0

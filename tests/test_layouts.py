@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shlex
+import shutil
 import sys
 import unicodedata
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from nas_kmix.engine.data import DataConfig, load_data
 from nas_kmix.engine.datasets import is_flat, located, open_source, splits_of
 from nas_kmix.engine.named_sets import MEDMNIST, survives_mirroring
 from nas_kmix.engine.sources import BadImageError, Source
+from nas_kmix.engine.undivided import divided
 from nas_kmix.manifest import ProxyManifest
 
 SEARCH = shlex.split(
@@ -100,7 +102,7 @@ def test_the_division_is_stratified_and_depends_on_the_seed_alone(flat):
     assert [path for path in paths("test") if "dog" not in path] == list(test), "other classes keep their images"
 
 
-def test_other_images_make_no_training_image_a_test_image(flat):
+def test_other_images_hardly_move_those_that_were_there(flat):
     def paths(split):
         return set(open_source(str(flat), flat, split).paths)
 
@@ -109,6 +111,38 @@ def test_other_images_make_no_training_image_a_test_image(flat):
     assert not paths("test") & train and paths("test") != test
     (flat / min(train)).unlink()
     assert not paths("test") & train
+    write(flat, draw_pixels(10, 16, 16, 3, seed=1), [f"ant/new {i}.png" for i in range(10)])  # 25 of them, 5 to test on
+    assert len(paths("test") & train) <= 2
+
+
+def test_a_fifth_of_the_rows_of_each_class_is_for_testing_and_the_seed_draws_it():
+    labels = np.arange(100) % 4
+    rows = Source("rows", "train", labels, tuple("abcd"), arrays=np.arange(100).reshape(100, 1, 1, 1))
+
+    def of(split, seed):
+        return divided(rows, [str(row) for row in range(100)], split, seed, "rows").arrays.ravel()
+
+    assert np.bincount(labels[of("test", 0)]).tolist() == [5] * 4
+    assert sorted([*of("train", 0), *of("test", 0)]) == list(range(100))
+    often = np.bincount(np.concatenate([of("test", seed) for seed in range(500)]), minlength=100)
+    assert abs(often - 100).max() < 45, "binomial with n = 500 and p = .2, five standard deviations"
+
+
+def test_class_folders_whose_names_look_alike_are_refused(flat):
+    for form in ("NFC", "NFD"):
+        write(flat, draw_pixels(1, 16, 16, 3), [unicodedata.normalize(form, "b\u00e9e/0.png")])
+    with pytest.raises(ValueError, match="whose names look alike; merge or rename one"):
+        open_source(str(flat), flat, "train")
+
+
+def test_splits_whose_class_names_have_accents_in_either_form_belong_together(tmp_path):
+    for form, split in (("NFD", "train"), ("NFC", "val")):
+        names = [
+            unicodedata.normalize(form, f"{split}/{label}/{i}.png") for label in ("b\u00e9e", "cat") for i in (0, 1)
+        ]
+        write(tmp_path, draw_pixels(4, 16, 16, 3), names)
+    train, val = (load_data(DataConfig(data=str(tmp_path)), split=split) for split in ("train", "val"))
+    assert train.class_names == val.class_names == ("b\u00e9e", "cat") and val.labels.tolist() == [0, 0, 1, 1]
 
 
 def test_accents_in_either_form_are_the_same_division(tmp_path):
@@ -119,8 +153,8 @@ def test_accents_in_either_form_are_the_same_division(tmp_path):
     for split in ("train", "test"):
         one, other = (open_source(str(folder), folder, split) for folder in folders.values())
         assert one.class_names == other.class_names and one.paths != other.paths
-        contents = [{source.content(i) for i in range(len(source.labels))} for source in (one, other)]
-        assert contents[0] == contents[1]
+        assert [one.content(i) for i in range(len(one.labels))] == [other.content(i) for i in range(len(one.labels))]
+        assert one.identity() == other.identity()
 
 
 def test_a_folder_that_has_changed_since_the_training_is_told(flat, tmp_path, capsys):
@@ -142,7 +176,16 @@ def test_a_folder_that_has_changed_since_the_training_is_told(flat, tmp_path, ca
     assert warning in evaluated() and warning in analysed()
     write(flat, draw_pixels(5, 16, 16, 3, seed=1), [f"dog/{i}.png" for i in range(5)])
     said = evaluated()
-    assert warning in said and "knows 3 of its 4 classes; the 1 of dog are left out" in said
+    assert warning in said and "knows 3 of its 4 classes; left out: 1 of unknown classes (dog)" in said
+    copied = shutil.copytree(flat, tmp_path / "copy")
+    train_eval.run(train_eval.parse(["--data", str(copied), *TRAIN[1:7], "--eval-only", str(last)]))
+    assert "has other training images" not in capsys.readouterr().out, "another set, as long as the first is there"
+    flat.rename(tmp_path / "gone")
+    train_eval.run(train_eval.parse(["--data", str(copied), *TRAIN[1:7], "--eval-only", str(last)]))
+    assert "has other training images" not in capsys.readouterr().out, "of other classes"
+    shutil.rmtree(copied / "dog")
+    train_eval.run(train_eval.parse(["--data", str(copied), *TRAIN[1:7], "--eval-only", str(last)]))
+    assert "has other training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["train", "Validation", "test"])

@@ -17,6 +17,7 @@ from darts_space.checkpoint import FORMAT as NETWORK_FORMAT
 from nas_kmix.backbones import build_backbone
 from nas_kmix.engine import files
 from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.folders import composed
 from nas_kmix.pipeline.scorer import FORMAT as BACKBONE_FORMAT
 from nas_kmix.pipeline.scorer import constants_of
 
@@ -55,7 +56,8 @@ def load_classifier(path: Path) -> Classifier:
     if kind not in (NETWORK_FORMAT, BACKBONE_FORMAT):
         raise ValueError(f"{path} is neither the checkpoint of a training nor the scorer.pt of a search.")
     with files.damage_named(path, "train it again"):
-        network, names, size = dict(state["network"]), tuple(map(str, state["class_names"])), int(state["image_size"])
+        network, size = dict(state["network"]), int(state["image_size"])
+        names = tuple(composed(str(name)) for name in state["class_names"])
         inputs = (state.get("key") or {}).get("inputs") or {}
         described = {**constants_of(state), "image_size": size, "fingerprint": inputs.get("data")}
         if network["num_classes"] != len(names):  # before memory is spent on that many

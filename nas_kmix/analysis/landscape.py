@@ -214,8 +214,8 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     found = {}
     results = tuple(f"{name}.npz" for name in classifiers)
     with open_run(config.out, asdict(config), config.device, stages=(STAGE,), results=results) as run:
-        first, device = next(iter(classifiers.values())), run.compute.device
-        data = load_images(config.input, first, device=device, workers=config.device.workers)
+        device = run.compute.device
+        data = load_images(config.input, *classifiers.values(), device=device, workers=config.device.workers)
         indices = subset(data, config.input.images, seed=config.views.seed)
         if config.fresh:
             run.clear()

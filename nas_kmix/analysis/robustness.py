@@ -140,9 +140,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     _check_flags(config)
     device = pick_device(config.device)
     classifiers = open_runs(config.runs)
-    first = next(iter(classifiers.values()))
     models = {name: _pixel_classifier(classifier, device) for name, classifier in classifiers.items()}
-    data = load_images(config.input, first, device=device, workers=config.device.workers)
+    data = load_images(config.input, *classifiers.values(), device=device, workers=config.device.workers)
     rows = {name: {"run": name} for name in classifiers}
     # Both folders are opened, and refused, before the attacks take their time.
     natural = None if config.natural is None else _folder(config.natural, data, known=True)

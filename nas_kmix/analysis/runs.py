@@ -16,6 +16,7 @@ from nas_kmix.engine import files
 from nas_kmix.engine.data import DataConfig, ImageData, load_data, open_data
 from nas_kmix.engine.datasets import HUGGING_FACE, is_divided, located, splits_of
 from nas_kmix.engine.distributed import is_main
+from nas_kmix.engine.named_sets import is_named
 from nas_kmix.engine.progress import Progress
 
 SUBSET = 1  # random stream: which images are taken
@@ -87,8 +88,13 @@ def check_same_task(first: Classifier, second: Classifier) -> None:
         )
 
 
-def load_images(config: InputConfig, like: Classifier, *, device: torch.device, workers: int) -> ImageData:
-    """The split to analyse, at the image size and in the normalisation of `like`. Raises ValueError."""
+def load_images(
+    config: InputConfig, like: Classifier, *others: Classifier, device: torch.device, workers: int
+) -> ImageData:
+    """The split to analyse `like` and `others` on, at the image size and in the normalisation of `like`.
+
+    Raises ValueError.
+    """
     recorded = recorded_input(like.path)
     data, split_seed = (located(config.data) if config.data else _data_here(recorded, like.path)), recorded.split_seed
     split = config.split
@@ -98,27 +104,38 @@ def load_images(config: InputConfig, like: Classifier, *, device: torch.device, 
             raise ValueError(f"--data {data} has neither val nor test images; choose --split train to use those.")
     options = {"split_seed": split_seed, "image_size": like.image_size, "max_bad_share": config.max_bad_share}
     chosen = DataConfig(data=data, data_root=config.data_root, **options)
-    if split == "test":
-        warn_of_training_images(chosen, like)
+    for network in (like, *others) if split == "test" else ():
+        warn_of_training_images(chosen, network)
     return like.prepare(load_data(chosen, split=split, device=device, workers=workers, like=like))
 
 
 def warn_of_training_images(config: DataConfig, like: Classifier) -> None:
-    """Say if a set without splits has other training images than the network had, as after files were added."""
+    """Say if a set without splits has other training images than the network had, as after files were added.
+
+    It may be the set that the network was trained on if that is where the run says, or if that is gone and the classes
+    are the same.
+    """
     if like.fingerprint is None or not is_divided(config.data):
         return
-    train, recorded = open_data(replace(config, image_size=like.image_size)), recorded_input(like.path).data
-    here = recorded is not None and same_place(recorded, config.data)
-    if (here or train.class_names == like.class_names) and train.fingerprint != like.fingerprint and is_main():
+    train, recorded = open_data(replace(config, image_size=like.image_size)), recorded_input(like.path)
+    there = recorded.data is not None and (is_named(recorded.data) or os.path.exists(_path_of(recorded.data)))
+    ours = same_place(recorded.data, config.data) if there else train.class_names == like.class_names
+    if ours and train.fingerprint != like.fingerprint and is_main():
+        other_seed = recorded.data is not None and recorded.split_seed != config.split_seed
+        remedy = f"add --split-seed {recorded.split_seed}" if other_seed else "keep images to test on in test/CLASS/*"
         Progress.say(
             f"warning: --data {config.data} has other training images than {like.path} was trained on, so that some of "
-            "its test images may be among those; test on a folder of its own"
+            f"its test images may be among those; {remedy}"
         )
 
 
 def same_place(one: str, other: str) -> bool:
     """Whether two --data are one folder, by whatever links they name it."""
-    return os.path.realpath(one.removeprefix(HUGGING_FACE)) == os.path.realpath(other.removeprefix(HUGGING_FACE))
+    return os.path.realpath(_path_of(one)) == os.path.realpath(_path_of(other))
+
+
+def _path_of(data: str) -> str:
+    return data.removeprefix(HUGGING_FACE)
 
 
 def subset(data: ImageData, images: int, *, seed: int) -> np.ndarray:

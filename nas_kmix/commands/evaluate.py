@@ -78,7 +78,7 @@ def _coverage(whole: Part, known: Part, names: tuple[str, ...]) -> str:
     if not unknown:
         return text
     some = ", ".join([*unknown[:3], "…"] if len(unknown) > 3 else unknown)
-    return f"{text}; the {len(whole.indices) - len(known.indices)} of {some} are left out"
+    return f"{text}; left out: {len(whole.indices) - len(known.indices)} of unknown classes ({some})"
 
 
 def _check_split_seed(config: Config) -> None:

@@ -173,22 +173,24 @@ def _folder(folder: Path, split: str, own_classes: bool) -> Source:
     if not classes.is_dir():
         meant = meant_by(folder, classes.name)
         raise ValueError(f"--data {folder} has no subfolder {classes.name}; images belong in {classes}/CLASS/{meant}.")
-    names = tuple(sorted(set(listed.values()))) if listed and classes.name == split else subfolders(classes)
+    listed_alone = listed and classes.name == split
+    names = tuple(map(composed, sorted(set(listed.values())) if listed_alone else subfolders(classes)))
     if not names:
         raise unusable(classes)
     if listed:
-        return _annotated(folder, split, names, listed)
-    unknown = sorted({*subfolders(folder / split)} - {*names}) if (folder / split).is_dir() else []
+        return _annotated(folder, split, names, {path: composed(name) for path, name in listed.items()})
+    there = {composed(name): name for name in subfolders(folder / split)} if (folder / split).is_dir() else {}
+    unknown = [there[name] for name in sorted(there.keys() - {*names})]
     if strays := list_images(folder, [f"{split}/{name}" for name in unknown]).paths:
         raise SplitFolderError(
             f"{folder / strays[0]} belongs to no class of {classes}; rename its folder, or keep it elsewhere."
         )
-    found = list_images(folder, [f"{split}/{name}" for name in names if (folder / split / name).is_dir()])
+    found = list_images(folder, [f"{split}/{there[name]}" for name in names if name in there])
     if not found.paths:
         raise unusable(folder / split, found.left_out)
-    there = np.flatnonzero([(folder / split / name).is_dir() for name in names])
+    numbers = np.flatnonzero([name in there for name in names])
     options = {"folder": folder, "paths": found.paths, "left_out": found.left_out}
-    return Source(folder.resolve().name, split, there[found.labels], tuple(map(composed, names)), **options)
+    return Source(folder.resolve().name, split, numbers[found.labels], names, **options)
 
 
 def _annotated(folder: Path, split: str, names: tuple[str, ...], listed: dict[str, str]) -> Source:
@@ -199,8 +201,7 @@ def _annotated(folder: Path, split: str, names: tuple[str, ...], listed: dict[st
         )
     number = {name: i for i, name in enumerate(names)}
     labels = np.array([number[name] for name in listed.values()], dtype=np.int64)
-    classes = tuple(map(composed, names))
-    return Source(folder.resolve().name, split, labels, classes, folder=folder, paths=tuple(listed))
+    return Source(folder.resolve().name, split, labels, names, folder=folder, paths=tuple(listed))
 
 
 def open_class_folders(folder: Path) -> Source:

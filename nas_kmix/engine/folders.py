@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,19 @@ class Listing:
 
 
 def composed(name: str) -> str:
-    """A name with its accents in one form, which systems write in two: a Mac decomposes them."""
+    """A name in the one of Unicode's two forms that Macs do not write: an accent and its letter are one character."""
     return unicodedata.normalize("NFC", name)
 
 
 def subfolders(folder: Path) -> tuple[str, ...]:
-    """Their names, sorted in their composed form."""
-    there = (p.name for p in folder.iterdir() if not _ignored(p.name) and p.is_dir())
-    return tuple(sorted(there, key=composed))
+    """Their names, sorted in their composed form. Raises ValueError if two have the same."""
+    names = sorted((p.name for p in folder.iterdir() if not _ignored(p.name) and p.is_dir()), key=composed)
+    for one, other in pairwise(names):
+        if composed(one) == composed(other):
+            raise ValueError(
+                f"{folder} holds the folders {one!a} and {other!a}, whose names look alike; merge or rename one."
+            )
+    return tuple(names)
 
 
 def list_images(folder: Path, classes: Iterable[str]) -> Listing:
@@ -60,7 +66,7 @@ def list_images(folder: Path, classes: Iterable[str]) -> Listing:
     for label, name in enumerate(classes):
         found = []
         _walk(folder / name, Path(name), (), found, others)
-        found.sort()
+        found.sort(key=lambda path: [composed(part) for part in path.parts])
         paths += [path.as_posix() for path in found]
         labels += [label] * len(found)
     for path in paths:

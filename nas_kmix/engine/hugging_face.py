@@ -70,7 +70,8 @@ def open_split(folder: Path, split: str, split_seed: int) -> Source:
         table = found[next(name for name in ALIASES[split] if name in found)]
         return _source(datasets, table, folder, split)
     whole = _source(datasets, found, folder, split)
-    return divided(whole, range(len(whole.labels)), split, split_seed, f"--data hf:{folder}")
+    rows = [str(row) for row in range(len(whole.labels))]
+    return divided(whole, rows, split, split_seed, f"--data hf:{folder}")
 
 
 def _source(datasets: Any, table: Any, folder: Path, split: str) -> Source:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nas_kmix.engine.folders import composed
 from nas_kmix.engine.pixels import rgb_of
 
 # Whatever a file is called, only these are decoded: Pillow hands PostScript, for one, to a program of its own.
@@ -137,5 +138,5 @@ class Source:
                 size = file.stat().st_size if file.exists() else None  # a broken link
             else:
                 size = len(self.encoded[index])
-            digest.update(f"{path} {size}\n".encode())
+            digest.update(f"{composed(path)} {size}\n".encode())
         return digest.digest()

@@ -17,8 +17,9 @@ TEST_SHARE = 0.2
 def divided(whole: Source, names: Sequence[str], split: str, seed: int, data: str) -> Source:
     """The train or the test split of `whole`, with a note on how it was drawn.
 
-    Seed and name of an image decide where it belongs among those of its class, so that other images come and go
-    without moving it (but for the one or two at the boundary). `data` names the set in a refusal.
+    An image's place among those of its class follows from the seed and its name, and the first fifth is for testing.
+    So other images shift the boundary alone: a few training images may still become test images as a class grows.
+    `data` names the set in a refusal.
     """
     if split not in ("train", "test"):
         raise ValueError(f"{data} has no splits of its own and is divided into train and test, not {split!r}.")

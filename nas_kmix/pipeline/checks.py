@@ -63,7 +63,7 @@ def check_flags(config: Config) -> None:
             others = f"; published proxies are {', '.join(published())}" if names else ""
             if path.is_dir():
                 inside = {"scorer": scorer.FILE, "scores": scores.FILE, "proxy": proxy.FILE}[flag]
-                raise ValueError(f"--{flag} {path} is a folder; name the file, as {path / inside}.")
+                raise ValueError(f"--{flag} {path} is a folder; name a file in it, e.g. {path / inside}.")
             raise ValueError(f"--{flag} {path}: there is no such file{others}.")
         _check_fresh(config, flag, path)
     preset = PRESETS[config.preset].search

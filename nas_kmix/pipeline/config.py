@@ -102,7 +102,7 @@ class Config:
         )
 
     def located(self) -> Config:
-        """The same config with absolute paths of the data and the given file, for a record that serves everywhere."""
+        """The same config with absolute paths of --data and of the given file, for a record that is used elsewhere."""
         given = {  # names of published weights and proxies stay as they are
             flag: Path(os.path.abspath(path)) if path is not None and path.is_file() else path
             for flag, path in vars(self.given).items()

@@ -26,6 +26,7 @@ from nas_kmix.engine.augment import Augmentation
 from nas_kmix.engine.cli import Flat
 from nas_kmix.engine.compute import Compute
 from nas_kmix.engine.data import ImageData
+from nas_kmix.engine.folders import composed
 from nas_kmix.engine.keys import check_key, identity, stage_key
 from nas_kmix.engine.learner import OptimConfig
 from nas_kmix.engine.meter import NonFiniteLossError
@@ -192,12 +193,13 @@ def load_scorer(path: Path, data: ImageData, *, compute: Compute | None = None, 
     state = files.load_tensors(path, compute.device, remedy=remedy)
     if state.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not a scorer of nas_kmix; give the scorer.pt of a search, or a network that "
-            "a training with --backbone has made."
+            f"{path} is not a scorer of nas_kmix; give the scorer.pt of a search, or the last.pt of "
+            "a training with --backbone."
         )
     check_key(path, state.get("key"), key)
     with files.damage_named(path, "train the scorer again"):
-        network, classes, constants = state["network"], tuple(state["class_names"]), constants_of(state)
+        network, constants = state["network"], constants_of(state)
+        classes = tuple(composed(str(name)) for name in state["class_names"])
         shape = {"num_classes": int(network["num_classes"]), "stem": network["stem"]}
     for name, wanted in (("num_classes", data.num_classes), ("stem", data.stem)):
         if shape[name] != wanted:

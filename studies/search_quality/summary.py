@@ -17,6 +17,7 @@ from studies.cells import mean_and_error, read_results
 from studies.search_quality import controls, turn
 from studies.search_quality.judged import NAMES, genotypes, verdict
 from studies.search_quality.pools import genotypes as pool_of
+from studies.search_quality.whole import CPU_SEEDS
 
 TENTH = ("preset/cpu/", "preset/cpu-paper/", "proxies/high-cv-.1/", "proxies/random-.1/")
 PROXY_PAIRS = (
@@ -191,14 +192,14 @@ def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
     values; settled: of the accuracies after ten epochs and after the last.
     """
     found = {arm: sorted(map(_retrained, lines), key=lambda one: one["seed"]) for arm, lines in arms.items()}
-    if not {"winner", "random"} <= found.keys():
+    if min(len(found.get(name, [])) for name in ("winner", "random")) < 2:
         return {"n": 0}
     winners = found.pop("winner")
     table: dict[str, Any] = {"winners": winners, **found, "difference": _difference(winners, found["random"])}
-    if "wired" in found:
+    if len(found.get("wired", [])) > 1:
         table["winners_minus_wired"] = _difference(winners, found["wired"])
         table["wired_minus_random"] = _difference(found["wired"], found["random"])
-    if "rewired" in found:
+    if len(found.get("rewired", [])) > 1:
         table["winners_minus_rewired"] = _minus_rewired(winners, found["rewired"])
         table["rewired_minus_random"] = _difference(found["rewired"], found["random"])
     spearman = {}
@@ -214,8 +215,12 @@ def _retraining(arms: Mapping[str, list[Line]]) -> dict[str, Any]:
 
 def _minus_rewired(winners: list[Line], rewired: list[Line]) -> dict[str, Any]:
     """How much worse the operations of a winner do on random wirings: the mean over its wirings, paired by winner."""
-    own = [[one["accuracy"] for one in rewired if one["seed"] % len(winners) == i] for i in range(len(winners))]
-    return mean_and_error((w["accuracy"] - np.mean(o) for w, o in zip(winners, own, strict=True) if o), 5)
+    differences = []
+    for winner in winners:
+        number = CPU_SEEDS.index(winner["seed"])
+        own = [one["accuracy"] for one in rewired if one["seed"] % len(CPU_SEEDS) == number]
+        differences += [winner["accuracy"] - np.mean(own)] if own else []
+    return mean_and_error(differences, 5)
 
 
 def _difference(some: list[Line], others: list[Line]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nas_kmix.analysis.report.charts import Series, legend, line_chart
 from nas_kmix.analysis.report.markup import Markup, figure, gallery, join, number, percent, plural, sentence, table, tag
 from nas_kmix.analysis.report.parts import UNREADABLE, show
 from nas_kmix.analysis.report.record import Record
+from nas_kmix.engine.datasets import located
 from nas_kmix.engine.progress import duration
 from nas_kmix.pipeline import candidates
 from nas_kmix.pipeline.finals import NAME, RESULT, TABLE
@@ -151,7 +152,7 @@ def verdict_table(records: Sequence[Record], short: Mapping[Path, str]) -> Marku
     verdicts = table(head, lines, caption="Verdicts", text_columns=2)
     if len(lines) == 1:
         return verdicts
-    if len({str(record.config["input"].get("data")) for record in counted}) > 1:
+    if len({located(str(record.config["input"].get("data"))) for record in counted}) > 1:
         return verdicts  # differences on other images are another quantity
     mean, se = pooled(means, errors)
     note = (
