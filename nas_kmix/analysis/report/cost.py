@@ -112,6 +112,11 @@ def _speed_up(record: Record) -> Markup:
         estimate += f". The scorer, {record.given_scorer}, came from elsewhere; what its training cost is not known"
     elif found.scorer == 0:
         estimate += ". No scorer was trained for it, or its cost is not recorded"
+    if record.config["search"].get("rest_steps") is not None:
+        estimate += (
+            ". The length of this search is set in steps (--rest-steps, --arch-steps), and as many steps on all images "
+            "would cost the same: the speed-up is that of a shorter search, not of the proxy"
+        )
     return join(
         [
             table(
