@@ -218,13 +218,15 @@ def test_a_folder_that_cannot_be_written_to_is_a_sentence(data, tmp_path):
     """Root may write everywhere; other users also try a folder without write permission."""
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "odd" / ".lock").mkdir(parents=True)
-    places = [tmp_path / "file", tmp_path / "file" / "run", tmp_path / "odd"]
+    places = [tmp_path / "file" / "run", tmp_path / "odd"]
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
         places.append(tmp_path / "locked")
     for program in PROGRAMS.values():
         for place in places:
             refused(program(data, place), 1, f"--out {place} cannot be written to: ")
+        for more in ((), ("--dry-run",)):
+            refused(program(data, tmp_path / "file", *more), 2, f"--out {tmp_path / 'file'} is no folder; ")
     assert (tmp_path / "file").read_text() == "no folder" and not list((tmp_path / "odd" / ".lock").iterdir())
 
 

@@ -82,7 +82,7 @@ def test_files_go_before_names_and_an_unknown_name_gets_the_list(ours, tmp_path,
         ValueError, match=r"--proxy fifty: there is no such file; published proxies are sixty-random-30"
     ):
         select(tmp_path / "ours.npz", tmp_path / "run", "fifty")
-    with pytest.raises(ValueError, match=r"--proxy \. is a folder; name the file, as proxy\.json"):
+    with pytest.raises(ValueError, match=r"--proxy \. is a folder; name a file in it, e\.g\. proxy\.json"):
         select(tmp_path / "ours.npz", tmp_path / "run", ".")
     data = load_data(DataConfig(data="ours.npz"))
     mine = make_proxy(data, None, ProxyConfig(ratio=0.2, method="random"))
