@@ -43,12 +43,10 @@ def generated_images(n: int, size: int, classes: int, device: torch.device, *, r
 
 def report(figures: dict[str, float], json_file: Path | None, device: torch.device | str) -> None:
     """Print the figures and the machine, and write them to `json_file`; `-` prints JSON and nothing else."""
-    if json_file == Path("-"):
-        write_json(figures, json_file)
-        return
-    for name, value in figures.items():
-        print(f"{name:<44}{value:10.4g}")
-    print(machine(device))
+    if json_file != Path("-"):
+        for name, value in figures.items():
+            print(f"{name:<44}{value:10.4g}")
+        print(machine(device))
     if json_file is not None:
         write_json(figures, json_file)
 

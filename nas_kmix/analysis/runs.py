@@ -112,8 +112,8 @@ def load_images(
 def warn_of_training_images(config: DataConfig, like: Classifier) -> None:
     """Say if a set without splits has other training images than the network had, as after files were added.
 
-    It may be the set that the network was trained on if that is where the run says, or if that is gone and the classes
-    are the same.
+    It is taken for the set that the network was trained on if the run's record names this folder, or if the recorded
+    data are gone and the classes are the same.
     """
     if like.fingerprint is None or not is_divided(config.data):
         return

@@ -44,7 +44,7 @@ class Listing:
 
 
 def composed(name: str) -> str:
-    """A name in the one of Unicode's two forms that Macs do not write: an accent and its letter are one character."""
+    """The name in Unicode's form NFC, where a letter and its accent are one character; Macs may write two."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -94,7 +94,7 @@ class Run:
     # -- the folder ----------------------------------------------------------------------------------------------
 
     def check_folder(self) -> None:
-        """Raise ValueError for a file, and for a folder with another command's run or with files of no run."""
+        """Raise ValueError if it is a file, or a folder with another command's run or with files of no run."""
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {self.folder} is no folder; choose another.")
         if foreign := self.ledger.foreign_stages():

@@ -169,19 +169,21 @@ def run(
 
 def scores_of(seed: int, config: Config) -> Path:
     """The paper's scores by the scorer of a seed, which serves all its proxies; made if they are missing."""
-    folder = config.out / f"scorer-{seed}"
-    if not (folder / "scores.npz").exists():
-        flags = f"--preset cpu {HIGH_CV} --method interval --seed {seed} --stop-after scores"
-        search_once(flags, folder, config, config.cifar100)
-    return folder / "scores.npz"
+    flags = f"--preset cpu {HIGH_CV} --method interval --seed {seed} --stop-after scores"
+    return _made(config.out / f"scorer-{seed}", "scores.npz", flags, config)
 
 
 def _proxy_of(seed: int, config: Config) -> Path:
     """The proxy of the preset cpu; made if it is missing."""
-    folder = config.out / f"preset-cpu-{seed}"
-    if not (folder / "proxy.json").exists():
-        search_once(f"{PRESETS['cpu'][1]} --seed {seed} --stop-after proxy", folder, config, config.cifar100)
-    return folder / "proxy.json"
+    flags = f"{PRESETS['cpu'][1]} --seed {seed} --stop-after proxy"
+    return _made(config.out / f"preset-cpu-{seed}", "proxy.json", flags, config)
+
+
+def _made(folder: Path, name: str, flags: str, config: Config) -> Path:
+    """The file of that name in the run folder, after a search with these flags if it was not there."""
+    if not (folder / name).exists():
+        search_once(flags, folder, config, config.cifar100)
+    return folder / name
 
 
 def _records(folder: Path, history: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -220,6 +220,7 @@ def _selected(arm: Arm, pool: np.ndarray, data: ImageData, share: float, seed: i
             raise SystemExit(
                 f"error: {config.out} has scores of other images than {config.cifar100}; choose another --out."
             )
+        assert np.array_equal(table.index, np.arange(len(data)))
         scores = table.measure(arm.measure)[pool]
     rng = np.random.default_rng([seed, SELECTION])
     return select(scores, data.labels[pool], share, rng=rng, **options)
